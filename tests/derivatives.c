@@ -1,0 +1,491 @@
+/* derivatives.c - proving derivatives against differences; see derivatives.h. */
+
+#include "derivatives.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- differences ---- */
+
+/* Steps FIRST_STEP * scale, and each half of the one before. With n of them the error of the extrapolation is of
+ * order step^(2n); that of rounding is the roundoff of the values divided by the last step. */
+#ifdef DIFFENC_DOUBLE
+enum { STEPS = 4 };
+static const double FIRST_STEP = 1.0 / 16;
+#else
+enum { STEPS = 2 };
+static const double FIRST_STEP = 1.0 / 8;
+#endif
+
+double derivative_limit(void) {
+    return sizeof(real) == sizeof(double) ? 1e-7 : 3e-2;
+}
+
+/* A sum F of many terms carries a roundoff of about 1e-15 F (1e-6 F in float), which the last step raises to 1e-13 F
+ * (1e-5 F). A derivative below this much of F can therefore not be compared to within the limit. */
+double derivative_floor(void) {
+    return sizeof(real) == sizeof(double) ? 1e-5 : 1e-2;
+}
+
+void differentiate(Path path, void *context, size_t count, double scale, double *derivative) {
+    double *at[STEPS], *plus = allocate(count, sizeof *plus), *minus = allocate(count, sizeof *minus);
+    for (int k = 0; k < STEPS; k++) {
+        const double step = FIRST_STEP * scale / (1 << k);
+        at[k] = allocate(count, sizeof(double));
+        path(context, step, plus);
+        path(context, -step, minus);
+        for (size_t i = 0; i < count; i++)
+            at[k][i] = (plus[i] - minus[i]) / (2 * step);
+    }
+    for (int order = 1; order < STEPS; order++)   /* the error's term in step^(2 order) is cancelled */
+        for (int k = STEPS - 1; k >= order; k--)
+            for (size_t i = 0; i < count; i++)
+                at[k][i] += (at[k][i] - at[k - 1][i]) / (pow(4, order) - 1);
+    memcpy(derivative, at[STEPS - 1], count * sizeof(double));
+    for (int k = 0; k < STEPS; k++)
+        free(at[k]);
+    free(plus);
+    free(minus);
+}
+
+/* ---- evaluating a subject ---- */
+
+/* A run of the point: a leaf's values, a leaf's tangent, or a parameter. */
+typedef struct {
+    size_t first, count;
+    double scale;
+    int is_tangent;
+} Segment;
+
+typedef struct {
+    const Subject *subject;
+    Network *network;
+    Graph *graph, own_graph;
+    Arena *own_arena;
+    Segment *segment;
+    int leaves, segments;
+    size_t values, count;          /* numbers in the leaves' values, and in the whole point */
+    real *point, *moved;           /* [count] */
+    real *gradient;                /* [count] */
+    double *direction;             /* [count] */
+    real *projection;              /* [result]: a random functional that makes a number of the result */
+    double size;                   /* the Euclidean norm of its terms */
+    size_t result;                 /* elements of the result */
+    int of_tangent;                /* it is the tangent of the result that is looked at */
+} Probe;
+
+static size_t leaf_size(const Leaf l) {
+    return (size_t)(l[HEIGHT] * l[WIDTH] * l[CHANNELS]);
+}
+
+/* Part `at` of the point, in the shape of a leaf. */
+static Tensor *part(Graph *graph, const Leaf l, const real *point, real *gradient, size_t at) {
+    return parameter(graph, (int)l[HEIGHT], (int)l[WIDTH], (int)l[CHANNELS], point + at, NULL,
+                     gradient ? gradient + at : NULL);
+}
+
+/* The result, or its tangent, at a point; backward() will add to `gradient`, unless that is NULL. */
+static Tensor *evaluate(Probe *p, const real *point, real *gradient) {
+    const Subject *s = p->subject;
+    Tensor *leaf[MAX_LEAVES] = {NULL};
+    size_t at = 0, tangent_at = p->values;
+    p->graph->dropout = s->dropout;
+    p->graph->dropout_stream = random_stream(7, RANDOM_DROPOUT, 0, 0);
+    if (p->network) {
+        const size_t weights = p->count - p->network->model->weight_count;
+        p->network->weights = point + weights;
+        p->network->gradient = gradient ? gradient + weights : NULL;
+        p->network->flipped = gradient ? p->network->model->flipped : NULL;
+        network_begin(p->network);
+    } else
+        graph_begin(p->graph, p->own_arena);
+    for (int i = 0; i < p->leaves; i++) {
+        leaf[i] = part(p->graph, s->leaf[i], point, gradient, at);
+        at += leaf_size(s->leaf[i]);
+        if (s->leaf[i][TANGENT]) {
+            leaf[i] = with_tangent(leaf[i], part(p->graph, s->leaf[i], point, gradient, tangent_at));
+            tangent_at += leaf_size(s->leaf[i]);
+        }
+    }
+    Tensor *y = s->build(s, p->graph, leaf);
+    return p->of_tangent ? y->tangent : y;
+}
+
+/* The result at point + e direction. */
+static const Tensor *evaluate_along(Probe *p, double e) {
+    for (size_t i = 0; i < p->count; i++)
+        p->moved[i] = (real)(p->point[i] + e * p->direction[i]);
+    return evaluate(p, p->moved, NULL);
+}
+
+static void values_along(void *context, double e, double *value) {
+    Probe *p = context;
+    const Tensor *y = evaluate_along(p, e);
+    for (size_t i = 0; i < p->result; i++)
+        value[i] = (double)y->value[i];
+}
+
+static void projection_along(void *context, double e, double *value) {
+    Probe *p = context;
+    *value = dot(p->projection, evaluate_along(p, e)->value, p->result);
+}
+
+/* ---- a probe ---- */
+
+static void add_segment(Probe *p, size_t count, double scale, int is_tangent) {
+    const Segment s = {p->count, count, scale > 0 ? scale : 1, is_tangent};
+    p->segment[p->segments++] = s;
+    p->count += count;
+}
+
+static void add_segments(Probe *p) {
+    const Subject *s = p->subject;
+    const int parameters = p->network ? p->network->model->parameter_count : 0;
+    p->segment = allocate((size_t)(2 * MAX_LEAVES + parameters), sizeof *p->segment);
+    for (; p->leaves < MAX_LEAVES && s->leaf[p->leaves][HEIGHT] > 0; p->leaves++)
+        add_segment(p, leaf_size(s->leaf[p->leaves]), s->leaf[p->leaves][SCALE], 0);
+    p->values = p->count;
+    for (int i = 0; i < p->leaves; i++)
+        if (s->leaf[i][TANGENT])
+            add_segment(p, leaf_size(s->leaf[i]), 1, 1);
+    for (int i = 0; i < parameters; i++)
+        add_segment(p, p->network->model->parameter[i].count, s->weight_scale, 0);
+}
+
+/* Leaves from their ranges, tangents normal, weights the model's. */
+static void set_point(Probe *p, uint64_t seed) {
+    const RandomStream uniform = random_stream(seed, RANDOM_CHECK, 0, 0);
+    random_normal(random_stream(seed, RANDOM_CHECK, 1, 0), p->point, p->count);
+    for (int i = 0; i < p->leaves; i++) {
+        const double *l = p->subject->leaf[i];
+        const double low = l[LOW] < l[HIGH] ? l[LOW] : -1.5, high = l[LOW] < l[HIGH] ? l[HIGH] : 1.5;
+        for (size_t j = p->segment[i].first; j < p->segment[i].first + p->segment[i].count; j++)
+            p->point[j] = (real)(low + (high - low) * random_uniform(uniform, (uint32_t)j));
+    }
+    if (p->network) {
+        const Model *m = p->network->model;
+        memcpy(p->point + p->count - m->weight_count, m->params, m->weight_count * sizeof(real));
+    }
+}
+
+static void set_projection(Probe *p, uint64_t seed) {
+    const Tensor *y = evaluate(p, p->point, NULL);
+    free(p->projection);
+    p->result = element_count(y);
+    p->projection = allocate(p->result, sizeof(real));
+    random_normal(random_stream(seed, RANDOM_CHECK, 2, (uint32_t)p->of_tangent), p->projection, p->result);
+    if (p->result == 1)
+        p->projection[0] = 1;
+    p->size = 0;
+    for (size_t i = 0; i < p->result; i++)
+        p->size += pow((double)p->projection[i] * (double)y->value[i], 2);
+    p->size = sqrt(p->size);
+}
+
+static void set_gradient(Probe *p) {
+    memset(p->gradient, 0, p->count * sizeof(real));
+    Tensor *y = evaluate(p, p->point, p->gradient);
+    backward(total(mul(y, constant(p->graph, y->height, y->width, y->channels, p->projection))), 1);
+}
+
+static void probe_begin(Probe *p, const Subject *subject, uint64_t seed) {
+    memset(p, 0, sizeof *p);
+    p->subject = subject;
+    p->network = subject->network;
+    p->graph = p->network ? &p->network->graph : &p->own_graph;
+    p->own_arena = arena_new();
+    add_segments(p);
+    p->point = allocate(p->count, sizeof(real));
+    p->moved = allocate(p->count, sizeof(real));
+    p->gradient = allocate(p->count, sizeof(real));
+    p->direction = allocate(p->count, sizeof(double));
+    set_point(p, seed);
+}
+
+static void probe_end(Probe *p) {
+    arena_free(p->own_arena);
+    free(p->segment);
+    free(p->point);
+    free(p->moved);
+    free(p->gradient);
+    free(p->direction);
+    free(p->projection);
+}
+
+/* ---- comparing ---- */
+
+static double larger(double a, double b) {
+    return a > b || isnan(a) ? a : b;   /* what is not a number is the largest error of all */
+}
+
+static double relative(double claimed, double measured, double least) {
+    return fabs(claimed - measured) / larger(larger(fabs(measured), least), 1e-300);
+}
+
+/* Gradient times direction against the difference along it. */
+static double error_along(Probe *p, double typical) {
+    double claimed = 0, measured;
+    for (size_t i = 0; i < p->count; i++)
+        claimed += (double)p->gradient[i] * p->direction[i];
+    differentiate(projection_along, p, 1, 1, &measured);
+    return relative(claimed, measured, larger(typical, derivative_floor() * p->size));
+}
+
+/* A segment's part of a random direction, whose length is the segment's scale. */
+static void choose_direction(Probe *p, const Segment *s, RandomStream stream) {
+    for (size_t i = 0; i < s->count; i++)
+        p->direction[s->first + i] = (random_uniform(stream, (uint32_t)i) - 0.5) * s->scale * sqrt(12.0 / (double)s->count);
+}
+
+/* Some elements of one segment, then a random direction within it. */
+static double segment_error(Probe *p, const Segment *s, int samples, RandomStream stream) {
+    const double norm = sqrt(dot(p->gradient + s->first, p->gradient + s->first, s->count));
+    const double typical = s->scale * norm / sqrt((double)s->count);   /* the root mean square of a derivative */
+    const int all = s->count <= (size_t)samples;
+    double worst = 0;
+    memset(p->direction, 0, p->count * sizeof(double));
+    for (int i = 0; i < (all ? (int)s->count : samples); i++) {
+        const size_t at = s->first + (all ? (size_t)i : random_bits(stream, (uint32_t)i) % s->count);
+        p->direction[at] = s->scale;
+        worst = larger(error_along(p, typical), worst);
+        p->direction[at] = 0;
+    }
+    choose_direction(p, s, stream);
+    return larger(error_along(p, typical), worst);
+}
+
+/* The gradient of the result or of its tangent: every segment by itself, then all of them at once. */
+static double gradient_error(Probe *p, int samples, uint64_t seed) {
+    double worst = 0;
+    set_projection(p, seed);
+    set_gradient(p);
+    for (int i = 0; i < p->segments; i++)
+        if (p->of_tangent || !p->segment[i].is_tangent)
+            worst = larger(segment_error(p, &p->segment[i], samples, random_stream(seed, RANDOM_CHECK, 3, (uint32_t)i)),
+                           worst);
+    for (int i = 0; i < p->segments; i++)
+        choose_direction(p, &p->segment[i], random_stream(seed, RANDOM_CHECK, 4, (uint32_t)i));
+    return larger(error_along(p, 0), worst);
+}
+
+/* Every element of the result's tangent against the difference of the result along the tangents of the leaves. */
+static double tangent_error(Probe *p) {
+    double worst = 0, scale = 1, mean_square = 0;
+    const Tensor *y = evaluate(p, p->point, NULL);
+    if (!y->tangent)
+        return -1;
+    double *tangent = allocate(p->result, sizeof(double)), *measured = allocate(p->result, sizeof(double));
+    for (size_t i = 0; i < p->result; i++)
+        tangent[i] = y->tangent->value[i];
+    memset(p->direction, 0, p->count * sizeof(double));
+    for (int i = 0, t = p->leaves; i < p->leaves; i++)
+        if (p->subject->leaf[i][TANGENT]) {
+            scale = p->segment[i].scale < scale ? p->segment[i].scale : scale;
+            for (size_t j = 0; j < p->segment[i].count; j++)
+                p->direction[p->segment[i].first + j] = (double)p->point[p->segment[t].first + j];
+            t++;
+        }
+    differentiate(values_along, p, p->result, scale, measured);
+    for (size_t i = 0; i < p->result; i++)
+        mean_square += measured[i] * measured[i] / (double)p->result;
+    for (size_t i = 0; i < p->result; i++)
+        worst = larger(relative(tangent[i], measured[i], sqrt(mean_square)), worst);
+    free(tangent);
+    free(measured);
+    return worst;
+}
+
+DerivativeErrors derivative_errors(const Subject *subject, int samples, uint64_t seed) {
+    DerivativeErrors e = {.through_tangent = -1};
+    Probe p;
+    probe_begin(&p, subject, seed);
+    e.gradient = gradient_error(&p, samples, seed);
+    e.tangent = tangent_error(&p);
+    p.of_tangent = 1;
+    if (e.tangent >= 0)
+        e.through_tangent = gradient_error(&p, samples, seed);
+    probe_end(&p);
+    return e;
+}
+
+/* ---- every operator ---- */
+
+enum {
+    ADD, SUB, MUL, MUL_ITSELF, AFFINE, EXP, EXPM1, LOG, RECIPROCAL, SQRT, ABS, LOGISTIC, TANH, SWISH, SINE, COSINE, TOTAL,
+    SQUARED_NORM, TANGENT_REPLACED, CONVOLVE, CONVOLVE_BIAS, CONVOLVE_RESIDUAL, CONVOLVE_ALL, CONVOLVE_ITSELF, UPSAMPLE,
+    UPSAMPLE_BIAS, MATRIX_MULTIPLY, MATRIX_MULTIPLY_ITSELF, OUTER_PRODUCT, OUTER_PRODUCT_ITSELF, NORMALISE,
+    NORMALISE_SWISH, NORMALISE_DROPOUT, ATTENTION, ATTENTION_ITSELF, CONCATENATE, CONCATENATE_ITSELF, SPREAD, OUTER_SCALE,
+    MAX_POOL, LIKELIHOOD
+};
+
+/* a^2 with a tangent given by hand. */
+static Tensor *build_square(Tensor *a) {
+    Tensor *still = with_tangent(a, NULL);
+    return with_tangent(mul(still, still), affine(2, mul(still, a->tangent), 0));
+}
+
+static Tensor *build_likelihood(Tensor *u, Tensor *log_variance) {
+    unsigned char k[64];
+    for (int i = 0; i < 64; i++)
+        k[i] = (unsigned char)(100 + i % 3);
+    return level_likelihood(u, log_variance, k);
+}
+
+typedef struct {
+    const char *title;
+    int which;
+    Leaf leaf[MAX_LEAVES];
+} Row;
+
+static Tensor *build_operator(const Subject *s, Graph *graph, Tensor **a) {
+    const double factors[3] = {64, -0.7, 3};
+    const Row *row = s->context;
+    (void)graph;
+    switch (row->which) {
+    case ADD: return add(a[0], a[1]);
+    case SUB: return sub(a[0], a[1]);
+    case MUL: return mul(a[0], a[1]);
+    case MUL_ITSELF: return mul(a[0], mul(a[0], add(a[0], a[0])));
+    case AFFINE: return affine(-1.7, a[0], 0.4);
+    case EXP: return exponential(a[0]);
+    case EXPM1: return exponential_minus_1(a[0]);
+    case LOG: return logarithm(a[0]);
+    case RECIPROCAL: return reciprocal(a[0]);
+    case SQRT: return square_root(a[0]);
+    case ABS: return absolute(a[0]);
+    case LOGISTIC: return logistic(a[0]);
+    case TANH: return hyperbolic_tangent(a[0]);
+    case SWISH: return swish(a[0]);
+    case SINE: return sine(a[0]);
+    case COSINE: return cosine(a[0]);
+    case TOTAL: return total(a[0]);
+    case SQUARED_NORM: return squared_norm(a[0]);
+    case TANGENT_REPLACED: return build_square(a[0]);
+    case CONVOLVE: return convolve(a[0], a[1], NULL, NULL);
+    case CONVOLVE_BIAS: return convolve(a[0], a[1], a[2], NULL);
+    case CONVOLVE_RESIDUAL: return convolve(a[0], a[1], NULL, a[2]);
+    case CONVOLVE_ALL: return convolve(a[0], a[1], a[2], a[3]);
+    case CONVOLVE_ITSELF: return convolve(a[0], a[1], NULL, a[0]);
+    case UPSAMPLE: return upsample(a[0], a[1], NULL);
+    case UPSAMPLE_BIAS: return upsample(a[0], a[1], a[2]);
+    case MATRIX_MULTIPLY: return matrix_multiply(a[0], a[1]);
+    case MATRIX_MULTIPLY_ITSELF: return matrix_multiply(a[0], a[0]);
+    case OUTER_PRODUCT: return outer_product(0.3, a[0], a[1]);
+    case OUTER_PRODUCT_ITSELF: return outer_product(0.3, a[0], a[0]);
+    case NORMALISE: return normalise(a[0], a[1], a[2], NORM_ONLY);
+    case NORMALISE_SWISH: return normalise(a[0], a[1], a[2], NORM_SWISH);
+    case NORMALISE_DROPOUT: return normalise(a[0], a[1], a[2], NORM_SWISH_DROPOUT);
+    case ATTENTION: return attention_weights(a[0], a[1]);
+    case ATTENTION_ITSELF: return attention_weights(a[0], a[0]);
+    case CONCATENATE: return concatenate(a[0], a[1]);
+    case CONCATENATE_ITSELF: return concatenate(a[0], a[0]);
+    case SPREAD: return spread_over(a[0], 3, 5);
+    case OUTER_SCALE: return outer_scale(a[0], factors, 3);
+    case MAX_POOL: return max_pool(a[0]);
+    default: return build_likelihood(a[0], a[1]);
+    }
+}
+
+/* Leaves are {height, width, channels, tangent, low, high, scale}. Where two inputs may carry a tangent, the rows are:
+ * the first alone, the second alone, both. */
+static const Row ROWS[] = {
+    {"add", ADD, {{3, 5, 7, 1}, {3, 5, 7}}},
+    {"add", ADD, {{3, 5, 7}, {3, 5, 7, 1}}},
+    {"add", ADD, {{3, 5, 7, 1}, {3, 5, 7, 1}}},
+    {"add a number", ADD, {{3, 5, 7, 1}, {1, 1, 1}}},
+    {"add a number", ADD, {{3, 5, 7}, {1, 1, 1, 1}}},
+    {"add a number", ADD, {{3, 5, 7, 1}, {1, 1, 1, 1}}},
+    {"add to a number", ADD, {{1, 1, 1, 1}, {2, 3, 4}}},
+    {"add numbers", ADD, {{1, 1, 1, 1}, {1, 1, 1, 1}}},
+    {"sub", SUB, {{2, 3, 5, 1}, {2, 3, 5}}},
+    {"sub", SUB, {{2, 3, 5}, {2, 3, 5, 1}}},
+    {"sub", SUB, {{2, 3, 5, 1}, {2, 3, 5, 1}}},
+    {"sub a number", SUB, {{2, 3, 5}, {1, 1, 1, 1}}},
+    {"sub a number", SUB, {{2, 3, 5, 1}, {1, 1, 1, 1}}},
+    {"sub from a number", SUB, {{1, 1, 1}, {2, 3, 5, 1}}},
+    {"sub from a number", SUB, {{1, 1, 1, 1}, {2, 3, 5}}},
+    {"mul", MUL, {{3, 3, 3, 1}, {3, 3, 3}}},
+    {"mul", MUL, {{3, 3, 3}, {3, 3, 3, 1}}},
+    {"mul", MUL, {{3, 3, 3, 1}, {3, 3, 3, 1}}},
+    {"mul by a number", MUL, {{3, 3, 3, 1}, {1, 1, 1}}},
+    {"mul by a number", MUL, {{3, 3, 3}, {1, 1, 1, 1}}},
+    {"mul by a number", MUL, {{3, 3, 3, 1}, {1, 1, 1, 1}}},
+    {"mul a number", MUL, {{1, 1, 1, 1}, {3, 3, 3, 1}}},
+    {"mul numbers", MUL, {{1, 1, 1, 1}, {1, 1, 1, 1}}},
+    {"2 a^3", MUL_ITSELF, {{3, 2, 4, 1}}},
+    {"affine", AFFINE, {{3, 2, 4, 1}}},
+    {"exp", EXP, {{3, 2, 4, 1}}},
+    {"expm1", EXPM1, {{3, 2, 4, 1}}},
+    {"log", LOG, {{3, 2, 4, 1, 0.3, 2, 0.2}}},
+    {"reciprocal", RECIPROCAL, {{3, 2, 4, 1, 0.3, 2, 0.2}}},
+    {"sqrt", SQRT, {{3, 2, 4, 1, 0.3, 2, 0.2}}},
+    {"abs, positive", ABS, {{3, 2, 4, 1, 0.3, 2, 0.2}}},
+    {"abs, negative", ABS, {{3, 2, 4, 1, -2, -0.3, 0.2}}},
+    {"sigmoid", LOGISTIC, {{3, 2, 4, 1}}},
+    {"tanh", TANH, {{3, 2, 4, 1}}},
+    {"swish", SWISH, {{3, 2, 4, 1}}},
+    {"sine", SINE, {{3, 2, 4, 1, -2, 2, 0.2}}},
+    {"cosine", COSINE, {{3, 2, 4, 1, -2, 2, 0.2}}},
+    {"total", TOTAL, {{3, 5, 2, 1}}},
+    {"squared norm", SQUARED_NORM, {{3, 5, 2, 1}}},
+    {"3x3", CONVOLVE, {{3, 5, 3, 1}, {9, 3, 5}}},
+    {"3x3, one pixel", CONVOLVE, {{1, 1, 4, 1}, {9, 4, 3}}},
+    {"3x3, one line", CONVOLVE_ALL, {{1, 9, 2, 1}, {9, 2, 1}, {1, 1, 1, 1}, {1, 9, 1, 1}}},
+    {"3x3, wide", CONVOLVE_ALL, {{4, 13, 17, 1}, {9, 17, 41}, {1, 1, 41}, {4, 13, 41}}},
+    {"3x3 + bias", CONVOLVE_BIAS, {{7, 4, 5, 1}, {9, 5, 9}, {1, 1, 9}}},
+    {"3x3 + bias", CONVOLVE_BIAS, {{7, 4, 5}, {9, 5, 9}, {1, 1, 9, 1}}},
+    {"3x3 + bias", CONVOLVE_BIAS, {{7, 4, 5, 1}, {9, 5, 9}, {1, 1, 9, 1}}},
+    {"3x3 + residual", CONVOLVE_RESIDUAL, {{3, 4, 5, 1}, {9, 5, 6}, {3, 4, 6}}},
+    {"3x3 + residual", CONVOLVE_RESIDUAL, {{3, 4, 5}, {9, 5, 6}, {3, 4, 6, 1}}},
+    {"3x3 + bias + residual", CONVOLVE_ALL, {{3, 4, 5}, {9, 5, 6}, {1, 1, 6, 1}, {3, 4, 6, 1}}},
+    {"3x3 + itself", CONVOLVE_ITSELF, {{5, 3, 6, 1}, {9, 6, 6}}},
+    {"1x1", CONVOLVE, {{3, 5, 7, 1}, {1, 7, 3}}},
+    {"1x1 + bias + residual", CONVOLVE_ALL, {{5, 3, 6, 1}, {1, 6, 33}, {1, 1, 33, 1}, {5, 3, 33, 1}}},
+    {"1x1 + bias", CONVOLVE_BIAS, {{1, 1, 19}, {1, 19, 8}, {1, 1, 8, 1}}},
+    {"1x1 + itself", CONVOLVE_ITSELF, {{2, 3, 5, 1}, {1, 5, 5}}},
+    {"upsample", UPSAMPLE, {{3, 2, 5, 1}, {4, 5, 7}}},
+    {"upsample + bias", UPSAMPLE_BIAS, {{1, 5, 9, 1}, {4, 9, 3}, {1, 1, 3}}},
+    {"matrix product", MATRIX_MULTIPLY, {{3, 2, 7, 1}, {7, 1, 5}}},
+    {"matrix product", MATRIX_MULTIPLY, {{3, 2, 7}, {7, 1, 5, 1}}},
+    {"matrix product", MATRIX_MULTIPLY, {{3, 2, 9, 1}, {3, 3, 18, 1}}},
+    {"matrix square", MATRIX_MULTIPLY_ITSELF, {{5, 1, 5, 1}}},
+    {"outer product", OUTER_PRODUCT, {{3, 3, 4, 1}, {2, 3, 4}}},
+    {"outer product", OUTER_PRODUCT, {{3, 3, 4}, {2, 3, 4, 1}}},
+    {"outer product", OUTER_PRODUCT, {{3, 3, 13, 1}, {5, 3, 13, 1}}},
+    {"outer product a a^T", OUTER_PRODUCT_ITSELF, {{3, 1, 4, 1}}},
+    {"group norm", NORMALISE, {{3, 5, 12, 1}, {1, 1, 12}, {1, 1, 12}}},
+    {"group norm, one position", NORMALISE, {{1, 1, 8, 1}, {1, 1, 8}, {1, 1, 8}}},
+    {"group norm, 256 channels", NORMALISE_SWISH, {{1, 2, 256, 1}, {1, 1, 256}, {1, 1, 256}}},
+    {"group norm, swish", NORMALISE_SWISH, {{4, 3, 20, 1}, {1, 1, 20}, {1, 1, 20}}},
+    {"group norm, swish, dropout", NORMALISE_DROPOUT, {{5, 3, 20, 1}, {1, 1, 20}, {1, 1, 20}}},
+    {"group norm, one group", NORMALISE_DROPOUT, {{5, 5, 4, 1}, {1, 1, 4}, {1, 1, 4}}},
+    {"attention", ATTENTION, {{3, 3, 4, 1}, {3, 3, 4}}},
+    {"attention", ATTENTION, {{3, 3, 4}, {3, 3, 4, 1}}},
+    {"attention", ATTENTION, {{3, 3, 5, 1}, {7, 3, 5, 1}}},
+    {"attention to itself", ATTENTION_ITSELF, {{2, 3, 5, 1}}},
+    {"concatenate", CONCATENATE, {{3, 3, 4, 1}, {3, 3, 5}}},
+    {"concatenate", CONCATENATE, {{3, 3, 4}, {3, 3, 5, 1}}},
+    {"concatenate", CONCATENATE, {{3, 3, 4, 1}, {3, 3, 5, 1}}},
+    {"concatenate with itself", CONCATENATE_ITSELF, {{3, 1, 3, 1}}},
+    {"spread", SPREAD, {{1, 1, 7, 1}}},
+    {"outer scale", OUTER_SCALE, {{3, 1, 4, 1}}},
+    {"max pool", MAX_POOL, {{4, 6, 5, 1, 0, 0, 0.01}}},
+    {"a tangent replaced", TANGENT_REPLACED, {{3, 1, 4, 1}}},
+    {"level likelihood", LIKELIHOOD, {{3, 2, 3, 0, -0.3, -0.1, 0.03}, {1, 1, 1, 0, -6, -4, 0.5}}},
+    {"level likelihood, sharp", LIKELIHOOD, {{3, 2, 3, 0, -0.225, -0.20, 3e-4}, {1, 1, 1, 0, -13.3, -13, 0.03}}},
+};
+
+int operator_count(void) {
+    return (int)(sizeof ROWS / sizeof ROWS[0]);
+}
+
+const char *operator_title(int index) {
+    return ROWS[index].title;
+}
+
+Subject operator_subject(int index) {
+    Subject s = {.build = build_operator, .context = &ROWS[index], .dropout = 0.3};
+    memcpy(s.leaf, ROWS[index].leaf, sizeof s.leaf);
+    return s;
+}

@@ -1,0 +1,939 @@
+/* test_data.c - tests of data.c: what is written can be read, what is broken is refused with the right words.
+ *
+ * With MNIST_DIR set in the environment the real MNIST is read from there as well. */
+
+#define _POSIX_C_SOURCE 200809L
+
+#include "../diffenc.h"
+#include "test.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <math.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static char directory[64] = "/tmp/test_data.XXXXXX";
+
+/* A path in the temporary directory. One result is valid at a time. */
+static const char *in_directory(const char *name)
+{
+    static char path[256];
+    snprintf(path, sizeof path, "%s/%s", directory, name);
+    return path;
+}
+
+static void write_file(const char *name, const void *data, size_t size)
+{
+    FILE *stream = fopen(in_directory(name), "wb");
+    CHECK(stream != NULL && fwrite(data, 1, size, stream) == size && fclose(stream) == 0, "cannot write %s",
+          name);
+}
+
+static Bytes read_file(const char *name)
+{
+    Bytes bytes;
+    Error error;
+    int status = file_read(in_directory(name), &bytes, &error);
+    CHECK(status == 0, "%s", error.text);
+    return bytes;
+}
+
+static int files_in_directory(void)
+{
+    int count = 0;
+    DIR *stream = opendir(directory);
+    while (stream != NULL && readdir(stream) != NULL) count++;
+    if (stream != NULL) closedir(stream);
+    return count - 2;
+}
+
+#define CHECK_MESSAGE(fragment) \
+    CHECK(strstr(error.text, fragment) != NULL, "expected \"%s\" in \"%s\"", fragment, error.text)
+
+/* A copy on the heap of exactly this size, so that a sanitizer sees every read beyond its end. */
+static Bytes copy_of(const void *data, size_t size)
+{
+    Bytes bytes = { malloc(size > 0 ? size : 1), size };
+    if (size > 0) memcpy(bytes.data, data, size);
+    return bytes;
+}
+
+/* ---- gzip ---- */
+
+/* Made with zlib: a stored block; a fixed block behind a header with every field; a dynamic block. */
+static const unsigned char gzip_stored[] = {
+    0x1f, 0x8b, 0x08, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x03, 0x01, 0x2a, 0x00, 0xd5, 0xff, 0x44, 0x69,
+    0x66, 0x66, 0x45, 0x6e, 0x63, 0x20, 0x44, 0x69, 0x66, 0x66, 0x45, 0x6e, 0x63, 0x20, 0x44, 0x69, 0x66,
+    0x66, 0x45, 0x6e, 0x63, 0x2c, 0x20, 0x61, 0x20, 0x6c, 0x65, 0x61, 0x72, 0x6e, 0x65, 0x64, 0x20, 0x65,
+    0x6e, 0x63, 0x6f, 0x64, 0x65, 0x72, 0x55, 0x29, 0xed, 0x34, 0x2a, 0x00, 0x00, 0x00,
+};
+static const unsigned char gzip_fixed[] = {
+    0x1f, 0x8b, 0x08, 0x1e, 0x00, 0x00, 0x00, 0x00, 0x00, 0x03, 0x05, 0x00, 0x65, 0x78, 0x74, 0x72, 0x61,
+    0x6e, 0x61, 0x6d, 0x65, 0x00, 0x63, 0x6f, 0x6d, 0x6d, 0x65, 0x6e, 0x74, 0x00, 0x03, 0xa5, 0x73, 0xc9,
+    0x4c, 0x4b, 0x73, 0xcd, 0x4b, 0x56, 0x70, 0x41, 0xa5, 0x75, 0x14, 0x12, 0x15, 0x72, 0x52, 0x13, 0x8b,
+    0xf2, 0x52, 0x53, 0x14, 0x52, 0xf3, 0x92, 0xf3, 0x53, 0x52, 0x8b, 0x00, 0x55, 0x29, 0xed, 0x34, 0x2a,
+    0x00, 0x00, 0x00,
+};
+static const unsigned char gzip_dynamic[] = {
+    0x1f, 0x8b, 0x08, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x03, 0x35, 0xd1, 0xd9, 0x0a, 0xc4, 0x20, 0x10,
+    0x44, 0xd1, 0x6f, 0x8d, 0xe3, 0x12, 0x6d, 0xdb, 0x3d, 0xe4, 0xf7, 0xc7, 0x4b, 0xf0, 0xb1, 0xa8, 0xf2,
+    0x40, 0xe3, 0x65, 0x5c, 0xb2, 0x55, 0x44, 0x6d, 0x71, 0xe6, 0x32, 0x92, 0xac, 0xca, 0x54, 0x9b, 0x5c,
+    0xbe, 0x76, 0xe3, 0x74, 0x37, 0x21, 0xed, 0x26, 0xec, 0x99, 0x8e, 0x3d, 0x4b, 0xc5, 0xd0, 0xec, 0x99,
+    0xd4, 0x3d, 0x33, 0x8e, 0x30, 0x01, 0x06, 0x40, 0xa5, 0xc9, 0x00, 0x8e, 0x59, 0x04, 0x10, 0x00, 0xf9,
+    0xde, 0xec, 0x26, 0x00, 0x14, 0xc2, 0x04, 0x88, 0x00, 0x2f, 0x8d, 0x00, 0xdc, 0xcc, 0x1a, 0x40, 0x04,
+    0xd0, 0xef, 0xcd, 0x6e, 0x2c, 0x40, 0x25, 0x08, 0xc0, 0x00, 0x78, 0x69, 0x0c, 0x40, 0x63, 0x56, 0x01,
+    0x32, 0xc0, 0xfa, 0xde, 0xec, 0xc6, 0x03, 0xdc, 0x84, 0x1b, 0x60, 0x02, 0x54, 0x1a, 0x01, 0x68, 0xcc,
+    0x3c, 0xc0, 0x02, 0x98, 0xee, 0x1c, 0xa7, 0x00, 0x9e, 0x90, 0x00, 0x32, 0x40, 0xa6, 0xc9, 0x00, 0x37,
+    0xb3, 0x0a, 0xb0, 0x00, 0x92, 0x39, 0xc7, 0x65, 0x80, 0x48, 0xe8, 0x00, 0x09, 0xa0, 0xd0, 0x38, 0x00,
+    0xc7, 0xac, 0x01, 0x64, 0x80, 0x69, 0xcf, 0x71, 0x3f, 0x80, 0x4e, 0x68, 0x00, 0x0a, 0xf0, 0xd0, 0xfc,
+    0x00, 0x02, 0xb3, 0x08, 0x10, 0x01, 0x96, 0x9c, 0xe3, 0x32, 0x40, 0x27, 0x04, 0x80, 0x07, 0x60, 0xd1,
+    0x78, 0x80, 0xc2, 0x2c, 0x00, 0x08, 0x80, 0xa6, 0x73, 0x9c, 0x02, 0x44, 0x42, 0x03, 0x78, 0x00, 0x84,
+    0xa6, 0x00, 0x28, 0xb3, 0x04, 0x30, 0x00, 0xe4, 0xfc, 0xb6, 0x7a, 0x00, 0x4f, 0xe8, 0x00, 0x0a, 0xb0,
+    0x68, 0x0a, 0x80, 0x65, 0x36, 0x00, 0x3a, 0xc0, 0x1f, 0x50, 0xcb, 0x0a, 0x3c, 0x58, 0x02, 0x00, 0x00,
+};
+static const char short_text[] = "DiffEnc DiffEnc DiffEnc, a learned encoder";
+enum { SHORT = sizeof short_text - 1, LONG = 600 };
+
+static void long_text(unsigned char *text)
+{
+    for (int i = 0; i < LONG; i++) text[i] = (unsigned char)(97 + i * i % 13 + (i % 5 == 0 ? i * 7 % 11 : 0));
+}
+
+static void check_inflate(const unsigned char *data, size_t size, const void *expected, size_t expected_size)
+{
+    Error error;
+    Bytes out;
+    int status = gzip_inflate(data, size, "x.gz", &out, &error);
+    CHECK(status == 0, "%s", error.text);
+    if (status != 0) return;
+    CHECK(out.size == expected_size && memcmp(out.data, expected, expected_size) == 0, "wrong content");
+    free(out.data);
+
+    /* Every truncation is refused, and every changed bit is refused or changes nothing that matters. */
+    for (size_t length = 0; length < size; length++) {
+        Bytes cut = copy_of(data, length);
+        CHECK(gzip_inflate(cut.data, cut.size, "x.gz", &out, &error) != 0, "truncated at %zu is accepted",
+              length);
+        CHECK(out.data == NULL && out.size == 0, "something is left");
+        free(cut.data);
+    }
+    for (size_t bit = 0; bit < 8 * size; bit++) {
+        Bytes changed = copy_of(data, size);
+        changed.data[bit / 8] ^= (unsigned char)(1 << bit % 8);
+        if (gzip_inflate(changed.data, changed.size, "x.gz", &out, &error) == 0) {
+            CHECK(out.size == expected_size && memcmp(out.data, expected, expected_size) == 0, "bit %zu",
+                  bit);
+            free(out.data);
+        }
+        free(changed.data);
+    }
+}
+
+/* A deflate stream written bit by bit, lowest bit first, behind a plain gzip header. */
+typedef struct {
+    unsigned char data[256];
+    size_t bits;
+} BitStream;
+
+static void put_bits(BitStream *stream, unsigned value, int count)
+{
+    for (int i = 0; i < count; i++, stream->bits++) {
+        stream->data[stream->bits / 8] |= (unsigned char)((value >> i & 1) << stream->bits % 8);
+    }
+}
+
+static BitStream begin_bits(void)
+{
+    BitStream stream = { { 0x1f, 0x8b, 8 }, 80 };
+    return stream;
+}
+
+/* The stream must be refused with `fragment` in the message. */
+static void check_refused(const BitStream *stream, const char *fragment)
+{
+    Error error = { "" };
+    Bytes out;
+    CHECK(gzip_inflate(stream->data, sizeof stream->data, "x.gz", &out, &error) != 0, "accepted: %s",
+          fragment);
+    CHECK_MESSAGE(fragment);
+}
+
+/* The head of a dynamic block of 258 + 1 codes, whose lengths are coded by three symbols: 0, 1 and 18 (many
+ * zeros) by one, two and two bits. */
+static BitStream begin_dynamic(void)
+{
+    BitStream stream = begin_bits();
+    put_bits(&stream, 1 | 2 << 1, 3);
+    put_bits(&stream, 1, 5);                             /* 258 literals and lengths */
+    put_bits(&stream, 0, 5);                             /* 1 distance */
+    put_bits(&stream, 14, 4);                            /* 18 code lengths: 16 17 18 0 8 ... 14 1 */
+    for (int i = 0; i < 18; i++) put_bits(&stream, i == 2 || i == 17 ? 2 : i == 3 ? 1 : 0, 3);
+    return stream;
+}
+
+static void test_gzip(void)
+{
+    unsigned char text[LONG], members[sizeof gzip_stored + sizeof gzip_dynamic + 1], both[SHORT + LONG];
+    Error error;
+    Bytes out;
+    long_text(text);
+    check_inflate(gzip_stored, sizeof gzip_stored, short_text, SHORT);
+    check_inflate(gzip_fixed, sizeof gzip_fixed, short_text, SHORT);
+    check_inflate(gzip_dynamic, sizeof gzip_dynamic, text, LONG);
+
+    size_t size = sizeof gzip_stored + sizeof gzip_dynamic;
+    memcpy(members, gzip_stored, sizeof gzip_stored);
+    memcpy(members + sizeof gzip_stored, gzip_dynamic, sizeof gzip_dynamic);
+    memcpy(both, short_text, SHORT);
+    memcpy(both + SHORT, text, LONG);
+    CHECK(gzip_inflate(members, size, "x.gz", &out, &error) == 0, "%s", error.text);
+    CHECK(out.size == sizeof both && memcmp(out.data, both, sizeof both) == 0, "two members");
+    free(out.data);
+    members[size] = 0;
+    CHECK(gzip_inflate(members, size + 1, "x.gz", &out, &error) != 0, "trailing garbage is accepted");
+    CHECK_MESSAGE("x.gz: the gzip stream has trailing garbage (near byte");
+    CHECK(gzip_inflate((const unsigned char *)"hello, world", 12, "x.gz", &out, &error) != 0, "not gzip");
+    CHECK_MESSAGE("is not gzip");
+    CHECK(gzip_inflate(NULL, 0, "x.gz", &out, &error) != 0, "empty");
+    CHECK_MESSAGE("x.gz: is empty");
+
+    BitStream stream = begin_bits();
+    put_bits(&stream, 1 | 3 << 1, 3);
+    check_refused(&stream, "block of unknown type");
+
+    stream = begin_bits();
+    put_bits(&stream, 1 | 1 << 1, 3);
+    put_bits(&stream, 0x89, 8);                          /* the literal 'a', reversed */
+    put_bits(&stream, 0x40, 7);                          /* length 3 */
+    put_bits(&stream, 0x10, 5);                          /* distance 2, but there is only one byte */
+    check_refused(&stream, "distance that is too far back");
+
+    stream = begin_bits();
+    put_bits(&stream, 1 | 1 << 1, 3);
+    put_bits(&stream, 0x89, 8);
+    put_bits(&stream, 0x40, 7);
+    put_bits(&stream, 0x0f, 5);                          /* distance symbol 30 */
+    check_refused(&stream, "invalid distance");
+
+    stream = begin_bits();
+    put_bits(&stream, 1 | 1 << 1, 3);
+    put_bits(&stream, 0x63, 8);                          /* length symbol 286 */
+    check_refused(&stream, "invalid length");
+
+    stream = begin_bits();
+    put_bits(&stream, 1, 3);
+    put_bits(&stream, 0, 5);
+    put_bits(&stream, 0x1234, 16);
+    check_refused(&stream, "stored block of two lengths");
+
+    stream = begin_bits();
+    put_bits(&stream, 1 | 2 << 1, 3);
+    put_bits(&stream, 30, 5);
+    check_refused(&stream, "more codes than there are symbols");
+
+    stream = begin_bits();
+    put_bits(&stream, 1 | 2 << 1, 3);
+    put_bits(&stream, 0, 14);
+    for (int i = 0; i < 4; i++) put_bits(&stream, 1, 3);
+    check_refused(&stream, "over-subscribed code");
+
+    stream = begin_bits();
+    put_bits(&stream, 1 | 2 << 1, 3);
+    put_bits(&stream, 0, 14);
+    put_bits(&stream, 1, 3);                             /* code 16 alone */
+    check_refused(&stream, "incomplete code");
+
+    stream = begin_bits();
+    put_bits(&stream, 1 | 2 << 1, 3);
+    put_bits(&stream, 0, 14);
+    put_bits(&stream, 1 | 1 << 3, 6);                    /* 16 and 17 */
+    put_bits(&stream, 0, 6);
+    check_refused(&stream, "repeats a code length before the first");
+
+    stream = begin_dynamic();
+    for (int i = 0; i < 2; i++) put_bits(&stream, 3 | 127 << 2, 9);        /* 138 + 138 zeros: too many */
+    check_refused(&stream, "more code lengths than codes");
+
+    stream = begin_dynamic();
+    put_bits(&stream, 3 | 127 << 2, 9);
+    put_bits(&stream, 3 | 110 << 2, 9);                  /* 138 + 121 zeros */
+    check_refused(&stream, "no code for the end of a block");
+
+    stream = begin_dynamic();                            /* literal 255, end of block, length 3 */
+    put_bits(&stream, 3 | 127 << 2, 9);
+    put_bits(&stream, 3 | 106 << 2, 9);                  /* 138 + 117 zeros */
+    for (int i = 0; i < 3; i++) put_bits(&stream, 1, 2);
+    check_refused(&stream, "over-subscribed code");
+
+    stream = begin_dynamic();                            /* end of block, length 3 */
+    put_bits(&stream, 3 | 127 << 2, 9);
+    put_bits(&stream, 3 | 107 << 2, 9);
+    for (int i = 0; i < 2; i++) put_bits(&stream, 1, 2);
+    put_bits(&stream, 0, 1);                             /* the one distance has no code */
+    put_bits(&stream, 1, 1);                             /* length 3 */
+    check_refused(&stream, "invalid code");
+
+    /* A legal stream with a single distance code of one bit: 'a' is written, then repeated three times. */
+    stream = begin_dynamic();
+    put_bits(&stream, 3 | 86 << 2, 9);                   /* 97 zeros */
+    put_bits(&stream, 1, 2);                             /* 'a' */
+    put_bits(&stream, 3 | 127 << 2, 9);
+    put_bits(&stream, 3 | 9 << 2, 9);                    /* 138 + 20 zeros */
+    put_bits(&stream, 1, 2);                             /* end of block */
+    put_bits(&stream, 0, 1);                             /* no length */
+    put_bits(&stream, 1, 2);                             /* distance 1 */
+    put_bits(&stream, 0, 1);                             /* 'a' */
+    put_bits(&stream, 1, 1);                             /* end */
+    size = (stream.bits + 7) / 8;
+    memcpy(stream.data + size, "\x43\xbe\xb7\xe8\1\0\0\0", 8);
+    CHECK(gzip_inflate(stream.data, size + 8, "x.gz", &out, &error) == 0, "%s", error.text);
+    CHECK(out.size == 1 && out.data[0] == 'a', "wrong content");
+    free(out.data);
+
+    write_file("packed", gzip_dynamic, sizeof gzip_dynamic);               /* known by its content */
+    out = read_file("packed");
+    CHECK(out.size == LONG && memcmp(out.data, text, LONG) == 0, "file_read does not inflate");
+    free(out.data);
+    write_file("plain.gz", "plain", 5);
+    CHECK(file_read(in_directory("plain.gz"), &out, &error) != 0, "a .gz that is none is accepted");
+    CHECK_MESSAGE("is not gzip");
+    CHECK(file_read(in_directory("missing"), &out, &error) != 0, "a missing file is accepted");
+    CHECK_MESSAGE("/missing: No such file or directory");
+    CHECK(file_read(directory, &out, &error) != 0, "a directory is accepted");
+    CHECK_MESSAGE("Is a directory");
+}
+
+/* ---- files ---- */
+
+static int write_new(void *stream, const void *context)
+{
+    (void)context;
+    for (int i = 0; i < 100000; i++) {
+        if (fputs("new ", stream) < 0) return -1;
+    }
+    return 0;
+}
+
+static void test_file_replace(void)
+{
+    Error error;
+    struct rlimit limit, small;
+    write_file("kept", "old", 3);
+    int files = files_in_directory();
+
+    signal(SIGXFSZ, SIG_IGN);
+    getrlimit(RLIMIT_FSIZE, &limit);
+    small = limit;
+    small.rlim_cur = 20000;
+    setrlimit(RLIMIT_FSIZE, &small);
+    CHECK(file_replace(in_directory("kept"), write_new, NULL, &error) != 0, "a full disk is not noticed");
+    setrlimit(RLIMIT_FSIZE, &limit);
+    CHECK_MESSAGE("/kept: File too large");
+    Bytes bytes = read_file("kept");
+    CHECK(bytes.size == 3 && memcmp(bytes.data, "old", 3) == 0, "the old file is gone");
+    free(bytes.data);
+    CHECK(files_in_directory() == files, "a temporary file is left");
+
+    CHECK(file_replace(in_directory("no/such/place"), write_new, NULL, &error) != 0, "no directory");
+    CHECK_MESSAGE("/no/such/place: No such file or directory");
+    CHECK(file_replace(directory, write_new, NULL, &error) != 0, "a directory is replaced");
+    CHECK(file_replace("/dev/null", write_new, NULL, &error) != 0, "/dev/null is replaced");
+    CHECK_MESSAGE("/dev/null: is not a regular file");
+
+    char stale[32];
+    snprintf(stale, sizeof stale, "kept.tmp.%ld", (long)getpid());
+    write_file(stale, "left by a crash", 15);
+    CHECK(file_replace(in_directory("kept"), write_new, NULL, &error) == 0, "%s", error.text);
+    bytes = read_file("kept");
+    CHECK(bytes.size == 400000 && memcmp(bytes.data, "new new ", 8) == 0, "the new file is not there");
+    free(bytes.data);
+    CHECK(files_in_directory() == files, "a temporary file is left");
+}
+
+/* ---- images ---- */
+
+static uint32_t big_endian(const unsigned char *data)
+{
+    return (uint32_t)data[0] << 24 | (uint32_t)data[1] << 16 | (uint32_t)data[2] << 8 | data[3];
+}
+
+/* CRC-32 one bit at a time, as the PNG specification defines it. */
+static uint32_t crc_of(const unsigned char *data, size_t size)
+{
+    uint32_t crc = 0xffffffff;
+    for (size_t i = 0; i < 8 * size; i++) {
+        uint32_t bit = (crc ^ (uint32_t)(data[i / 8] >> i % 8)) & 1;
+        crc = crc >> 1 ^ (bit ? 0xedb88320 : 0);
+    }
+    return ~crc;
+}
+
+/* Read a PNG of stored blocks and compare its pixels. */
+static void check_png(const char *name, const unsigned char *pixels, int height, int width, int channels)
+{
+    Bytes file = read_file(name);
+    size_t at = 8, stride = (size_t)(width * channels) + 1, count = 0;
+    int ended = 0;
+    CHECK(file.size > 8 && memcmp(file.data, "\x89PNG\r\n\x1a\n", 8) == 0, "signature");
+    while (at + 12 <= file.size && !ended) {
+        const unsigned char *chunk = file.data + at, *data = chunk + 8;
+        size_t length = big_endian(chunk);
+        if (length > file.size - at - 12) break;
+        CHECK(big_endian(data + length) == crc_of(chunk + 4, length + 4), "%s: CRC of %.4s", name, chunk + 4);
+        if (memcmp(chunk + 4, "IHDR", 4) == 0) {
+            CHECK(length == 13 && (int)big_endian(data) == width && (int)big_endian(data + 4) == height,
+                  "size");
+            CHECK(data[8] == 8 && data[9] == (channels == 3 ? 2 : 0) && data[12] == 0, "kind");
+        }
+        if (memcmp(chunk + 4, "IDAT", 4) == 0) {
+            const unsigned char *block = data + 2;
+            uint32_t low = 1, high = 0;
+            int last = 0, same = 1;
+            CHECK((data[0] * 256 + data[1]) % 31 == 0 && (data[0] & 15) == 8, "zlib header");
+            while (!last && block + 9 <= data + length) {
+                size_t size = block[1] | (size_t)block[2] << 8;
+                last = block[0];
+                CHECK((size ^ 0xffff) == (block[3] | (size_t)block[4] << 8), "block length");
+                for (block += 5; size > 0 && block < data + length; size--, count++) {
+                    low = (low + *block) % 65521;
+                    high = (high + low) % 65521;
+                    if (*block++ != (count % stride == 0 ? 0 : *pixels++)) same = 0;
+                }
+            }
+            CHECK(last == 1 && block + 4 == data + length, "%s: the blocks do not fill their chunk", name);
+            CHECK(big_endian(data + length - 4) == (high << 16 | low), "Adler-32");
+            CHECK(same && count == stride * (size_t)height, "%s: other pixels", name);
+        }
+        ended = memcmp(chunk + 4, "IEND", 4) == 0;
+        at += length + 12;
+    }
+    CHECK(ended && at == file.size, "%s: no end", name);
+    free(file.data);
+}
+
+static void test_images(void)
+{
+    Error error;
+    enum { HEIGHT = 150, WIDTH = 160 };                  /* 72,150 bytes of PNG rows in colour: two blocks */
+    static unsigned char pixels[HEIGHT * WIDTH * 3];
+    for (size_t i = 0; i < sizeof pixels; i++) pixels[i] = (unsigned char)(i * i / 7);
+    CHECK(image_write(in_directory("a.png"), pixels, HEIGHT, WIDTH, 3, &error) == 0, "%s", error.text);
+    check_png("a.png", pixels, HEIGHT, WIDTH, 3);
+    CHECK(image_write(in_directory("b.png"), pixels, HEIGHT, WIDTH, 1, &error) == 0, "%s", error.text);
+    check_png("b.png", pixels, HEIGHT, WIDTH, 1);
+    CHECK(image_write(in_directory("c.png"), pixels, 257, 254, 1, &error) == 0, "%s", error.text);
+    check_png("c.png", pixels, 257, 254, 1);             /* exactly 65,535 bytes: one block, full */
+
+    CHECK(image_write(in_directory("a.pgm"), pixels, 2, 3, 1, &error) == 0, "%s", error.text);
+    Bytes bytes = read_file("a.pgm");
+    CHECK(bytes.size == 17 && memcmp(bytes.data, "P5\n3 2\n255\n", 11) == 0
+          && memcmp(bytes.data + 11, pixels, 6) == 0, "pgm");
+    free(bytes.data);
+    CHECK(image_write(in_directory("a.ppm"), pixels, 2, 1, 3, &error) == 0, "%s", error.text);
+    bytes = read_file("a.ppm");
+    CHECK(bytes.size == 17 && memcmp(bytes.data, "P6\n1 2\n255\n", 11) == 0
+          && memcmp(bytes.data + 11, pixels, 6) == 0, "ppm");
+    free(bytes.data);
+    CHECK(image_write(in_directory("b.PPM"), (const unsigned char *)"\1\2", 1, 2, 1, &error) == 0, "%s",
+          error.text);
+    bytes = read_file("b.PPM");
+    CHECK(bytes.size == 17 && memcmp(bytes.data + 11, "\1\1\1\2\2\2", 6) == 0, "grey in a ppm");
+    free(bytes.data);
+
+    CHECK(image_path_check("x.pgm", 1, &error) == 0 && image_path_check("x.png", 3, &error) == 0, "%s",
+          error.text);
+    CHECK(image_path_check("x.pgm", 3, &error) != 0, "colour in a pgm");
+    CHECK_MESSAGE("x.pgm: a .pgm holds grey images only");
+    CHECK(image_path_check("x.jpg", 1, &error) != 0, "jpg");
+    CHECK_MESSAGE("x.jpg: unknown kind of image");
+    CHECK(image_path_check("png", 1, &error) != 0 && image_path_check(".png", 1, &error) != 0, "no name");
+
+    int height, width;
+    unsigned char *grid = image_grid(pixels, 5, 3, 4, 6, 3, &height, &width);
+    CHECK(height == 2 * 4 + 3 * 2 && width == 3 * 6 + 4 * 2, "grid of %d x %d", height, width);
+    int same = 1;
+    for (int y = 0; y < height; y++) {
+        for (int x = 0; x < width; x++) {
+            int row = y / 6, column = x / 8, inside = y % 6 >= 2 && x % 8 >= 2 && 3 * row + column < 5;
+            const unsigned char *image = pixels + (3 * row + column) * 4 * 6 * 3;
+            for (int c = 0; c < 3; c++) {
+                int expected = inside ? image[((y % 6 - 2) * 6 + x % 8 - 2) * 3 + c] : 255;
+                if (grid[(y * width + x) * 3 + c] != expected) same = 0;
+            }
+        }
+    }
+    CHECK(same, "the grid holds other pixels");
+    free(grid);
+}
+
+static int count_colour(const unsigned char *pixels, int count, const unsigned char *colour)
+{
+    int found = 0;
+    for (int i = 0; i < count; i++) found += memcmp(pixels + 3 * i, colour, 3) == 0;
+    return found;
+}
+
+static void test_chart(void)
+{
+    enum { HEIGHT = 600, WIDTH = 900, COUNT = 200 };
+    static unsigned char pixels[HEIGHT * WIDTH * 3];
+    static double x[COUNT], falling[COUNT], rising[COUNT];
+    for (int i = 0; i < COUNT; i++) {
+        x[i] = i * 10;
+        falling[i] = i < 3 ? 1e6 : 10 - i * 0.01;        /* the first ones must not flatten the rest */
+        rising[i] = i % 2 ? NAN : 8 + i * 0.01;
+    }
+    Curve curves[2] = { { "falling", x, falling, COUNT, { 200, 0, 0 } },
+                        { "rising", x, rising, COUNT, { 0, 0, 200 } } };
+    chart_draw(curves, 2, "step", "bits per dimension", pixels, HEIGHT, WIDTH);
+    for (int i = 0; i < 2; i++) {
+        int found = count_colour(pixels, HEIGHT * WIDTH, curves[i].colour);
+        CHECK(found > 500, "%d pixels of %s", found, curves[i].name);
+    }
+    /* Not flattened: the right half of the falling curve covers a good part of the height. */
+    int top = HEIGHT, bottom = 0;
+    for (int y = 100; y < HEIGHT; y++) {
+        if (count_colour(pixels + (y * WIDTH + WIDTH / 2) * 3, WIDTH / 2, curves[0].colour) == 0) continue;
+        if (y < top) top = y;
+        bottom = y;
+    }
+    CHECK(bottom - top > 100, "the curve covers rows %d to %d", top, bottom);
+
+    /* Whatever is drawn, in whatever size, stays inside: the sanitizers watch. */
+    static const double odd[6][2] = { { NAN, INFINITY }, { 1e300, -1e300 }, { 0, 0 }, { 1e29, -1e29 },
+                                      { 1e-300, 2e-300 }, { 1e6, 1e6 + 1e-9 } };
+    static const int sizes[5][2] = { { 1, 1 }, { 20, 20 }, { 100, 30 }, { 30, 200 }, { 300, 300 } };
+    for (int size = 0; size < 5; size++) {
+        unsigned char *small = malloc((size_t)(sizes[size][0] * sizes[size][1] * 3));
+        for (int i = 0; i < 36; i++) {
+            Curve curve = { "a longer name than there is room", odd[i / 6], odd[i % 6], 2, { 1, 2, 3 } };
+            chart_draw(&curve, i % 5 > 0, "STEP (?)", "y", small, sizes[size][0], sizes[size][1]);
+        }
+        CHECK(size < 2 || small[0] == 255, "the corner is not white");
+        free(small);
+    }
+}
+
+/* ---- data sets ---- */
+
+static void test_idx(void)
+{
+    static const unsigned char good[] = { 0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 3, 1, 2, 3, 4, 5, 6 };
+    static const struct {
+        unsigned char data[24];
+        size_t size;
+        const char *message;
+    } bad[] = {
+        { { 0 }, 0, "x.idx: holds 0 bytes, expected an IDX header of 16" },
+        { { 0, 0, 8, 3, 0, 0, 0, 2 }, 8, "x.idx: holds 8 bytes, expected an IDX header of 16" },
+        { { 0, 0, 8, 1, 0, 0, 0, 2 }, 10,
+          "x.idx: magic number 0x00000801 is that of IDX with 1 dimension, expected 0x00000803 (images)" },
+        { { 0, 0, 8, 4 }, 16, "magic number 0x00000804 is that of IDX with 4 dimensions, expected" },
+        { { 'P', 'K', 8, 3 }, 16,
+          "magic number 0x504b0803 is not that of IDX, expected 0x00000803 (images)" },
+        { { 0, 0, 8, 3, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1 }, 16, "holds no images" },
+        { { 0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1 }, 16, "images of 0 x 1 pixels" },
+        { { 0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0 }, 16,
+          "images of 1 x 65,536 pixels, expected 1 to 32,768" },
+        { { 0, 0, 8, 3, 0, 0, 0xea, 0x60, 0, 0, 0, 28, 0, 0, 0, 28 }, 20,
+          "x.idx: holds 4 of the 47,040,000 bytes its header promises" },
+        { { 0, 0, 8, 3, 255, 255, 255, 255, 0, 0, 128, 0, 0, 0, 128, 0 }, 16,
+          "holds 0 of the 4,611,686,017,353,646,080 bytes" },
+        { { 0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 3 }, 20,
+          "holds 4 bytes, more than the 3 its header promises" },
+    };
+    Error error;
+    Dataset dataset = { 0 };
+    Bytes bytes = copy_of(good, sizeof good);
+    CHECK(idx_parse(&bytes, "x.idx", &dataset, &error) == 0, "%s", error.text);
+    CHECK(dataset.count == 2 && dataset.height == 1 && dataset.width == 3 && dataset.channels == 1, "shape");
+    unsigned char image[3];
+    dataset_image(&dataset, 1, image);
+    CHECK(memcmp(image, "\4\5\6", 3) == 0, "pixels");
+    free(bytes.data);
+    dataset_close(&dataset);
+    CHECK(dataset.pixels == NULL, "not closed");
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        bytes = copy_of(bad[i].data, bad[i].size);
+        CHECK(idx_parse(&bytes, "x.idx", &dataset, &error) != 0, "accepted: %s", bad[i].message);
+        CHECK_MESSAGE(bad[i].message);
+        free(bytes.data);
+    }
+}
+
+enum { RECORD = 3073 };
+
+static void test_cifar(void)
+{
+    static unsigned char batch[2 * RECORD], image[3072];
+    Error error;
+    Dataset dataset = { 0 };
+    for (int i = 0; i < 2 * RECORD; i++) batch[i] = i % RECORD == 0 ? 9 : (unsigned char)(i * 31 / 7);
+    Bytes bytes = copy_of(batch, sizeof batch);
+    CHECK(cifar_parse(&bytes, "x.bin", &dataset, &error) == 0, "%s", error.text);
+    CHECK(dataset.count == 2 && dataset.height == 32 && dataset.width == 32 && dataset.channels == 3,
+          "shape");
+    dataset_image(&dataset, 1, image);
+    int same = 1;
+    for (int p = 0; p < 1024; p++) {
+        for (int c = 0; c < 3; c++) same &= image[3 * p + c] == batch[RECORD + 1 + 1024 * c + p];
+    }
+    CHECK(same, "planes are not turned into pixels");
+    dataset_close(&dataset);
+    bytes.size--;
+    CHECK(cifar_parse(&bytes, "x.bin", &dataset, &error) != 0, "a truncated batch is accepted");
+    CHECK_MESSAGE("x.bin: holds 6,145 bytes, expected a multiple of 3,073");
+    bytes.size = 0;
+    CHECK(cifar_parse(&bytes, "x.bin", &dataset, &error) != 0, "an empty batch is accepted");
+    CHECK_MESSAGE("x.bin: holds 0 bytes");
+    bytes.size = 2 * RECORD;
+    bytes.data[RECORD] = 10;
+    CHECK(cifar_parse(&bytes, "x.bin", &dataset, &error) != 0, "label 10 is accepted");
+    CHECK_MESSAGE("x.bin: image 1 has label 10, expected 0 to 9");
+    free(bytes.data);
+}
+
+static void test_open(void)
+{
+    static unsigned char batch[2 * RECORD];
+    static const unsigned char idx[] = { 0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 2, 7, 8 };
+    Error error;
+    Dataset dataset;
+    CHECK(dataset_open(&dataset, in_directory("nowhere"), SPLIT_TRAIN, 0, &error) != 0, "opened nowhere");
+    CHECK_MESSAGE("/nowhere: No such file or directory");
+    CHECK(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error) != 0, "opened an empty directory");
+    CHECK_MESSAGE("holds neither train-images-idx3-ubyte (MNIST) nor data_batch_1.bin");
+    CHECK(dataset_open(&dataset, in_directory("kept"), SPLIT_TRAIN, 0, &error) != 0, "opened a file");
+    CHECK_MESSAGE("Not a directory");
+
+    for (int i = 0; i < 2 * RECORD; i++) batch[i] = i % RECORD == 0 ? 1 : (unsigned char)(i / RECORD + 1);
+    write_file("data_batch_2.bin", batch, 2 * RECORD);
+    write_file("data_batch_5.bin", batch, RECORD);
+    CHECK(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error) == 0, "%s", error.text);
+    CHECK(dataset.count == 3 && dataset.channels == 3 && dataset.pixels[3072] == 2
+          && dataset.pixels[2 * 3072] == 1,
+          "batches are not joined");
+    dataset_close(&dataset);
+    write_file("data_batch_4.bin", batch, RECORD - 1);
+    CHECK(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error) != 0, "opened a broken batch");
+    CHECK_MESSAGE("/data_batch_4.bin: holds 3,072 bytes");
+    CHECK(dataset_open(&dataset, directory, SPLIT_TEST, 0, &error) != 0, "opened a missing split");
+    CHECK_MESSAGE("holds neither t10k-images-idx3-ubyte (MNIST) nor test_batch.bin");
+    write_file("test_batch.bin", batch, RECORD);
+    CHECK(dataset_open(&dataset, directory, SPLIT_TEST, 0, &error) == 0, "%s", error.text);
+    CHECK(dataset.count == 1 && dataset.split == SPLIT_TEST, "test split");
+    dataset_close(&dataset);
+    write_file("train-images-idx3-ubyte", idx, sizeof idx);
+    CHECK(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error) == 0, "%s", error.text);
+    CHECK(dataset.count == 1 && dataset.channels == 1 && dataset.width == 2, "MNIST");
+    dataset_close(&dataset);
+    write_file("t10k-images-idx3-ubyte.gz", gzip_stored, sizeof gzip_stored);
+    CHECK(dataset_open(&dataset, directory, SPLIT_TEST, 0, &error) != 0, "opened a text");
+    CHECK_MESSAGE("/t10k-images-idx3-ubyte.gz: magic number 0x44696666 is not that of IDX");
+}
+
+static void test_digits(void)
+{
+    Error error;
+    Dataset train, again, test, other;
+    unsigned char a[784], b[784];
+    dataset_open(&train, "digits", SPLIT_TRAIN, 1, &error);
+    dataset_open(&again, "digits", SPLIT_TRAIN, 1, &error);
+    dataset_open(&test, "digits", SPLIT_TEST, 1, &error);
+    dataset_open(&other, "digits", SPLIT_TRAIN, 2, &error);
+    CHECK(train.count == 60000 && test.count == 10000 && train.height == 28 && train.width == 28, "size");
+    for (uint32_t i = 0; i < 300; i++) {
+        dataset_image(&train, i * 199, a);
+        dataset_image(&again, i * 199, b);
+        CHECK(memcmp(a, b, 784) == 0, "digit %u is not the same twice", (unsigned)i * 199);
+        int sum = 0, most = 0, border = 0;
+        for (int p = 0; p < 784; p++) {
+            sum += a[p];
+            if (a[p] > most) most = a[p];
+            if (p / 28 == 0 || p / 28 == 27 || p % 28 == 0 || p % 28 == 27) border += a[p];
+        }
+        CHECK(sum > 4000 && sum < 70000 && most > 200 && border == 0, "digit %u: sum %d, most %d, border %d",
+              (unsigned)i * 199, sum, most, border);
+        dataset_image(&test, i, a);
+        dataset_image(&train, i, b);
+        CHECK(memcmp(a, b, 784) != 0, "test digit %u is a training digit", (unsigned)i);
+        dataset_image(&other, i, a);
+        CHECK(memcmp(a, b, 784) != 0, "digit %u does not depend on the seed", (unsigned)i);
+    }
+    dataset_close(&train);
+}
+
+static void test_shuffle(void)
+{
+    static const uint32_t counts[6] = { 1, 2, 3, 10, 100, 1000 };
+    for (int k = 0; k < 6; k++) {
+        uint32_t count = counts[k];
+        int order[1000], differ_epoch = 0, differ_seed = 0, fixed = 0;
+        for (uint32_t epoch = 0; epoch < 5; epoch++) {
+            char seen[1000] = { 0 };
+            for (uint32_t i = 0; i < count; i++) {
+                uint32_t index = dataset_shuffle(7, epoch, i, count);
+                CHECK(index < count && !seen[index], "count %u: %u is twice or outside", (unsigned)count,
+                      (unsigned)index);
+                if (index < count) seen[index] = 1;
+                if (epoch == 0) order[i] = (int)index;
+                fixed += index == i;
+                differ_epoch += order[i] != (int)index;
+                differ_seed += dataset_shuffle(8, epoch, i, count) != index;
+            }
+        }
+        CHECK(count < 10 || (differ_epoch > 2 * (int)count && differ_seed > 2 * (int)count),
+              "count %u: the same order", (unsigned)count);
+        CHECK(count < 10 || fixed < (int)count, "count %u: %d of 5 epochs stay in place", (unsigned)count,
+              fixed);
+    }
+    for (uint32_t i = 0; i < 100; i++) {
+        uint32_t index = dataset_shuffle(1, 0, UINT32_MAX - 1 - i, UINT32_MAX);
+        CHECK(index < UINT32_MAX && index != dataset_shuffle(1, 0, i, UINT32_MAX), "the largest count");
+    }
+}
+
+static void test_mnist(void)
+{
+    static const struct {
+        Split split;
+        uint32_t count;
+        uint64_t sum, weighted;          /* of all pixels; of pixel * (place % 251) of the first 100 images */
+    } known[2] = { { SPLIT_TRAIN, 60000, 1567298545, 317163866 }, { SPLIT_TEST, 10000, 264923200,
+                                                                    298271224 } };
+    const char *where = getenv("MNIST_DIR");
+    if (where == NULL) printf("skipped: MNIST_DIR is not set\n");
+    for (int i = 0; i < 2 && where != NULL; i++) {
+        Error error;
+        Dataset dataset;
+        int status = dataset_open(&dataset, where, known[i].split, 0, &error);
+        CHECK(status == 0, "%s", error.text);
+        if (status != 0) continue;
+        uint64_t sum = 0, weighted = 0;
+        for (size_t p = 0; p < (size_t)dataset.count * 784; p++) sum += dataset.pixels[p];
+        for (size_t p = 0; p < 78400; p++) weighted += p % 251 * dataset.pixels[p];
+        CHECK(dataset.count == known[i].count && dataset.height == 28 && dataset.width == 28,
+              "size of MNIST");
+        CHECK(sum == known[i].sum && weighted == known[i].weighted, "pixels of MNIST");
+        dataset_close(&dataset);
+    }
+}
+
+/* ---- safetensors ---- */
+
+static int parse_text(const char *header, size_t data_size, TensorFile *file, Error *error)
+{
+    size_t length = strlen(header);
+    Bytes bytes = { calloc(8 + length + data_size, 1), 8 + length + data_size };
+    for (int i = 0; i < 8; i++) bytes.data[i] = (unsigned char)((uint64_t)length >> 8 * i);
+    memcpy(bytes.data + 8, header, length);
+    return tensors_parse(bytes, "x.safetensors", file, error);
+}
+
+static void test_tensors(void)
+{
+    static const float singles[6] = { 1.5f, -2, 3e-20f, 0, 5, 1e30f };
+    static const double doubles[2] = { 0.1, -1e300 };
+    static const unsigned char bytes[3] = { 1, 2, 255 };
+    const TensorOut out[4] = {
+        { "b.kernel", TYPE_F32, 2, { 2, 3 }, singles }, { "a \"quoted\\\" name", TYPE_F64, 1, { 2 },
+                                                          doubles },
+        { "images", TYPE_U8, 3, { 1, 3, 1 }, bytes }, { "empty", TYPE_F32, 2, { 0, 5 }, NULL },
+    };
+    const char *const metadata[6] = { "step", "12", "config", "{\"line\":\n\"\x01\xc3\xa9\"}", "", "" };
+    Error error;
+    TensorFile file;
+    char path[256];
+    strcpy(path, in_directory("t.safetensors"));
+    CHECK(tensors_write(path, out, 4, metadata, 3, &error) == 0, "%s", error.text);
+    CHECK(tensors_read(path, &file, &error) == 0, "%s", error.text);
+    CHECK(file.tensor_count == 4 && file.metadata_count == 3, "counts");
+    for (int i = 0; i < 3; i++) {
+        const char *value = tensors_metadata(&file, metadata[2 * i]);
+        CHECK(value != NULL && strcmp(value, metadata[2 * i + 1]) == 0, "metadata %s", metadata[2 * i]);
+    }
+    CHECK(tensors_metadata(&file, "none") == NULL && tensors_find(&file, "none") == NULL, "found nothing");
+    const TensorEntry *entry = tensors_find(&file, "b.kernel");
+    real values[6];
+    CHECK(entry != NULL && entry->type == TYPE_F32 && entry->rank == 2 && entry->count == 6
+          && entry->size == 24, "b");
+    CHECK((entry->data - file.bytes.data) % 8 == 0, "the data are not aligned");
+    CHECK(tensors_copy(entry, path, 2, out[0].shape, values, &error) == 0, "%s", error.text);
+    for (int i = 0; i < 6; i++) CHECK(values[i] == (real)singles[i], "value %d", i);
+    CHECK(tensors_copy(entry, "x", 2, out[3].shape, values, &error) != 0, "another shape is accepted");
+    CHECK_MESSAGE("x: tensor b.kernel is [2, 3], expected [0, 5]");
+    CHECK(tensors_copy(entry, "x", 0, out[3].shape, values, &error) != 0, "another rank is accepted");
+    CHECK_MESSAGE("x: tensor b.kernel is [2, 3], expected []");
+    entry = tensors_find(&file, "a \"quoted\\\" name");
+    CHECK(entry != NULL && entry->type == TYPE_F64 && entry->count == 2, "a");
+    int status = tensors_copy(entry, "x", 1, out[1].shape, values, &error);
+    if (sizeof(real) == 8) CHECK(status == 0 && values[0] == (real)0.1 && values[1] == (real)-1e300,
+                                 "doubles");
+    if (sizeof(real) == 4) CHECK(status != 0, "a double beyond float is accepted");
+    CHECK(values[0] == (real)0.1, "double");
+    entry = tensors_find(&file, "images");
+    CHECK(entry != NULL && entry->type == TYPE_U8 && memcmp(entry->data, bytes, 3) == 0, "images");
+    CHECK(tensors_copy(entry, "x", 3, out[2].shape, values, &error) != 0, "bytes are accepted as numbers");
+    CHECK_MESSAGE("x: tensor images is not of type F32 or F64");
+    entry = tensors_find(&file, "empty");
+    CHECK(entry != NULL && entry->count == 0, "empty");
+    CHECK(tensors_copy(entry, "x", 2, out[3].shape, values, &error) == 0, "%s", error.text);
+    tensors_free(&file);
+
+    /* Every truncation is refused. */
+    Bytes whole = read_file("t.safetensors");
+    for (size_t length = 0; length < whole.size; length++) {
+        CHECK(tensors_parse(copy_of(whole.data, length), "x", &file, &error) != 0, "truncated at %zu",
+              length);
+    }
+    free(whole.data);
+
+    const float infinite[2] = { 1, INFINITY };
+    const TensorOut bad = { "w", TYPE_F32, 1, { 2 }, infinite };
+    CHECK(tensors_write(path, &bad, 1, NULL, 0, &error) == 0, "%s", error.text);
+    CHECK(tensors_read(path, &file, &error) == 0, "%s", error.text);
+    CHECK(tensors_copy(tensors_find(&file, "w"), "x", 1, bad.shape, values, &error) != 0,
+          "infinity is accepted");
+    CHECK_MESSAGE("x: tensor w: value 1 is not a finite number");
+    tensors_free(&file);
+    CHECK(tensors_write(path, NULL, 0, metadata, 1, &error) == 0 && tensors_read(path, &file, &error) == 0,
+          "metadata alone: %s", error.text);
+    CHECK(file.tensor_count == 0 && tensors_metadata(&file, "step") != NULL, "metadata alone");
+    tensors_free(&file);
+    CHECK(tensors_write(path, NULL, 0, NULL, 0, &error) == 0 && tensors_read(path, &file, &error) == 0,
+          "nothing: %s", error.text);
+    tensors_free(&file);
+    CHECK(tensors_read(in_directory("missing"), &file, &error) != 0, "a missing file is accepted");
+    CHECK_MESSAGE("/missing: No such file or directory");
+}
+
+#define TENSOR(name, type, shape, begin, end) \
+    "\"" name "\":{\"dtype\":\"" type "\",\"shape\":" shape ",\"data_offsets\":[" begin "," end "]}"
+
+static void test_tensor_headers(void)
+{
+    static const struct {
+        const char *header;
+        size_t data_size;
+        const char *message;             /* NULL: accepted */
+    } headers[] = {
+        { "{}", 0, NULL },
+        { "{ }   ", 0, NULL },
+        { "{" TENSOR("a", "F32", "[2]", "0", "8") "}", 8, NULL },
+        { "{" TENSOR("b", "BF16", "[]", "4", "6") ",\n\t" TENSOR("a", "I32", "[1,1]", "0", "4") "}", 6,
+          NULL },
+        { "{" TENSOR("e", "F64", "[0]", "4", "4") "," TENSOR("a", "F8_E5M2", "[4]", "0", "4") ","
+              TENSOR("z", "F64", "[0]", "0", "0") "}", 4, NULL },
+        { "{\"__metadata__\":{\"a\":\"\\u00e9\\ud83d\\ude00\\n\"}}", 0, NULL },
+        { "{\"__metadata__\":{}}", 0, NULL },
+        { "", 0, "header byte 0: expected '{'" },
+        { "[]", 0, "expected '{'" },
+        { "{", 0, "expected '\"'" },
+        { "{}}", 0, "header byte 2: expected only spaces after the header" },
+        { "{},", 0, "expected only spaces" },
+        { "{\"a\"}", 0, "expected ':'" },
+        { "{\"a\":1}", 0, "expected '{'" },
+        { "{\"a\":{}}", 0, "expected dtype, shape and two data_offsets" },
+        { "{\"a", 0, "the string is not closed" },
+        { "{\"a\\", 0, "unknown escape" },
+        { "{\"a\\x\":1}", 0, "unknown escape" },
+        { "{\"a\\u12\":1}", 0, "invalid \\u escape" },
+        { "{\"a\\ud800\":1}", 0, "invalid \\u escape" },
+        { "{\"a\\ud800\\u0041\":1}", 0, "invalid \\u escape" },
+        { "{\"a\\udc00\":1}", 0, "invalid \\u escape" },
+        { "{\"a\\u0000\":1}", 0, "invalid \\u escape" },
+        { "{\"a\n\":1}", 0, "control character in a string" },
+        { "{" TENSOR("a\\u001b[2J", "U8", "[0]", "0", "0") "}", 0, "control character in a name" },
+        { "{" TENSOR("a", "F32", "[2]", "0", "8") ",}", 8, "expected '\"'" },
+        { "{" TENSOR("a", "F32", "[2]", "0", "8") TENSOR("b", "F32", "[0]", "8", "8") "}", 8,
+          "expected ','" },
+        { "{" TENSOR("a", "F32", "[2,]", "0", "8") "}", 8, "expected a whole number" },
+        { "{" TENSOR("a", "F32", "[-2]", "0", "8") "}", 8, "expected a whole number that is not negative" },
+        { "{" TENSOR("a", "F32", "[2.0]", "0", "8") "}", 8, "expected ','" },
+        { "{" TENSOR("a", "F32", "[2e0]", "0", "8") "}", 8, "expected ','" },
+        { "{" TENSOR("a", "F32", "[02]", "0", "8") "}", 8, "the number begins with 0" },
+        { "{" TENSOR("a", "F32", "[00]", "0", "0") "}", 0, "the number begins with 0" },
+        { "{" TENSOR("a", "F32", "[\"2\"]", "0", "8") "}", 8, "expected a whole number" },
+        { "{" TENSOR("a", "F32", "[[2]]", "0", "8") "}", 8, "expected a whole number" },
+        { "{" TENSOR("a", "F32", "[99999999999999999999]", "0", "8") "}", 8, "the number is too large" },
+        { "{" TENSOR("a", "F32", "[4294967296,4294967296]", "0", "0") "}", 0, "the shape is too large" },
+        { "{" TENSOR("a", "F32", "[4611686018427387904]", "0", "0") "}", 0, "the shape is too large" },
+        { "{" TENSOR("a", "F32", "[1,1,1,1,1,1,1,1,1]", "0", "4") "}", 4, "more numbers than expected" },
+        { "{" TENSOR("a", "F33", "[2]", "0", "8") "}", 8, "unknown dtype" },
+        { "{" TENSOR("a", "F32", "[2]", "0", "8,9") "}", 8, "more numbers than expected" },
+        { "{" TENSOR("a", "F32", "[2]", "8", "0") "}", 8, "data_offsets leave the file" },
+        { "{" TENSOR("a", "F32", "[2]", "0", "9") "}", 8, "data_offsets leave the file" },
+        { "{" TENSOR("a", "F32", "[2]", "0", "9000000000000000000") "}", 8, "data_offsets leave the file" },
+        { "{" TENSOR("a", "F32", "[3]", "0", "8") "}", 8, "data_offsets do not fit" },
+        { "{" TENSOR("a", "F32", "[2]", "0", "8") "}", 9, "1 bytes at its end belong to no tensor" },
+        { "{" TENSOR("a", "F32", "[2]", "1", "9") "}", 9, "tensor a: its data leave a gap" },
+        { "{" TENSOR("a", "U8", "[4]", "0", "4") "," TENSOR("b", "U8", "[4]", "3", "7") "}", 7,
+          "tensor b: its data overlap" },
+        { "{" TENSOR("a", "U8", "[4]", "0", "4") "," TENSOR("b", "U8", "[4]", "0", "4") "}", 4,
+          "its data overlap" },
+        { "{" TENSOR("a", "U8", "[4]", "0", "4") "," TENSOR("a", "U8", "[4]", "4", "8") "}", 8,
+          "the name a is there twice" },
+        { "{" TENSOR("a", "U8", "[4]", "0", "4") "," TENSOR("\\u0061", "U8", "[4]", "4", "8") "}", 8,
+          "the name a is there twice" },
+        { "{\"__metadata__\":{\"k\":\"1\",\"k\":\"2\"}}", 0, "a key of __metadata__ is there twice" },
+        { "{\"__metadata__\":{\"k\":1}}", 0, "expected '\"'" },
+        { "{\"__metadata__\":{\"k\":{\"l\":\"1\"}}}", 0, "expected '\"'" },
+        { "{\"__metadata__\":{},\"__metadata__\":{}}", 0, "a second __metadata__" },
+        { "{\"a\":{\"dtype\":\"U8\",\"dtype\":\"U8\"}}", 0, "each of dtype, shape and data_offsets once" },
+        { "{\"a\":{\"dtype\":\"U8\",\"more\":1}}", 0, "each of dtype, shape and data_offsets once" },
+        { "{\"a\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0]}}", 0, "two data_offsets" },
+    };
+    Error error;
+    TensorFile file;
+    for (size_t i = 0; i < sizeof headers / sizeof headers[0]; i++) {
+        int status = parse_text(headers[i].header, headers[i].data_size, &file, &error);
+        CHECK((status == 0) == (headers[i].message == NULL), "%s: %s", headers[i].header,
+              status ? error.text : "accepted");
+        if (status == 0) {
+            const char *value = tensors_metadata(&file, "a");
+            if (value != NULL) CHECK(strcmp(value, "\xc3\xa9\xf0\x9f\x98\x80\n") == 0, "escapes");
+            tensors_free(&file);
+        } else if (headers[i].message != NULL) {
+            CHECK_MESSAGE(headers[i].message);
+            CHECK_MESSAGE("x.safetensors: ");
+        }
+    }
+    CHECK(tensors_parse(copy_of("\0\1\2", 3), "x", &file, &error) != 0, "three bytes are accepted");
+    CHECK_MESSAGE("x: holds 3 bytes, expected a safetensors file");
+    CHECK(tensors_parse(copy_of("\x10\0\0\0\0\0\0\0{}", 10), "x", &file, &error) != 0, "no header");
+    CHECK_MESSAGE("x: holds 2 of the 16 bytes of its header");
+    CHECK(tensors_parse(copy_of("\x10\0\0\0\0\0\0\xff{}", 10), "x", &file, &error) != 0, "a huge header");
+    CHECK_MESSAGE("bytes, expected at most 100,000,000");
+}
+
+int main(void)
+{
+    if (mkdtemp(directory) == NULL) {
+        perror(directory);
+        return 1;
+    }
+    test_file_replace();
+    test_open();
+    test_gzip();
+    test_images();
+    test_chart();
+    test_idx();
+    test_cifar();
+    test_digits();
+    test_shuffle();
+    test_mnist();
+    test_tensors();
+    test_tensor_headers();
+
+    DIR *stream = opendir(directory);
+    for (struct dirent *entry; stream != NULL && (entry = readdir(stream)) != NULL;) {
+        if (entry->d_name[0] != '.') unlink(in_directory(entry->d_name));
+    }
+    if (stream != NULL) closedir(stream);
+    CHECK(rmdir(directory) == 0, "%s: %s", directory, strerror(errno));
+    return test_report();
+}

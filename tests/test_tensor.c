@@ -1,0 +1,1019 @@
+/* test_tensor.c - every function of tensor.c against the plainest loop that says the same, in double, or in long
+ * double where cancellation would make double no better than what is tested.
+ *
+ * Tolerances. EPS is the distance from 1 to the next real, twice the largest relative error of one rounding. A sum of
+ * n products is then within n EPS times the sum of their magnitudes, twice the textbook bound, which leaves room
+ * for the rounding of the loop in double when real is double itself. Where another tolerance is used, the reason
+ * stands beside it. Statistics of random numbers lie within 5 standard errors: the seeds are fixed, so that a test
+ * which passes once passes always. */
+
+#define _POSIX_C_SOURCE 200809L
+
+#include "../diffenc.h"
+#include "test.h"
+
+#include <float.h>
+#include <math.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static const double EPS = sizeof(real) == sizeof(float) ? FLT_EPSILON : DBL_EPSILON;
+static const double STANDARD_ERRORS = 5;
+
+/* The larger of `worst` and |got - want| / tolerance; not a number counts as infinitely wrong. */
+static double worse(double worst, double got, double want, double tolerance) {
+    const double ratio = got == want ? 0 : fabs(got - want) / tolerance;
+    return ratio <= worst ? worst : ratio >= 0 ? ratio : INFINITY;
+}
+
+static RandomStream check_stream(uint32_t example) {
+    return random_stream(2023, RANDOM_CHECK, 0, example);
+}
+
+/* count numbers, normal with the given mean and standard deviation, in memory of exactly that size, so that a
+ * sanitizer notices one read too far. */
+static real *normals(size_t count, uint32_t example, double mean, double deviation) {
+    real *x = allocate(count, sizeof(real));
+    random_normal(check_stream(example), x, count);
+    for (size_t i = 0; i < count; i++)
+        x[i] = (real)(mean + deviation * (double)x[i]);
+    return x;
+}
+
+static real *copy_of(const real *x, size_t count) {
+    return memcpy(allocate(count, sizeof(real)), x, count * sizeof(real));
+}
+
+static double sigmoid(double u) {
+    return 1 / (1 + exp(-u));
+}
+
+/* ---- errors and memory ---- */
+
+static void test_fail(void) {
+    Error error;
+    CHECK(fail(&error, "%s: holds %d of %d bytes", "file", 3, 7) == -1, "fail returns -1");
+    CHECK(strcmp(error.text, "file: holds 3 of 7 bytes") == 0, "message is '%s'", error.text);
+    CHECK(fail(&error, "%0600d", 1) == -1 && strlen(error.text) == sizeof error.text - 1, "a long message is cut off");
+}
+
+/* The exit status of a process that asks for count * size bytes. */
+static int status_of_allocation(void *(*function)(size_t, size_t), size_t count, size_t size) {
+    int status = -1;
+    fflush(stdout);
+    const pid_t child = fork();
+    if (child == 0) {
+        if (!freopen("/dev/null", "w", stderr))
+            _exit(2);
+        function(count, size);
+        _exit(0);
+    }
+    CHECK(child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status), "the process ends by itself");
+    return WEXITSTATUS(status);
+}
+
+static void test_allocate(void) {
+    char *zeros = allocate_zeroed(1000, 3);
+    int sum = 0;
+    for (int i = 0; i < 3000; i++)
+        sum |= zeros[i];
+    CHECK(sum == 0, "allocate_zeroed gives zeros");
+    free(zeros);
+    void *nothing = allocate(0, 8), *none = allocate_zeroed(0, 0);
+    CHECK(nothing && none, "no elements: still a pointer");
+    free(nothing);
+    free(none);
+    CHECK(status_of_allocation(allocate, SIZE_MAX / 4, 16) == 1, "allocate: a size that overflows exits with 1");
+    CHECK(status_of_allocation(allocate_zeroed, SIZE_MAX / 4, 16) == 1, "allocate_zeroed: the same");
+}
+
+/* One pass over an arena: `count` requests, from nothing to some megabytes; every byte is written. */
+static void arena_pass(Arena *arena, int count, char **memory, size_t *size) {
+    for (int i = 0; i < count; i++) {
+        size[i] = i % 29 == 28 ? (size_t)1500000 : random_bits(check_stream(1), (uint32_t)i) % 5000;
+        memory[i] = arena_allocate(arena, size[i], 1);
+        memset(memory[i], i % 251, size[i]);
+    }
+}
+
+static void test_arena(void) {
+    enum { COUNT = 200 };
+    Arena *arena = arena_new();
+    char *first[COUNT], *second[COUNT];
+    size_t size[COUNT];
+    CHECK(arena_capacity(arena) == 0, "a new arena holds nothing");
+    const ArenaMark empty = arena_mark(arena);
+    arena_pass(arena, COUNT, first, size);
+    int aligned = 1, intact = 1;
+    for (int i = 0; i < COUNT; i++) {
+        aligned &= (uintptr_t)first[i] % 64 == 0;
+        for (size_t j = 0; j < size[i]; j++)
+            intact &= first[i][j] == (char)(i % 251);
+    }
+    CHECK(aligned, "memory begins at multiples of 64");
+    CHECK(intact, "no two pieces of memory overlap");
+
+    const size_t capacity = arena_capacity(arena);
+    for (int pass = 0; pass < 3; pass++) {
+        if (pass == 1)
+            arena_release(arena, empty);
+        else
+            arena_reset(arena);
+        arena_pass(arena, COUNT, second, size);
+        CHECK(memcmp(first, second, sizeof first) == 0, "the same requests find the same memory");
+        CHECK(arena_capacity(arena) == capacity, "capacity grew from %zu to %zu", capacity, arena_capacity(arena));
+    }
+
+    /* Marks nest, also when several blocks lie between them. */
+    arena_reset(arena);
+    char *outer = arena_allocate(arena, 100, 1);
+    const ArenaMark mark = arena_mark(arena);
+    memset(outer, 7, 100);
+    for (int pass = 0; pass < 3; pass++) {
+        arena_pass(arena, COUNT, second, size);
+        CHECK(pass == 0 || memcmp(first, second, sizeof first) == 0, "released memory is handed out again");
+        memcpy(first, second, sizeof first);
+        arena_release(arena, mark);
+    }
+    CHECK(outer[0] == 7 && outer[99] == 7, "what lies before a mark stays");
+    CHECK(arena_allocate(arena, 7, sizeof(real)) == (void *)first[0], "7 elements begin where 1 would");
+    arena_free(arena);
+    arena_free(NULL);
+    const int status = status_of_allocation((void *(*)(size_t, size_t))allocate, SIZE_MAX / 2, 2);
+    CHECK(status == 1, "more than the address space exits with 1");
+}
+
+/* ---- random numbers ---- */
+
+static void test_philox(void) {
+    /* Random123, kat_vectors, "philox4x32 10": counter, key, result. */
+    static const uint32_t known[3][10] = {
+        {0, 0, 0, 0, 0, 0, 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
+        {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff, 0x408f276d, 0x41c83b0e, 0xa20bc7c6,
+         0x6d5451fd},
+        {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0, 0xd16cfe09, 0x94fdcceb, 0x5001e420,
+         0x24126ea1}};
+    for (int i = 0; i < 3; i++) {
+        uint32_t out[4];
+        philox4x32(known[i], known[i] + 4, out);
+        CHECK(memcmp(out, known[i] + 6, sizeof out) == 0, "known answer %d: %08x %08x %08x %08x", i, (unsigned)out[0],
+              (unsigned)out[1], (unsigned)out[2], (unsigned)out[3]);
+    }
+}
+
+static void test_random_positions(void) {
+    const RandomStream s = random_stream(0x123456789abcdefu, RANDOM_NOISE, 77, 5);
+    CHECK(s.seed == 0x123456789abcdefu && s.purpose == RANDOM_NOISE && s.step == 77 && s.example == 5,
+          "a stream is named by seed, purpose, step, example");
+    int uniform_of_bits = 1, in_range = 1;
+    for (uint32_t p = 0; p < 1000; p++) {
+        const uint64_t high = random_bits(s, 2 * p), low = random_bits(s, 2 * p + 1);
+        const double want = (double)((high << 32 | low) >> 11) / 9007199254740992.0;
+        uniform_of_bits &= random_uniform(s, p) == want;
+        in_range &= want >= 0 && want < 1;
+    }
+    CHECK(uniform_of_bits, "uniform number p is made of bits 2p and 2p+1");
+    CHECK(in_range, "uniform numbers lie in [0, 1)");
+    real all[100], few[100];
+    random_normal(s, all, 100);
+    for (size_t count = 0; count <= 9; count++) {
+        few[count] = 42;
+        random_normal(s, few, count);
+        CHECK(memcmp(few, all, count * sizeof(real)) == 0 && few[count] == 42, "%zu normal numbers are the first ones",
+              count);
+    }
+}
+
+static void test_uniform_moments(void) {
+    enum { COUNT = 200000, BINS = 256 };
+    static int bin[BINS];
+    double sum = 0, square = 0, chi_squared = 0;
+    for (uint32_t i = 0; i < COUNT; i++) {
+        const double u = random_uniform(check_stream(2), i);
+        sum += u - 0.5;
+        square += (u - 0.5) * (u - 0.5) - 1.0 / 12;
+        bin[(int)(u * BINS)]++;
+    }
+    for (int b = 0; b < BINS; b++)
+        chi_squared += pow(bin[b] - (double)COUNT / BINS, 2) / ((double)COUNT / BINS);
+    CHECK(fabs(sum) < STANDARD_ERRORS * sqrt(COUNT / 12.0), "mean of uniform numbers: %g", sum / COUNT);
+    /* The variance of (u - 1/2)^2 is 1/80 - 1/144 = 1/180. */
+    CHECK(fabs(square) < STANDARD_ERRORS * sqrt(COUNT / 180.0), "variance of uniform numbers: %g", square / COUNT);
+    CHECK(fabs(chi_squared - (BINS - 1)) < STANDARD_ERRORS * sqrt(2.0 * (BINS - 1)), "chi squared %g of %d bins",
+          chi_squared, BINS);
+}
+
+static void test_normal_moments(void) {
+    enum { COUNT = 200000, BINS = 64 };
+    real *x = normals(COUNT, 3, 0, 1);
+    static int bin[BINS];
+    /* E x^k of a standard normal and the variance of x^k, k = 1..4. */
+    static const double moment[5] = {1, 0, 1, 0, 3}, variance[5] = {0, 1, 2, 15, 96};
+    for (int k = 1; k <= 4; k++) {
+        double sum = 0;
+        for (size_t i = 0; i < COUNT; i++)
+            sum += pow((double)x[i], k) - moment[k];
+        CHECK(fabs(sum) < STANDARD_ERRORS * sqrt(COUNT * variance[k]), "E x^%d = %g", k, sum / COUNT + moment[k]);
+    }
+    double neighbours = 0, chi_squared = 0;   /* cosine and sine of a pair, and one pair and the next */
+    for (size_t i = 0; i + 1 < COUNT; i++)
+        neighbours += (double)x[i] * (double)x[i + 1];
+    CHECK(fabs(neighbours) < STANDARD_ERRORS * sqrt(COUNT), "neighbours correlate: %g", neighbours / COUNT);
+    for (size_t i = 0; i < COUNT; i++)
+        bin[(int)(BINS * 0.5 * erfc(-(double)x[i] / sqrt(2)))]++;
+    for (int b = 0; b < BINS; b++)
+        chi_squared += pow(bin[b] - (double)COUNT / BINS, 2) / ((double)COUNT / BINS);
+    CHECK(fabs(chi_squared - (BINS - 1)) < STANDARD_ERRORS * sqrt(2.0 * (BINS - 1)), "chi squared %g of %d bins",
+          chi_squared, BINS);
+    free(x);
+}
+
+/* Streams that differ in one of the four names have nothing to do with each other. */
+static void test_streams_independent(void) {
+    enum { COUNT = 50000, STREAMS = 7 };
+    const RandomStream stream[STREAMS] = {
+        random_stream(1, RANDOM_NOISE, 2, 3), random_stream(2, RANDOM_NOISE, 2, 3),
+        random_stream(1 + ((uint64_t)1 << 32), RANDOM_NOISE, 2, 3), random_stream(1, RANDOM_NOISE_0, 2, 3),
+        random_stream(1, RANDOM_NOISE, 3, 3), random_stream(1, RANDOM_NOISE, 2, 4),
+        random_stream(1, RANDOM_NOISE, 3, 2)};
+    real *x[STREAMS];
+    for (int s = 0; s < STREAMS; s++) {
+        x[s] = allocate(COUNT, sizeof(real));
+        random_normal(stream[s], x[s], COUNT);
+        for (int r = 0; r < s; r++)
+            CHECK(fabs(dot(x[r], x[s], COUNT)) < STANDARD_ERRORS * sqrt(COUNT), "streams %d and %d correlate: %g", r, s,
+                  dot(x[r], x[s], COUNT) / COUNT);
+    }
+    for (int s = 0; s < STREAMS; s++)
+        free(x[s]);
+}
+
+static void test_dropout(void) {
+    enum { COUNT = 100000, RUN = 128 };
+    static const double rates[5] = {0, 0.1, 0.25, 0.5, 0.9};
+    real *keep = allocate(COUNT, sizeof(real)), *part = allocate(COUNT, sizeof(real));
+    for (int r = 0; r < 5; r++) {
+        const double p = floor(rates[r] * 65536 + 0.5) / 65536;
+        int dropped = 0, known = 1;
+        double neighbours = 0;
+        random_dropout(check_stream(4), 0, COUNT, rates[r], keep);
+        for (int i = 0; i < COUNT; i++) {
+            dropped += keep[i] == 0;
+            known &= keep[i] == 0 || keep[i] == (real)(1 / (1 - p));
+            neighbours += i > 0 ? ((keep[i] == 0) - p) * ((keep[i - 1] == 0) - p) : 0;
+        }
+        CHECK(known, "rate %g: factors are 0 or 1/(1-p)", rates[r]);
+        CHECK(fabs(dropped - p * COUNT) <= STANDARD_ERRORS * sqrt(p * (1 - p) * COUNT), "rate %g: %g are dropped",
+              rates[r], (double)dropped / COUNT);
+        CHECK(fabs(neighbours) <= STANDARD_ERRORS * p * (1 - p) * sqrt(COUNT), "rate %g: neighbours correlate", rates[r]);
+        static const int counts[8] = {1, 7, 8, 100, 127, 128, 129, 5000};
+        for (int c = 0; c < 8; c++) {
+            part[counts[c]] = 42;
+            random_dropout(check_stream(4), 0, (size_t)counts[c], rates[r], part);
+            CHECK(memcmp(part, keep, counts[c] * sizeof(real)) == 0 && part[counts[c]] == 42,
+                  "rate %g: the first %d factors depend on how many are made", rates[r], counts[c]);
+        }
+        for (int first = RUN; first < 5 * RUN; first += RUN) {
+            random_dropout(check_stream(4), (uint32_t)first, 300, rates[r], part);
+            CHECK(memcmp(part, keep + first, 300 * sizeof(real)) == 0, "rate %g: factors from position %d", rates[r], first);
+        }
+    }
+    random_dropout(check_stream(4), 0, COUNT, 0.5, keep);
+    random_dropout(check_stream(5), 0, COUNT, 0.5, part);
+    CHECK(fabs(dot(keep, part, COUNT) - COUNT) < STANDARD_ERRORS * sqrt(3.0 * COUNT), "two masks correlate");
+    free(keep);
+    free(part);
+}
+
+/* ---- products ---- */
+
+enum { BIAS = 1, START = 2, ACCUMULATE = 4, TRANSPOSED = 8, OVERLAP = 16, GAPS = 32, VARIANTS = 64 };
+
+static size_t extent(ptrdiff_t n1, ptrdiff_t s1, ptrdiff_t n2, ptrdiff_t s2, ptrdiff_t n3, ptrdiff_t s3, ptrdiff_t n4,
+                     ptrdiff_t s4) {
+    return (size_t)((n1 - 1) * s1 + (n2 - 1) * s2 + (n3 - 1) * s3 + (n4 - 1) * s4 + 1);
+}
+
+/* The strides of a product as `variant` says; everything else of it is set. */
+static void lay_out(Product *p, int variant) {
+    const ptrdiff_t gap = variant & GAPS ? 5 : 0;
+    p->a_inner = variant & TRANSPOSED ? p->rows + gap : 1;
+    p->a_row = variant & TRANSPOSED ? 1 : variant & OVERLAP ? 1 + p->inner / 3 : p->inner + gap;
+    p->a_segment = variant & TRANSPOSED ? p->inner * p->a_inner : p->rows * p->a_row + p->inner;
+    p->a_line = variant & OVERLAP ? p->a_segment : p->segments * p->a_segment;
+    p->b_row = p->columns + gap;
+    p->b_segment = p->inner * p->b_row + gap;
+    p->c_row = p->columns + gap;
+    p->c_line = p->rows * p->c_row + gap;
+}
+
+/* |got - want| of the worst element, in units of its tolerance; `before` is c as it was. */
+static double product_error(const Product *p, const real *before, const real *start) {
+    double worst = 0;
+    for (int line = 0; line < p->lines; line++)
+        for (int i = 0; i < p->rows; i++)
+            for (int j = 0; j < p->columns; j++) {
+                const ptrdiff_t at = line * p->c_line + i * p->c_row + j;
+                double sum = p->bias ? (double)p->bias[j] : 0, size = fabs(sum);
+                sum += start ? (double)start[at] : 0;
+                size += start ? fabs((double)start[at]) : 0;
+                for (int s = 0; s < p->segments; s++)
+                    for (int k = 0; k < p->inner; k++) {
+                        const double term = (double)p->a[line * p->a_line + i * p->a_row + s * p->a_segment + k * p->a_inner]
+                                          * (double)p->b[s * p->b_segment + k * p->b_row + j];
+                        sum += term;
+                        size += fabs(term);
+                    }
+                worst = worse(worst, p->c[at], sum, (p->segments * p->inner + 2) * EPS * size);
+            }
+    const size_t size = extent(p->lines, p->c_line, p->rows, p->c_row, p->columns, 1, 1, 0);
+    for (size_t at = 0; at < size; at++)   /* what lies between the rows of c was not touched */
+        if ((ptrdiff_t)at % p->c_line >= p->rows * p->c_row || (ptrdiff_t)at % p->c_line % p->c_row >= p->columns)
+            worst = worse(worst, p->c[at], before[at], 0);
+    return worst;
+}
+
+static double try_product(int lines, int rows, int columns, int segments, int inner, int variant, Arena *scratch) {
+    Product p = {.lines = lines, .rows = rows, .columns = columns, .segments = segments, .inner = inner};
+    lay_out(&p, variant);
+    const size_t a_size = extent(lines, p.a_line, rows, p.a_row, segments, p.a_segment, inner, p.a_inner);
+    const size_t b_size = extent(segments, p.b_segment, inner, p.b_row, columns, 1, 1, 0);
+    const size_t c_size = extent(lines, p.c_line, rows, p.c_row, columns, 1, 1, 0);
+    real *a = normals(a_size, 10, 0, 1), *b = normals(b_size, 11, 0, 1), *c = normals(c_size, 12, 0, 3);
+    real *bias = normals((size_t)columns, 13, 0, 2), *start = normals(c_size, 14, 0, 2), *before = copy_of(c, c_size);
+    p.a = a, p.b = b, p.c = c;
+    p.bias = variant & BIAS ? bias : NULL;
+    p.start = variant & ACCUMULATE ? c : variant & START ? start : NULL;
+    product(&p, scratch);
+    const double worst = product_error(&p, before, variant & ACCUMULATE ? before : p.start);
+    free(a), free(b), free(c), free(bias), free(start), free(before);
+    return worst;
+}
+
+static void test_product(Arena *scratch) {
+    int count = 0;
+    for (int rows = 1; rows <= 25; rows++)
+        for (int columns = 1; columns <= 70; columns++, count++) {
+            const int lines = 1 + count % 3, segments = 1 + count / 3 % 4, inner = 1 + count / 12 % 11;
+            const int variant = count * 37 % VARIANTS;   /* 37 is odd: all variants in turn */
+            const double worst = try_product(lines, rows, columns, segments, inner, variant, scratch);
+            CHECK(worst <= 1, "product: lines %d, rows %d, columns %d, segments %d, inner %d, variant %d: %.3g tolerances",
+                  lines, rows, columns, segments, inner, variant, worst);
+        }
+    for (int variant = 0; variant < VARIANTS; variant++) {
+        const double worst = try_product(2, 13, 67, 3, 21, variant, scratch);
+        CHECK(worst <= 1, "product: variant %d: %.3g tolerances", variant, worst);
+    }
+    /* Long sums and large matrices, where a blocked loop would have its seams. */
+    static const int large[6][5] = {{1, 97, 130, 1, 1200}, {28, 28, 32, 3, 96}, {3, 96, 33, 28, 28}, {1, 784, 16, 1, 784},
+                                    {1, 16, 784, 1, 50}, {1, 300, 300, 2, 300}};
+    for (int i = 0; i < 6; i++) {
+        const int *s = large[i], variant = i % 2 ? ACCUMULATE | BIAS : TRANSPOSED | START;
+        const double worst = try_product(s[0], s[1], s[2], s[3], s[4], variant, scratch);
+        CHECK(worst <= 1, "product: lines %d, rows %d, columns %d, segments %d, inner %d: %.3g tolerances", s[0], s[1], s[2],
+              s[3], s[4], worst);
+    }
+}
+
+/* matrix_product and matrix_product_transposed for a [rows, inner], b [inner or rows, columns]. */
+static void test_matrix_products(Arena *scratch) {
+    static const int sizes[9] = {1, 2, 3, 8, 13, 16, 32, 33, 65};
+    for (int shape = 0; shape < 9 * 9 * 9; shape++) {
+        const int rows = sizes[shape / 81], inner = sizes[shape / 9 % 9], columns = sizes[shape % 9];
+        const size_t count = (size_t)rows * columns, count_t = (size_t)inner * columns;
+        real *a = normals((size_t)rows * inner, 20, 0, 1), *b = normals(count_t, 21, 0, 1), *dy = normals(count, 22, 0, 1);
+        real *bias = normals((size_t)columns, 23, 0, 1), *c = normals(count, 24, 0, 1), *before = copy_of(c, count);
+        real *db = normals(count_t, 25, 0, 1), *db_before = copy_of(db, count_t);
+        const int with_bias = shape % 2, with_start = shape / 2 % 2;
+        double worst = 0, worst_t = 0;
+        matrix_product(rows, inner, columns, a, b, with_bias ? bias : NULL, with_start ? c : NULL, c, scratch);
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < columns; j++) {
+                double sum = 0, size = 0;
+                for (int k = 0; k < inner; k++) {
+                    sum += (double)a[i * inner + k] * (double)b[k * columns + j];
+                    size += fabs((double)a[i * inner + k] * (double)b[k * columns + j]);
+                }
+                const double extra[2] = {with_bias ? (double)bias[j] : 0, with_start ? (double)before[i * columns + j] : 0};
+                sum += extra[0] + extra[1];
+                size += fabs(extra[0]) + fabs(extra[1]);
+                worst = worse(worst, c[i * columns + j], sum, (inner + 2) * EPS * size);
+            }
+        matrix_product_transposed(rows, inner, columns, a, dy, db, scratch);
+        for (int k = 0; k < inner; k++)
+            for (int j = 0; j < columns; j++) {
+                double sum = db_before[k * columns + j], size = fabs(sum);
+                for (int i = 0; i < rows; i++) {
+                    sum += (double)a[i * inner + k] * (double)dy[i * columns + j];
+                    size += fabs((double)a[i * inner + k] * (double)dy[i * columns + j]);
+                }
+                worst_t = worse(worst_t, db[k * columns + j], sum, (rows + 1) * EPS * size);
+            }
+        CHECK(worst <= 1, "matrix_product %d x %d x %d: %.3g tolerances", rows, inner, columns, worst);
+        CHECK(worst_t <= 1, "matrix_product_transposed %d x %d x %d: %.3g tolerances", rows, inner, columns, worst_t);
+        free(a), free(b), free(dy), free(bias), free(c), free(before), free(db), free(db_before);
+    }
+}
+
+static void test_transpose(void) {
+    for (int rows = 1; rows <= 40; rows++)
+        for (int columns = 1; columns <= 40; columns += 1 + rows % 3) {
+            const size_t count = (size_t)rows * columns;
+            real *a = normals(count, 30, 0, 1), *out = normals(count, 31, 0, 1);
+            int right = 1;
+            transpose(a, rows, columns, out);
+            for (int i = 0; i < rows; i++)
+                for (int j = 0; j < columns; j++)
+                    right &= out[j * rows + i] == a[i * columns + j];
+            CHECK(right, "transpose %d x %d", rows, columns);
+            free(a), free(out);
+        }
+}
+
+/* ---- convolution ---- */
+
+/* A convolution [h, w, in] -> [h, w, out], its operands, and what naive loops say of it and of its gradients, each with
+ * the sum of the magnitudes of its terms. */
+typedef struct {
+    int h, w, in, out;
+    size_t x_count, y_count, kernel_count;
+    real *x, *kernel, *bias, *dy;
+    double *y, *dx, *dkernel, *y_size, *dx_size, *dkernel_size;
+} Convolution;
+
+static Convolution convolution_new(int h, int w, int in, int out) {
+    Convolution c = {.h = h, .w = w, .in = in, .out = out, .x_count = (size_t)h * w * in, .y_count = (size_t)h * w * out,
+                     .kernel_count = (size_t)9 * in * out};
+    c.x = normals(c.x_count, 40, 0, 1);
+    c.kernel = normals(c.kernel_count, 41, 0, 1);
+    c.bias = normals((size_t)out, 42, 0, 1);
+    c.dy = normals(c.y_count, 43, 0, 1);
+    c.y = allocate_zeroed(c.y_count, sizeof(double)), c.y_size = allocate_zeroed(c.y_count, sizeof(double));
+    c.dx = allocate_zeroed(c.x_count, sizeof(double)), c.dx_size = allocate_zeroed(c.x_count, sizeof(double));
+    c.dkernel = allocate_zeroed(c.kernel_count, sizeof(double));
+    c.dkernel_size = allocate_zeroed(c.kernel_count, sizeof(double));
+    for (int i = 0; i < h; i++)
+        for (int j = 0; j < w; j++)
+            for (int ky = 0; ky < 3; ky++)
+                for (int kx = 0; kx < 3; kx++) {
+                    const int row = i + ky - 1, column = j + kx - 1;
+                    if (row < 0 || row >= h || column < 0 || column >= w)
+                        continue;
+                    for (int k = 0; k < in; k++)
+                        for (int o = 0; o < out; o++) {
+                            const size_t at_x = ((size_t)row * w + column) * in + k, at_y = ((size_t)i * w + j) * out + o;
+                            const size_t at_kernel = ((size_t)(3 * ky + kx) * in + k) * out + o;
+                            const double xv = c.x[at_x], kv = c.kernel[at_kernel], dv = c.dy[at_y];
+                            c.y[at_y] += xv * kv, c.y_size[at_y] += fabs(xv * kv);
+                            c.dx[at_x] += dv * kv, c.dx_size[at_x] += fabs(dv * kv);
+                            c.dkernel[at_kernel] += dv * xv, c.dkernel_size[at_kernel] += fabs(dv * xv);
+                        }
+                }
+    return c;
+}
+
+static void convolution_free(Convolution *c) {
+    free(c->x), free(c->kernel), free(c->bias), free(c->dy);
+    free(c->y), free(c->dx), free(c->dkernel), free(c->y_size), free(c->dx_size), free(c->dkernel_size);
+}
+
+/* got against want + start + bias (channels of them), each of which may be NULL. */
+static double sum_error(const real *got, const double *want, const double *size, size_t count, double terms,
+                        const real *start, const real *bias, int channels) {
+    double worst = 0;
+    for (size_t i = 0; i < count; i++) {
+        const double s = start ? (double)start[i] : 0, b = bias ? (double)bias[i % channels] : 0;
+        worst = worse(worst, got[i], want[i] + s + b, (terms + 2) * EPS * (size[i] + fabs(s) + fabs(b)));
+    }
+    return worst;
+}
+
+static void check_convolution(int h, int w, int in, int out, int variant, Arena *scratch) {
+    Convolution c = convolution_new(h, w, in, out);
+    real *y = normals(c.y_count, 44, 0, 1), *y_start = copy_of(y, c.y_count), *dx = normals(c.x_count, 45, 0, 1);
+    real *dx_start = copy_of(dx, c.x_count), *flipped = allocate(c.kernel_count, sizeof(real));
+    real *dkernel = normals(c.kernel_count, 46, 0, 1), *dkernel_start = copy_of(dkernel, c.kernel_count);
+    const real *bias = variant % 2 ? c.bias : NULL;
+    const int start = variant / 2 % 3;   /* none, elsewhere, in place */
+
+    convolve3x3(h, w, in, out, c.x, c.kernel, bias, start == 0 ? NULL : start == 1 ? y_start : y, y, scratch);
+    double worst = sum_error(y, c.y, c.y_size, c.y_count, 9 * in, start ? y_start : NULL, bias, out);
+    CHECK(worst <= 1, "convolve3x3 %dx%d, %d -> %d: %.3g tolerances", h, w, in, out, worst);
+
+    flip_kernel(9, in, out, c.kernel, flipped);
+    int right = 1;
+    for (int tap = 0; tap < 9; tap++)
+        for (int k = 0; k < in; k++)
+            for (int o = 0; o < out; o++)
+                right &= flipped[((8 - tap) * out + o) * in + k] == c.kernel[(tap * in + k) * out + o];
+    CHECK(right, "flip_kernel %d -> %d", in, out);
+    convolve3x3(h, w, out, in, c.dy, flipped, NULL, start ? dx : NULL, dx, scratch);
+    worst = sum_error(dx, c.dx, c.dx_size, c.x_count, 9 * out, start ? dx_start : NULL, NULL, 1);
+    CHECK(worst <= 1, "convolution by its input %dx%d, %d -> %d: %.3g tolerances", h, w, in, out, worst);
+
+    convolve3x3_by_kernel(h, w, in, out, c.x, c.dy, dkernel, scratch);
+    worst = sum_error(dkernel, c.dkernel, c.dkernel_size, c.kernel_count, h * w, dkernel_start, NULL, 1);
+    CHECK(worst <= 1, "convolution by its kernel %dx%d, %d -> %d: %.3g tolerances", h, w, in, out, worst);
+    free(y), free(y_start), free(dx), free(dx_start), free(flipped), free(dkernel), free(dkernel_start);
+    convolution_free(&c);
+}
+
+static void test_convolution(Arena *scratch) {
+    static const int heights[4] = {1, 2, 3, 9}, widths[4] = {1, 2, 4, 7}, ins[7] = {1, 2, 3, 5, 16, 17, 37};
+    static const int outs[8] = {1, 3, 8, 16, 31, 32, 33, 70};
+    int variant = 0;
+    for (int shape = 0; shape < 4 * 4 * 7 * 8; shape++)
+        check_convolution(heights[shape / 224], widths[shape / 56 % 4], ins[shape / 8 % 7], outs[shape % 8], variant++,
+                          scratch);
+    check_convolution(28, 28, 32, 32, 1, scratch);
+    check_convolution(28, 28, 1, 16, 3, scratch);
+    check_convolution(14, 14, 64, 32, 5, scratch);
+}
+
+/* ---- group normalisation ---- */
+
+/* A case, and what the formulas say of it in double. Arrays [positions, channels] except scale, bias [channels]. */
+typedef struct {
+    GroupNorm n;
+    size_t count;
+    real *x, *x_dot, *dy, *scale, *bias, *keep;
+    double *y, *dx, *dscale, *dbias;                             /* y and its gradients for dy */
+    double *y_dot, *dx_t, *dx_dot_t, *dscale_t, *dbias_t;        /* y_dot and its gradients for dy as dy_dot */
+    double condition;   /* 1 + |mean| / deviation, the largest: what a rounding of x does to xhat */
+} NormCase;
+
+/* swish, its slope and its curvature at u; without swish those of the identity. */
+typedef struct { double value, slope, curve; } Swish;
+
+static Swish swish_of(int on, double u) {
+    const double s = sigmoid(u);
+    const Swish identity = {u, 1, 0}, full = {u * s, s + u * s * (1 - s), 2 * s * (1 - s) + u * s * (1 - s) * (1 - 2 * s)};
+    return on ? full : identity;
+}
+
+/* The elements of one group as a list of `size` indices into the arrays. */
+static int group_members(const GroupNorm *n, int group, size_t *member) {
+    const int width = n->channels / n->groups;
+    int size = 0;
+    for (int i = 0; i < n->positions; i++)
+        for (int c = group * width; c < (group + 1) * width; c++)
+            member[size++] = (size_t)i * n->channels + c;
+    return size;
+}
+
+static long double mean_over(const double *a, const double *b, int size) {
+    long double sum = 0;
+    for (int i = 0; i < size; i++)
+        sum += (long double)a[i] * (b ? b[i] : 1);
+    return sum / size;
+}
+
+/* One group, step by step forward, each step with its reverse:
+ *     c = x - mean(x), r = (mean(c^2) + 1e-6)^(-1/2), y = keep f(scale r c + bias), f = swish
+ *     c_dot = x_dot - mean(x_dot), q = mean(c c_dot), xhat_dot = r c_dot - r^3 c q
+ *     y_dot = keep f'(scale r c + bias) scale xhat_dot */
+static void norm_group(NormCase *t, const size_t *member, int size) {
+    enum { X, C, C_DOT, XHAT_DOT, BAR_N, BAR_N_T, BAR_XHAT_DOT, BAR_C, BAR_C_DOT, ARRAYS };
+    double *memory = allocate_zeroed((size_t)ARRAYS * size, sizeof(double)), *a[ARRAYS];
+    const int channels = t->n.channels;
+    for (int i = 0; i < ARRAYS; i++)
+        a[i] = memory + (size_t)i * size;
+    for (int i = 0; i < size; i++)
+        a[X][i] = t->x[member[i]], a[C_DOT][i] = t->x_dot[member[i]];
+    const long double mean = mean_over(a[X], NULL, size), mean_dot = mean_over(a[C_DOT], NULL, size);
+    for (int i = 0; i < size; i++)
+        a[C][i] = (double)(a[X][i] - mean), a[C_DOT][i] = (double)(a[C_DOT][i] - mean_dot);
+    const double r = 1 / sqrt((double)mean_over(a[C], a[C], size) + 1e-6), q = (double)mean_over(a[C], a[C_DOT], size);
+    t->condition = fmax(t->condition, 1 + fabs((double)mean) * r);
+
+    for (int i = 0; i < size; i++) {
+        const size_t at = member[i];
+        const double scale = t->scale[at % channels], keep = t->n.keep ? (double)t->keep[at] : 1;
+        const double dy = keep * (double)t->dy[at];
+        const Swish f = swish_of(t->n.swish, scale * r * a[C][i] + (double)t->bias[at % channels]);
+        a[XHAT_DOT][i] = r * a[C_DOT][i] - r * r * r * a[C][i] * q;
+        t->y[at] = keep * f.value;
+        t->y_dot[at] = keep * f.slope * scale * a[XHAT_DOT][i];
+        a[BAR_N][i] = dy * f.slope;
+        a[BAR_N_T][i] = dy * f.curve * scale * a[XHAT_DOT][i];
+        a[BAR_XHAT_DOT][i] = dy * f.slope * scale;
+        t->dscale[at % channels] += a[BAR_N][i] * r * a[C][i];
+        t->dbias[at % channels] += a[BAR_N][i];
+        t->dscale_t[at % channels] += dy * f.slope * a[XHAT_DOT][i] + a[BAR_N_T][i] * r * a[C][i];
+        t->dbias_t[at % channels] += a[BAR_N_T][i];
+    }
+    for (int tangent = 0; tangent < 2; tangent++) {   /* back from n and, for the tangent, from xhat_dot to x */
+        double *bar_n = a[tangent ? BAR_N_T : BAR_N], bar_r = 0, bar_q = 0;
+        for (int i = 0; i < size; i++) {
+            const double scale = t->scale[member[i] % channels], bar = tangent ? a[BAR_XHAT_DOT][i] : 0;
+            bar_q -= r * r * r * bar * a[C][i];
+            bar_r += bar_n[i] * scale * a[C][i] + bar * (a[C_DOT][i] - 3 * r * r * a[C][i] * q);
+            a[BAR_C][i] = bar_n[i] * scale * r - r * r * r * q * bar;
+            a[BAR_C_DOT][i] = r * bar;
+        }
+        for (int i = 0; i < size; i++) {
+            a[BAR_C][i] += bar_q * a[C_DOT][i] / size - r * r * r * bar_r * a[C][i] / size;
+            a[BAR_C_DOT][i] += bar_q * a[C][i] / size;
+        }
+        const double mean_bar = (double)mean_over(a[BAR_C], NULL, size);
+        const double mean_bar_dot = (double)mean_over(a[BAR_C_DOT], NULL, size);
+        for (int i = 0; i < size; i++) {
+            (tangent ? t->dx_t : t->dx)[member[i]] = a[BAR_C][i] - mean_bar;
+            if (tangent)
+                t->dx_dot_t[member[i]] = a[BAR_C_DOT][i] - mean_bar_dot;
+        }
+    }
+    free(memory);
+}
+
+/* `mean` is the mean of x, whose deviation is 1. */
+static NormCase norm_case(int positions, int channels, int groups, int swish, int with_keep, double mean) {
+    NormCase t = {.count = (size_t)positions * channels, .condition = 1};
+    t.x = normals(t.count, 50, mean, 1), t.x_dot = normals(t.count, 51, 0.3, 1), t.dy = normals(t.count, 52, 0.2, 1);
+    t.scale = normals((size_t)channels, 53, 1, 0.4), t.bias = normals((size_t)channels, 54, 0, 0.5);
+    t.keep = allocate(t.count, sizeof(real));
+    random_dropout(check_stream(55), 0, t.count, 0.25, t.keep);
+    const GroupNorm n = {.positions = positions, .channels = channels, .groups = groups, .swish = swish, .scale = t.scale,
+                         .bias = t.bias, .keep = with_keep ? t.keep : NULL, .mean = allocate((size_t)groups, sizeof(real)),
+                         .rstd = allocate((size_t)groups, sizeof(real))};
+    t.n = n;
+    double **full[5] = {&t.y, &t.dx, &t.y_dot, &t.dx_t, &t.dx_dot_t};
+    double **narrow[4] = {&t.dscale, &t.dbias, &t.dscale_t, &t.dbias_t};
+    for (int i = 0; i < 5; i++)
+        *full[i] = allocate_zeroed(t.count, sizeof(double));
+    for (int i = 0; i < 4; i++)
+        *narrow[i] = allocate_zeroed((size_t)channels, sizeof(double));
+    size_t *member = allocate(t.count, sizeof *member);
+    for (int g = 0; g < groups; g++)
+        norm_group(&t, member, group_members(&n, g, member));
+    free(member);
+    return t;
+}
+
+static void norm_free(NormCase *t) {
+    free(t->n.mean), free(t->n.rstd);
+    free(t->x), free(t->x_dot), free(t->dy), free(t->scale), free(t->bias), free(t->keep);
+    free(t->y), free(t->dx), free(t->dscale), free(t->dbias);
+    free(t->y_dot), free(t->dx_t), free(t->dx_dot_t), free(t->dscale_t), free(t->dbias_t);
+}
+
+/* got, which was `before` (NULL: nothing), against want, in units of the tolerance: relative to the largest element,
+ * because sums over the group mix all of them; EPS for each of a handful of roundings and for the random walk of a
+ * sum over the positions, times the condition. */
+static double norm_error(const NormCase *t, const real *got, const double *want, const real *before, size_t count) {
+    double largest = 0, worst = 0;
+    for (size_t i = 0; i < count; i++)
+        largest = fmax(largest, fmax(fabs(want[i]), before ? fabs((double)before[i]) : 0));
+    for (size_t i = 0; i < count; i++)
+        worst = worse(worst, got[i], want[i] + (before ? (double)before[i] : 0),
+                      (4 + sqrt(t->n.positions)) * EPS * t->condition * largest);
+    return worst;
+}
+
+static void check_group_norm(int positions, int channels, int groups, int variant, double mean, Arena *scratch) {
+    NormCase t = norm_case(positions, channels, groups, variant % 2, variant / 2 % 2, mean);
+    const size_t wide = t.count, narrow = (size_t)channels;
+    char what[100];
+    snprintf(what, sizeof what, "%d positions, %d channels, %d groups%s%s, mean %g", positions, channels, groups,
+             t.n.swish ? ", swish" : "", t.n.keep ? ", dropout" : "", mean);
+    real *y = normals(wide, 56, 0, 1);
+    group_norm(&t.n, t.x, y);
+    double worst = norm_error(&t, y, t.y, NULL, wide);
+    CHECK(worst <= 1, "group_norm, %s: %.3g tolerances", what, worst);
+    group_norm_tangent(&t.n, t.x, t.x_dot, y, scratch);
+    worst = norm_error(&t, y, t.y_dot, NULL, wide);
+    CHECK(worst <= 1, "group_norm_tangent, %s: %.3g tolerances", what, worst);
+
+    /* Gradients are added to what is there, and each may be absent. */
+    real *before = normals(wide, 57, 0, 0.1), *dx = copy_of(before, wide), *dx_dot = copy_of(before, wide);
+    real *dscale = copy_of(before, narrow), *dbias = copy_of(before, narrow);
+    group_norm_backward(&t.n, t.x, t.dy, dx, dscale, dbias, scratch);
+    worst = fmax(norm_error(&t, dx, t.dx, before, wide), fmax(norm_error(&t, dscale, t.dscale, before, narrow),
+                                                               norm_error(&t, dbias, t.dbias, before, narrow)));
+    CHECK(worst <= 1, "group_norm_backward, %s: %.3g tolerances", what, worst);
+    memcpy(dx, before, wide * sizeof(real));
+    group_norm_backward(&t.n, t.x, t.dy, dx, NULL, NULL, scratch);
+    worst = norm_error(&t, dx, t.dx, before, wide);
+    CHECK(worst <= 1, "group_norm_backward by x alone, %s: %.3g tolerances", what, worst);
+    memcpy(dscale, before, narrow * sizeof(real));
+    group_norm_backward(&t.n, t.x, t.dy, NULL, dscale, NULL, scratch);
+    worst = norm_error(&t, dscale, t.dscale, before, narrow);
+    CHECK(worst <= 1, "group_norm_backward by the scale alone, %s: %.3g tolerances", what, worst);
+
+    memcpy(dx, before, wide * sizeof(real));
+    memcpy(dscale, before, narrow * sizeof(real));
+    memcpy(dbias, before, narrow * sizeof(real));
+    group_norm_tangent_backward(&t.n, t.x, t.x_dot, t.dy, dx, dx_dot, dscale, dbias, scratch);
+    worst = fmax(norm_error(&t, dx, t.dx_t, before, wide), norm_error(&t, dx_dot, t.dx_dot_t, before, wide));
+    CHECK(worst <= 1, "group_norm_tangent_backward, %s: %.3g tolerances", what, worst);
+    worst = fmax(norm_error(&t, dscale, t.dscale_t, before, narrow), norm_error(&t, dbias, t.dbias_t, before, narrow));
+    CHECK(worst <= 1, "group_norm_tangent_backward by scale and bias, %s: %.3g tolerances", what, worst);
+    memcpy(dx_dot, before, wide * sizeof(real));
+    group_norm_tangent_backward(&t.n, t.x, t.x_dot, t.dy, NULL, dx_dot, NULL, NULL, scratch);
+    worst = norm_error(&t, dx_dot, t.dx_dot_t, before, wide);
+    CHECK(worst <= 1, "group_norm_tangent_backward by x_dot alone, %s: %.3g tolerances", what, worst);
+    free(y), free(before), free(dx), free(dx_dot), free(dscale), free(dbias);
+    norm_free(&t);
+}
+
+static void test_group_norm(Arena *scratch) {
+    static const int shapes[11][3] = {{1, 4, 1}, {1, 16, 4}, {2, 8, 2}, {5, 6, 2}, {6, 7, 7}, {3, 5, 1}, {63, 36, 9},
+                                      {49, 128, 32}, {100, 256, 32}, {784, 32, 8}, {784, 16, 4}};
+    static const double means[3] = {0, 3, 100};
+    for (int s = 0; s < 11; s++)
+        for (int variant = 0; variant < 4; variant++)
+            for (int m = 0; m < 3; m++)
+                check_group_norm(shapes[s][0], shapes[s][1], shapes[s][2], variant, means[m], scratch);
+
+    /* Where all elements of a group are equal, only the bias is left: the deviation is taken as 1e-3. */
+    for (int m = 0; m < 3; m++) {
+        NormCase t = norm_case(49, 8, 2, 0, 0, 0);
+        double worst = 0;
+        for (size_t i = 0; i < t.count; i++)
+            t.x[i] = (real)means[m];
+        real *y = allocate(t.count, sizeof(real));
+        group_norm(&t.n, t.x, y);
+        for (size_t i = 0; i < t.count; i++)
+            worst = worse(worst, y[i], t.bias[i % 8],
+                          (4 + sqrt(49)) * EPS * (fabs((double)t.bias[i % 8]) + fabs((double)t.scale[i % 8]) * 1e3 * means[m]));
+        CHECK(worst <= 1, "group_norm of the constant %g: %.3g tolerances", means[m], worst);
+        free(y);
+        norm_free(&t);
+    }
+}
+
+/* ---- softmax ---- */
+
+static void check_softmax(int rows, int columns, double spread) {
+    const size_t count = (size_t)rows * columns;
+    real *s = normals(count, 60, 0, spread), *p = copy_of(s, count), *dp = normals(count, 61, 0, 1), *ds = copy_of(dp, count);
+    double worst = 0, worst_sum = 0, worst_backward = 0;
+    softmax_rows(p, rows, columns);
+    softmax_rows_backward(p, ds, rows, columns);
+    for (int i = 0; i < rows; i++) {
+        const real *row = s + (size_t)i * columns, *pi = p + (size_t)i * columns;
+        const real *dpi = dp + (size_t)i * columns, *dsi = ds + (size_t)i * columns;
+        long double sum = 0, sum_p = 0;
+        double top = -INFINITY, inner = 0, size = 0;
+        for (int j = 0; j < columns; j++)
+            top = fmax(top, row[j]);
+        for (int j = 0; j < columns; j++) {
+            sum += exp((double)row[j] - top);
+            sum_p += pi[j];
+            inner += (double)pi[j] * (double)dpi[j];
+            size += fabs((double)pi[j] * (double)dpi[j]);
+        }
+        for (int j = 0; j < columns; j++) {
+            /* The rounding of s - top is a relative error of its exponential. What lies below the smallest
+             * exponential of fast_exp may come out as that. */
+            const double depth = top - (double)row[j], want = (double)(exp(-depth) / sum);
+            worst = worse(worst, pi[j], want, (8 + sqrt(columns) + depth) * EPS * want + 2e-38);
+            worst_backward = worse(worst_backward, dsi[j], (double)pi[j] * ((double)dpi[j] - inner),
+                                   4 * EPS * (double)pi[j] * (fabs((double)dpi[j]) + size) + 2e-38);
+        }
+        worst_sum = worse(worst_sum, (double)sum_p, 1, (4 + sqrt(columns)) * EPS);
+    }
+    CHECK(worst <= 1, "softmax_rows %d x %d, spread %g: %.3g tolerances", rows, columns, spread, worst);
+    CHECK(worst_sum <= 1, "softmax_rows %d x %d, spread %g: the sum is off 1 by %.3g tolerances", rows, columns, spread,
+          worst_sum);
+    CHECK(worst_backward <= 1, "softmax_rows_backward %d x %d, spread %g: %.3g tolerances", rows, columns, spread,
+          worst_backward);
+    free(s), free(p), free(dp), free(ds);
+}
+
+static void test_softmax(void) {
+    static const double spreads[4] = {0, 1, 30, 1e4};
+    for (int k = 0; k < 4; k++) {
+        for (int columns = 1; columns <= 70; columns++)
+            check_softmax(1 + columns % 5, columns, spreads[k]);
+        check_softmax(20, 196, spreads[k]);
+        check_softmax(7, 784, spreads[k]);
+    }
+}
+
+static void test_dot(void) {
+    for (size_t count = 0; count <= 200; count++) {
+        real *x = normals(count, 62, 1, 2), *y = normals(count, 63, 0, 2);
+        double sum = 0, size = 0;
+        for (size_t i = 0; i < count; i++) {
+            sum += (double)x[i] * (double)y[i];
+            size += fabs((double)x[i] * (double)y[i]);
+        }
+        CHECK(fabs(dot(x, y, count) - sum) <= (double)count * DBL_EPSILON * size, "dot of %zu elements", count);
+        free(x), free(y);
+    }
+    const real huge[2] = {(real)1e30, 1}, tiny[2] = {(real)1e-10, (real)1e30};
+    CHECK(fabs(dot(huge, huge, 2) / 1e60 - 1) < 1e-6, "dot does not overflow where real would");
+    CHECK(fabs(dot(huge, tiny, 2) / 1e30 - 1) < 1e-6, "dot of mixed magnitudes");
+}
+
+/* ---- levels of pixels ---- */
+
+static double level(int c) {
+    return 2 * (c + 0.5) / 256 - 1;
+}
+
+/* -log p(k | u) and its derivatives, and how far roundings may take them. */
+typedef struct { double value, by_u, by_precision, value_tolerance, u_tolerance, precision_tolerance; } Level;
+
+static Level level_naive(double u, int k, double precision) {
+    const long double h = precision / 2;
+    long double excess[256], least = INFINITY, sum = 0, mean = 0, mean_excess = 0, shift = 0, u_shift = 0, p_shift = 0;
+    double nearest = 0;
+    for (int c = 0; c < 256; c++) {   /* (u - x(c))^2 - (u - x(k))^2 */
+        excess[c] = (long double)(level(k) - level(c)) * ((long double)u - level(k) + u - level(c));
+        if (excess[c] < least)
+            least = excess[c], nearest = level(c);
+    }
+    for (int c = 0; c < 256; c++)
+        sum += expl(-h * (excess[c] - least));
+    for (int c = 0; c < 256; c++) {
+        const long double p = expl(-h * (excess[c] - least)) / sum;
+        mean += p * (level(c) - level(k));
+        mean_excess += p * excess[c];
+    }
+    /* The program takes logits from the nearest level: h step (step - 2d), step = x(c) - x(nearest), d = u - x(nearest).
+     * Roundings of d and of step - 2d move a logit by some EPS h |step| (|step| + 4 |d|), a sum over the levels by some
+     * EPS; what is summed are 1, step and step (step - 2d). */
+    const long double d = fabs(u - nearest), step_k = fabs(level(k) - nearest);
+    for (int c = 0; c < 256; c++) {
+        const long double p = expl(-h * (excess[c] - least)) / sum, step = fabs(level(c) - nearest);
+        const long double moved = p * (1 + h * step * (step + 4 * d));
+        shift += moved;
+        u_shift += moved * step;
+        p_shift += moved * step * (step + 4 * d);
+    }
+    const double roundings = 8 * EPS, clamped = 1e-35;   /* no weight is less than exp(-87) = 1.6e-38 in float */
+    Level l = {(double)(h * -least + logl(sum)), (double)(precision * mean), (double)(-mean_excess / 2), 0, 0, 0};
+    l.value_tolerance = roundings * (double)(shift + h * step_k * (step_k + 4 * d));
+    l.u_tolerance = precision * (roundings * (double)(u_shift + u_shift * shift + step_k) + clamped);
+    l.precision_tolerance = roundings * (double)(p_shift + p_shift * shift + step_k * (step_k + 4 * d)) + clamped * (1 + fabs(u));
+    return l;
+}
+
+static void check_level_softmax(double precision, double reach) {
+    enum { COUNT = 1000 };
+    real *u = normals(COUNT, 70, 0, reach), du[COUNT];
+    unsigned char k[COUNT];
+    double value = 0, value_tolerance = 0, by_precision = 0, precision_tolerance = 0, worst = 0, dprecision = 0;
+    for (int i = 0; i < COUNT; i++)   /* half of them near u, the others anywhere */
+        k[i] = (unsigned char)(i % 2 ? nearest_level(u[i]) ^ (i / 2 % 4) : (int)(random_bits(check_stream(71), i) % 256));
+    const double sum = level_softmax(COUNT, u, k, precision, du, &dprecision);
+    for (int i = 0; i < COUNT; i++) {
+        const Level l = level_naive(u[i], k[i], precision);
+        real one;
+        double one_dprecision, one_worst = 0;
+        const double one_value = level_softmax(1, u + i, k + i, precision, &one, &one_dprecision);
+        one_worst = worse(one_worst, one_value, l.value, l.value_tolerance);
+        one_worst = worse(one_worst, one, l.by_u, l.u_tolerance);
+        one_worst = worse(one_worst, one_dprecision, l.by_precision, l.precision_tolerance);
+        worst = worse(worst, one_worst, 0, 1);
+        worst = worse(worst, du[i], one, 0);
+        value += l.value, value_tolerance += l.value_tolerance;
+        by_precision += l.by_precision, precision_tolerance += l.precision_tolerance;
+    }
+    CHECK(worst <= 1, "level_softmax, precision %g, u to %g: %.3g tolerances", precision, reach, worst);
+    CHECK(fabs(sum - value) <= value_tolerance, "level_softmax, precision %g, u to %g: %.9g for %.9g", precision, reach, sum,
+          value);
+    CHECK(fabs(dprecision - by_precision) <= precision_tolerance, "level_softmax by the precision %g, u to %g: %.9g for %.9g",
+          precision, reach, dprecision, by_precision);
+    free(u);
+}
+
+static void test_level_softmax(void) {
+    static const double precisions[8] = {1e-8, 1e-2, 1, 100, 1e4, 597195.6137928, 1e7, 1e9};   /* the sixth: exp(13.3) */
+    static const double reaches[4] = {0.01, 0.7, 5, 1000};
+    for (int p = 0; p < 8; p++)
+        for (int r = 0; r < 4; r++)
+            check_level_softmax(precisions[p], reaches[r]);
+    /* The derivatives are those of the value, in double by central differences: truncation and rounding of 1e-16
+     * divided by the step leave 1e-8. */
+    if (sizeof(real) == sizeof(double))
+        for (int i = 0; i < 50; i++) {
+            const double step = 1e-5, precision = pow(10, i % 6);
+            real u = (real)(2 * random_uniform(check_stream(72), i) - 1), up = u + (real)step, down = u - (real)step, du, none;
+            const unsigned char k = (unsigned char)((nearest_level(u) + i % 3) % 256);
+            double by_precision, nothing;
+            level_softmax(1, &u, &k, precision, &du, &by_precision);
+            const double by_u = (level_softmax(1, &up, &k, precision, &none, &nothing)
+                                 - level_softmax(1, &down, &k, precision, &none, &nothing)) / (2 * step);
+            CHECK(fabs(by_u - (double)du) < 1e-6 * (1 + precision), "by u: %.9g for %.9g at precision %g", (double)du, by_u,
+                  precision);
+            const double relative = (level_softmax(1, &u, &k, precision * (1 + step), &none, &nothing)
+                                     - level_softmax(1, &u, &k, precision * (1 - step), &none, &nothing)) / (2 * step);
+            CHECK(fabs(relative - by_precision * precision) < 1e-8 * (1 + fabs(relative)), "by precision: %.9g for %.9g",
+                  by_precision * precision, relative);
+        }
+}
+
+static void test_nearest_level(void) {
+    int right = 1;
+    for (int i = -3000; i <= 3000; i++) {
+        const double u = i / 2000.0;   /* halfway between two levels either will do */
+        double least = INFINITY;
+        for (int c = 0; c < 256; c++)
+            least = fmin(least, fabs(u - level(c)));
+        right &= fabs(u - level(nearest_level(u))) <= least + DBL_EPSILON;
+    }
+    CHECK(right, "nearest_level is the nearest");
+    for (int c = 0; c < 256; c++)
+        CHECK(nearest_level(level(c)) == c, "level %d is its own nearest", c);
+    CHECK(nearest_level(-1e300) == 0 && nearest_level(1e300) == 255, "far outside");
+    CHECK(nearest_level(-INFINITY) == 0 && nearest_level(INFINITY) == 255, "infinitely far outside");
+    const int of_nan = nearest_level(NAN);
+    CHECK(of_nan >= 0 && of_nan < 256, "not a number still gives a level");
+}
+
+/* Evenly spread uniform numbers must come out as often as the probability says, within one at either end. */
+static void test_level_draw(void) {
+    enum { COUNT = 20000 };
+    static const double us[6] = {0, 0.3, -0.99, 1.7, -40, 1000}, precisions[4] = {1e-3, 10, 3e3, 6e5};
+    for (int i = 0; i < 6; i++)
+        for (int p = 0; p < 4; p++) {
+            int drawn[256] = {0}, last = 0, ascending = 1;
+            double worst = 0;
+            for (int j = 0; j < COUNT; j++) {
+                const int c = level_draw(us[i], precisions[p], (j + 0.5) / COUNT);
+                ascending &= c >= last;
+                drawn[last = c]++;
+            }
+            for (int c = 0; c < 256; c++)
+                worst = worse(worst, drawn[c], COUNT * exp(-level_naive(us[i], c, precisions[p]).value), 1 + 1e-6);
+            CHECK(worst <= 1, "level_draw at u %g, precision %g: off by %.3g draws of %d", us[i], precisions[p], worst, COUNT);
+            CHECK(ascending, "level_draw is the inverse of the distribution function");
+            const int low = level_draw(us[i], precisions[p], 0), high = level_draw(us[i], precisions[p], 1 - DBL_EPSILON / 2);
+            CHECK(low >= 0 && low <= high && high < 256, "level_draw at the ends of [0, 1)");
+        }
+}
+
+/* ---- exp, clock ---- */
+
+static void test_fast_exp(void) {
+    const double low = -87, high = 88;
+    double worst = 0, worst_at = 0;
+    for (int i = 0; i <= 1000000; i++) {
+        const real x = (real)(low + (high - low) * i / 1000000);
+        const double error = fabs((double)fast_exp(x) / exp((double)x) - 1);
+        if (!(error <= worst))
+            worst = error, worst_at = (double)x;
+    }
+    for (int i = -100000; i <= 100000; i++) {   /* closer around zero, where most arguments lie */
+        const real x = (real)(i / 100000.0 * i / 100000.0 * i / 100000.0);
+        worst = fmax(worst, fabs((double)fast_exp(x) / exp((double)x) - 1));
+    }
+    /* The header promises 2e-7 in float; in double it is libm's own, off by a rounding of the quotient. */
+    CHECK(worst < (sizeof(real) == sizeof(float) ? 2e-7 : 2 * DBL_EPSILON), "fast_exp is off by %.3g at %.9g", worst, worst_at);
+    CHECK(fast_exp(0) == 1, "exp(0) is 1");
+    CHECK(isnan(fast_exp((real)NAN)), "not a number stays visible");
+    if (sizeof(real) == sizeof(double))
+        return;
+    static const double beyond[5] = {87.5, 100, 1e4, 1e30, INFINITY};
+    for (int i = 0; i < 5; i++) {
+        CHECK(fast_exp((real)-beyond[i]) == fast_exp(-87), "exp(-%g) is clamped", beyond[i]);
+        CHECK(i == 0 || fast_exp((real)beyond[i]) == fast_exp(88), "exp(%g) is clamped", beyond[i]);
+    }
+    CHECK(fast_exp(-87) > 0 && isfinite(fast_exp(88)), "the clamped values are positive and finite");
+}
+
+static void test_clock(void) {
+    const double start = seconds_now();
+    double last = start;
+    int forward = 1;
+    for (int i = 0; i < 1000; i++) {
+        const double now = seconds_now();
+        forward &= now >= last;
+        last = now;
+    }
+    CHECK(forward, "the clock goes forward");
+    CHECK(last - start < 10, "a thousand looks at the clock took %g s", last - start);
+}
+
+int main(void) {
+    Arena *scratch = arena_new();
+    test_fail();
+    test_allocate();
+    test_arena();
+    test_philox();
+    test_random_positions();
+    test_uniform_moments();
+    test_normal_moments();
+    test_streams_independent();
+    test_dropout();
+    test_product(scratch);
+    test_matrix_products(scratch);
+    test_transpose();
+    test_convolution(scratch);
+    test_group_norm(scratch);
+    test_softmax();
+    test_dot();
+    test_level_softmax();
+    test_nearest_level();
+    test_level_draw();
+    test_fast_exp();
+    test_clock();
+    const ArenaMark mark = arena_mark(scratch);
+    CHECK(mark.used == 0, "the loops give all scratch memory back");
+    arena_free(scratch);
+    return test_report();
+}
