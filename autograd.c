@@ -219,15 +219,20 @@ static Tensor *larger(Tensor *a, Tensor *b) {
 
 /* dinput += factor * sum or elements of dy, as the operand was a number or a tensor. */
 static void add_gradient(Tensor *input, const real *dy, size_t count, double factor) {
-    real *dx = gradient_to_add(input);
-    if (dx && element_count(input) == count)
-        for (size_t i = 0; i < count; i++)
-            dx[i] += (real)factor * dy[i];
-    else if (dx) {
+    const real *start = NULL, f = (real)factor;
+    real *dx = gradient_to_write(input, &start);
+    if (dx && element_count(input) == count) {
+        if (start)
+            for (size_t i = 0; i < count; i++)
+                dx[i] += f * dy[i];
+        else
+            for (size_t i = 0; i < count; i++)
+                dx[i] = f * dy[i];
+    } else if (dx) {
         double sum = 0;
         for (size_t i = 0; i < count; i++)
             sum += dy[i];
-        dx[0] += (real)(factor * sum);
+        dx[0] = (start ? dx[0] : 0) + (real)(factor * sum);
     }
 }
 
@@ -563,6 +568,51 @@ static void attention_weights_backward(Tensor *p) {
     outer_product_backward(p);
 }
 
+/* Rows that are worked on at a time: 28 rows of 784 logits are 88 KB, well within a core's own cache. */
+enum { ATTENTION_ROWS = 28 };
+
+static void attend_forward(Tensor *y) {
+    const Tensor *q = y->input[0], *k = y->input[1], *v = y->input[2];
+    Arena *scratch = y->graph->arena;
+    const ArenaMark mark = arena_mark(scratch);
+    const int rows = positions(q), columns = positions(k), channels = q->channels;
+    const real *kt = scaled_copy(k, y->number[0], 1);
+    for (int i = 0; i < rows; i += ATTENTION_ROWS) {
+        const int n = rows - i < ATTENTION_ROWS ? rows - i : ATTENTION_ROWS;
+        real *p = (real *)y->saved + (size_t)i * columns;
+        matrix_product(n, channels, columns, q->value + (size_t)i * channels, kt, NULL, NULL, p, scratch);
+        softmax_rows(p, n, columns);
+        matrix_product(n, columns, v->channels, p, v->value, NULL, NULL, y->value + (size_t)i * v->channels, scratch);
+    }
+    arena_release(scratch, mark);
+}
+
+/* For a few rows at a time: dP = dy v^T, dS = softmax backward, then dq = dS k, dk += dS^T q, dv += P^T dy. */
+static void attend_backward(Tensor *y) {
+    Tensor *q = y->input[0], *k = y->input[1], *v = y->input[2];
+    Arena *scratch = y->graph->arena;
+    const ArenaMark mark = arena_mark(scratch);
+    const int rows = positions(q), columns = positions(k), channels = q->channels;
+    const real *start = NULL, *k_scaled = scaled_copy(k, y->number[0], 0), *q_scaled = scaled_copy(q, y->number[0], 0);
+    const real *vt = scaled_copy(v, 1, 1);
+    real *ds = arena_allocate(scratch, (size_t)ATTENTION_ROWS * columns, sizeof(real));
+    real *dq = gradient_to_write(q, &start), *dk = gradient_to_add(k), *dv = gradient_to_add(v);
+    for (int i = 0; i < rows; i += ATTENTION_ROWS) {
+        const int n = rows - i < ATTENTION_ROWS ? rows - i : ATTENTION_ROWS;
+        const real *p = (real *)y->saved + (size_t)i * columns, *dy = y->gradient + (size_t)i * v->channels;
+        const size_t at = (size_t)i * channels;
+        matrix_product(n, v->channels, columns, dy, vt, NULL, NULL, ds, scratch);
+        softmax_rows_backward(p, ds, n, columns);
+        if (dq)
+            matrix_product(n, columns, channels, ds, k_scaled, NULL, start ? dq + at : NULL, dq + at, scratch);
+        if (dk)
+            matrix_product_transposed(n, columns, channels, ds, q_scaled + at, dk, scratch);
+        if (dv)
+            matrix_product_transposed(n, columns, v->channels, p, dy, dv, scratch);
+    }
+    arena_release(scratch, mark);
+}
+
 /* p_dot = p (s_dot - sum(p s_dot)) per row, for a softmax p and the tangent s_dot of what went in. */
 static void softmax_tangent_forward(Tensor *y) {
     const Tensor *p = y->input[0], *s_dot = y->input[1];
@@ -617,15 +667,17 @@ static void normalise_forward(Tensor *y) {
 static void normalise_backward(Tensor *y) {
     const ArenaMark mark = arena_mark(y->graph->arena);
     const GroupNorm n = norm_of(y, y->input[1], y->input[2]);
-    group_norm_backward(&n, y->input[0]->value, y->gradient, gradient_to_add(y->input[0]),
-                        gradient_to_add(y->input[1]), gradient_to_add(y->input[2]), y->graph->arena);
+    const real *start = NULL;
+    real *dx = gradient_to_write(y->input[0], &start);
+    group_norm_backward(&n, y->input[0]->value, y->gradient, start, dx, gradient_to_add(y->input[1]),
+                        gradient_to_add(y->input[2]), y->graph->arena);
     arena_release(y->graph->arena, mark);
 }
 
 static void normalise_tangent_forward(Tensor *y) {
     const ArenaMark mark = arena_mark(y->graph->arena);
     const GroupNorm n = norm_of(y, y->input[2], y->input[3]);
-    group_norm_tangent(&n, y->input[0]->value, y->input[1]->value, y->value, y->graph->arena);
+    group_norm_tangent(&n, y->input[0]->value, y->input[1]->value, y->value);
     arena_release(y->graph->arena, mark);
 }
 
@@ -652,11 +704,17 @@ static void concatenate_forward(Tensor *y) {
 static void concatenate_backward(Tensor *y) {
     for (int side = 0, first = 0; side < 2; first += y->input[side++]->channels) {
         const int channels = y->input[side]->channels;
-        real *dx = gradient_to_add(y->input[side]);
-        if (dx)
-            for (int i = 0; i < positions(y); i++)
+        const real *start = NULL;
+        real *dx = gradient_to_write(y->input[side], &start);
+        for (int i = 0; dx && i < positions(y); i++) {
+            const real *dy = y->gradient + (size_t)i * y->channels + first;
+            real *to = dx + (size_t)i * channels;
+            if (start)
                 for (int c = 0; c < channels; c++)
-                    dx[(size_t)i * channels + c] += y->gradient[(size_t)i * y->channels + first + c];
+                    to[c] += dy[c];
+            else
+                memcpy(to, dy, channels * sizeof(real));
+        }
     }
 }
 
@@ -745,7 +803,7 @@ static void level_likelihood_backward(Tensor *y) {
 
 enum {
     ADD, MUL, AFFINE, COPY, FUNCTION, TOTAL, SQUARED_NORM, CONVOLVE, UPSAMPLE, MATRIX_MULTIPLY, OUTER_PRODUCT,
-    ATTENTION_WEIGHTS, SOFTMAX_TANGENT, NORMALISE, NORMALISE_TANGENT, CONCATENATE, SPREAD_OVER, OUTER_SCALE,
+    ATTENTION_WEIGHTS, ATTEND, SOFTMAX_TANGENT, NORMALISE, NORMALISE_TANGENT, CONCATENATE, SPREAD_OVER, OUTER_SCALE,
     MAX_POOL, LEVEL_LIKELIHOOD
 };
 
@@ -762,6 +820,7 @@ static const Operator OPERATORS[OPERATOR_COUNT] = {
     [MATRIX_MULTIPLY] = {"matrix product", matrix_multiply_forward, matrix_multiply_backward},
     [OUTER_PRODUCT] = {"outer product", outer_product_forward, outer_product_backward},
     [ATTENTION_WEIGHTS] = {"attention weights", attention_weights_forward, attention_weights_backward},
+    [ATTEND] = {"attention", attend_forward, attend_backward},
     [SOFTMAX_TANGENT] = {"softmax tangent", softmax_tangent_forward, softmax_tangent_backward},
     [NORMALISE] = {"group norm", normalise_forward, normalise_backward},
     [NORMALISE_TANGENT] = {"group norm tangent", normalise_tangent_forward, normalise_tangent_backward},
@@ -943,6 +1002,15 @@ Tensor *attention_weights(Tensor *q, Tensor *k) {
                                             NULL, NULL)));
 }
 
+Tensor *attend(Tensor *q, Tensor *k, Tensor *v) {
+    if (q->tangent || k->tangent || v->tangent)
+        return matrix_multiply(attention_weights(q, k), v);
+    Tensor *y = result_of(&OPERATORS[ATTEND], q->height, q->width, v->channels, q, k, v, NULL);
+    y->number[0] = 1 / sqrt(q->channels);
+    y->saved = reals(y->graph, (size_t)positions(q) * positions(k));
+    return compute(y);
+}
+
 Tensor *normalise(Tensor *x, Tensor *scale, Tensor *bias, int kind) {
     assert(group_count(x->channels) && scale->channels == x->channels && bias->channels == x->channels);
     Graph *graph = x->graph;
@@ -953,7 +1021,7 @@ Tensor *normalise(Tensor *x, Tensor *scale, Tensor *bias, int kind) {
         y->number[0] = graph->dropout;
         y->stream = graph->dropout_stream;
         y->position = graph->dropout_position;
-        graph->dropout_position += (uint32_t)((element_count(y) + 7) / 8 * 8);
+        graph->dropout_position += (uint32_t)((element_count(y) + DROPOUT_RUN - 1) / DROPOUT_RUN * DROPOUT_RUN);
     }
     compute(y);
     if (!carries_tangent(y))

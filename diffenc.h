@@ -116,7 +116,9 @@ double random_uniform(RandomStream stream, uint32_t position);
 void random_normal(RandomStream stream, real *out, size_t count);
 
 /* Dropout factors for positions [first, first+count): keep[i] is 1/(1-p) with probability 1-p, else 0; p is
- * `rate` rounded to a multiple of 2^-16. Made again in the backward pass instead of being stored. */
+ * `rate` rounded to a multiple of 2^-16. Made again in the backward pass instead of being stored. Random bits are
+ * taken in runs: `first` is a multiple of DROPOUT_RUN; masks of one stream are independent unless they share a run. */
+enum { DROPOUT_RUN = 128 };
 void random_dropout(RandomStream stream, uint32_t first, size_t count, double rate, real *keep);
 
 /* ---- the loops that do the arithmetic ---- */
@@ -178,12 +180,12 @@ typedef struct {
 
 void group_norm(const GroupNorm *n, const real *x, real *y);
 
-/* dx += , dscale += , dbias += ; each may be NULL. */
-void group_norm_backward(const GroupNorm *n, const real *x, const real *dy, real *dx, real *dscale, real *dbias,
-                         Arena *scratch);
+/* dx = start + , dscale += , dbias += ; each may be NULL, start NULL is zero and start = dx accumulates. */
+void group_norm_backward(const GroupNorm *n, const real *x, const real *dy, const real *start, real *dx, real *dscale,
+                         real *dbias, Arena *scratch);
 
 /* The tangent of y for a tangent x_dot of x, and the reverse mode of that: gradients by x, x_dot, scale, bias. */
-void group_norm_tangent(const GroupNorm *n, const real *x, const real *x_dot, real *y_dot, Arena *scratch);
+void group_norm_tangent(const GroupNorm *n, const real *x, const real *x_dot, real *y_dot);
 void group_norm_tangent_backward(const GroupNorm *n, const real *x, const real *x_dot, const real *dy_dot, real *dx,
                                  real *dx_dot, real *dscale, real *dbias, Arena *scratch);
 
@@ -345,6 +347,10 @@ int group_count(int channels);              /* 0 where the groups would not come
  * The matrix is stored once, for the backward pass. */
 Tensor *attention_weights(Tensor *q, Tensor *k);
 
+/* attention_weights(q, k) v. Without tangents it is one operator that works on a few rows at a time, while they are in the
+ * cache, and stores the matrix once, for the backward pass. */
+Tensor *attend(Tensor *q, Tensor *k, Tensor *v);
+
 /* ---- shapes ---- */
 
 Tensor *concatenate(Tensor *a, Tensor *b);                 /* along the channels */
@@ -467,7 +473,8 @@ void network_begin(Network *network);
 Tensor *score_network(Network *network, Tensor *z, double t);
 
 /* y(x, lambda) in (-1, 1), [h, w, c]. With t_dot, the derivative of the normalised time by lambda (a number), y carries
- * the tangent dy/dlambda; NULL: no tangent. */
+ * the tangent dy/dlambda; NULL: no tangent. All calls for one example share one dropout mask: y stays one function of
+ * lambda. Call it before score_network, which goes on with the numbers behind that mask. */
 Tensor *encoder_network(Network *network, Tensor *x, double t, Tensor *t_dot);
 
 /* gamma.b and gamma.w of the learned schedule, numbers. */

@@ -7,6 +7,7 @@
 
 #include "diffenc.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
@@ -48,12 +49,17 @@ typedef struct {
     int given;
 } Option;
 
-/* What an option holds, as text; numbers in full or, for people, short. */
-static void option_text(const Option *o, int full, char text[TEXT_SIZE]) {
+/* What an option holds, as text; numbers with the fewest digits that read back as the same number. */
+static void option_text(const Option *o, char text[TEXT_SIZE]) {
     const char *choice = o->argument;
     switch (o->type) {
     case OPTION_INT: case OPTION_FLAG: snprintf(text, TEXT_SIZE, "%d", *(int *)o->target); break;
-    case OPTION_REAL: snprintf(text, TEXT_SIZE, full ? "%.17g" : "%g", *(double *)o->target); break;
+    case OPTION_REAL:
+        for (int digits = 1, same = 0; digits <= 17 && !same; digits++) {
+            snprintf(text, TEXT_SIZE, "%.*g", digits, *(double *)o->target);
+            same = strtod(text, NULL) == *(double *)o->target;
+        }
+        break;
     case OPTION_SEED: snprintf(text, TEXT_SIZE, "%llu", (unsigned long long)*(uint64_t *)o->target); break;
     case OPTION_TEXT: snprintf(text, TEXT_SIZE, "%s", (const char *)o->target); break;
     case OPTION_MODEL: config_model_name(o->target, text); break;
@@ -120,7 +126,7 @@ static void print_options(const Option *options, int count) {
     for (int i = 0; i < count; i++) {
         char left[64], value[TEXT_SIZE];
         snprintf(left, sizeof left, "--%s %s", options[i].name, options[i].argument);
-        option_text(&options[i], 0, value);
+        option_text(&options[i], value);
         printf("  %-28s %s", left, options[i].help);
         if (options[i].type != OPTION_FLAG && *value)
             printf(" (default %s)", value);
@@ -260,7 +266,7 @@ static void metadata_of(const Settings *s, uint64_t step, Metadata list[METADATA
     settings_options(&copy, options);
     for (int i = 0; i < SETTINGS; i++) {
         metadata_key(options[i].name, list[i].key);
-        option_text(&options[i], 1, list[i].value);
+        option_text(&options[i], list[i].value);
     }
     const struct { const char *key; unsigned long long value; } numbers[5] = {
         {"format_version", 1}, {"step", step}, {"height", (unsigned)s->config.height}, {"width", (unsigned)s->config.width},
@@ -372,9 +378,13 @@ static int checkpoint_load(const TensorFile *f, const char *path, Load load, Mod
 static int checkpoint_read(const char *path, Load load, Model *m, Settings *s, Error *error) {
     TensorFile f;
     uint64_t step;
+    size_t weights = 0;
     if (tensors_read(path, &f, error))
         return -1;
-    int status = settings_read(&f, path, s, &step, error);
+    int status = settings_read(&f, path, s, &step, error) || model_size(&s->config, &weights, error) ? -1 : 0;
+    if (status == 0 && weights > f.bytes.size / sizeof(float))   /* before the metadata's word is taken for it */
+        status = fail(error, "%s: holds %zu bytes, too few for the %zu weights of model %s", path, f.bytes.size, weights,
+                      tensors_metadata(&f, "model"));
     if (status == 0 && (status = model_new(m, &s->config, s->seed, error)) == 0) {
         m->step = step;
         if ((status = checkpoint_load(&f, path, load, m, error)) != 0)
@@ -428,6 +438,20 @@ static void training_example(Network *n, int i, void *context) {
     backward(bits_per_dimension(&m, terms), 1.0 / b->batch);
 }
 
+/* The parameter with the largest gradient, or the first one whose gradient is not finite; *norm is that gradient's. */
+static const Parameter *steepest(const Model *m, const real *gradient, double *norm) {
+    const Parameter *found = m->parameter;
+    double most = -1;
+    for (int i = 0; i < m->parameter_count && isfinite(most); i++) {
+        const Parameter *p = &m->parameter[i];
+        const double square = dot(gradient + p->offset, gradient + p->offset, p->count);
+        if (!(square <= most))
+            most = square, found = p;
+    }
+    *norm = sqrt(most);
+    return found;
+}
+
 static const char *const TERMS[3] = {"recon", "latent", "diffusion"};
 
 int training_step(Model *model, Workers *workers, const Optimizer *optimizer, const unsigned char *images, int batch,
@@ -449,10 +473,11 @@ int training_step(Model *model, Workers *workers, const Optimizer *optimizer, co
 
     const real *gradient = workers_gradient(workers);
     r->gradient_norm = optimizer_step(model, optimizer, gradient, workers->threads);
-    for (int i = 0; i < model->parameter_count && !isfinite(r->gradient_norm); i++) {
-        const Parameter *p = &model->parameter[i];
-        if (!isfinite(dot(gradient + p->offset, gradient + p->offset, p->count)))
-            return fail(error, "step %llu: the gradient of %s is not finite", (unsigned long long)model->step + 1, p->name);
+    if (!isfinite(r->gradient_norm)) {
+        double norm;
+        const Parameter *p = steepest(model, gradient, &norm);
+        return fail(error, "step %llu: the gradient of %s is %s (norm %g)", (unsigned long long)model->step + 1, p->name,
+                    isfinite(norm) ? "too large to go on" : "not finite", norm);
     }
     r->recon = mean[0], r->latent = mean[1], r->diffusion = mean[2];
     r->total = mean[0] + mean[1] + mean[2];
@@ -751,8 +776,8 @@ static int resume_settings(TrainOptions *o, const Option *options, Settings *sav
     char mine[TEXT_SIZE], was[TEXT_SIZE];
     settings_options(saved, theirs);
     for (int i = 0; i < SETTINGS; i++) {
-        option_text(&options[i], 1, mine);
-        option_text(&theirs[i], 1, was);
+        option_text(&options[i], mine);
+        option_text(&theirs[i], was);
         if (!options[i].given || strcmp(mine, was) == 0)
             continue;
         if (i < FIXED_SETTINGS)
@@ -781,6 +806,21 @@ static int directory_lock(const char *directory, Error *error) {
     return 0;
 }
 
+/* A training that was killed while it wrote left temporary files (file_replace); the lock says that no one is at them. */
+static void remove_leftovers(const char *directory) {
+    static const char *const names[4] = {"checkpoint.safetensors.tmp.", "log.csv.tmp.", "loss.png.tmp.", "samples-"};
+    DIR *listing = opendir(directory);
+    for (struct dirent *entry; listing && (entry = readdir(listing)) != NULL;)
+        for (int i = 0; i < 4; i++)
+            if (strncmp(entry->d_name, names[i], strlen(names[i])) == 0 && strstr(entry->d_name, ".tmp.")) {
+                char path[TEXT_SIZE];
+                path_in(directory, entry->d_name, path);
+                unlink(path);
+            }
+    if (listing)
+        closedir(listing);
+}
+
 static void progress(Training *t, const StepReport *r) {
     const TrainOptions *o = t->options;
     const double now = seconds_now(), done = (double)(t->model.step - t->first_step);
@@ -798,8 +838,22 @@ static void progress(Training *t, const StepReport *r) {
     fflush(stderr);
 }
 
+/* A checkpoint that could not be read again must not take the place of one that can. */
+static int weights_check(Model *m, Error *error) {
+    for (int i = 0; i < 4 * m->parameter_count; i++) {
+        const int vector = i / m->parameter_count;
+        const Parameter *p = &m->parameter[i % m->parameter_count];
+        const real *values = vector_of(m, vector) + p->offset;
+        if (!isfinite(dot(values, values, p->count)))
+            return fail(error, "step %llu: %s.%s is not finite any more", (unsigned long long)m->step, VECTORS[vector], p->name);
+    }
+    return 0;
+}
+
 static int save(Training *t, Error *error) {
     char path[TEXT_SIZE];
+    if (weights_check(&t->model, error))
+        return -1;
     path_in(t->options->out, "checkpoint.safetensors", path);
     if (fflush(t->log.csv) || ferror(t->log.csv))
         return fail(error, "%s/log.csv: cannot be written: %s", t->options->out, strerror(errno));
@@ -882,9 +936,9 @@ static int train_prepare(Training *t, const Option *options, Error *error) {
         return fail(error, "%s: there is no checkpoint to resume", path);
     if (!o->resume && exists)
         return fail(error, "%s: there is a checkpoint already; --resume goes on with it, another --out starts anew", path);
-    if (o->resume) {
+    if (o->resume) {   /* locked before it is read: what another training writes meanwhile would be lost */
         Settings saved;
-        if (checkpoint_read(path, LOAD_ALL, &t->model, &saved, error) || resume_settings(o, options, &saved, error))
+        if (directory_lock(o->out, error) || checkpoint_read(path, LOAD_ALL, &t->model, &saved, error) || resume_settings(o, options, &saved, error))
             return -1;
     }
     if (dataset_open(&t->data, s->data, SPLIT_TRAIN, s->seed, error) ||
@@ -894,8 +948,9 @@ static int train_prepare(Training *t, const Option *options, Error *error) {
         return fail(error, "%s: images are %dx%dx%d, the checkpoint's model is for %dx%dx%d", s->data, t->data.height,
                     t->data.width, t->data.channels, c->height, c->width, c->image_channels);
     c->height = t->data.height, c->width = t->data.width, c->image_channels = t->data.channels;
-    if (settings_check(s, error) || memory_check(c, o->threads, error) || directory_lock(o->out, error))
+    if (settings_check(s, error) || memory_check(c, o->threads, error) || (!o->resume && directory_lock(o->out, error)))
         return -1;
+    remove_leftovers(o->out);
     if (o->resume)
         t->model.config = *c;
     return 0;
@@ -1322,6 +1377,7 @@ static const Command COMMANDS[] = {
 
 int main(int argc, char **argv) {
     const int count = sizeof COMMANDS / sizeof COMMANDS[0];
+    signal(SIGXFSZ, SIG_IGN);   /* a write beyond a limit on file sizes then fails and is reported like a full disk */
     for (int i = 0; argc > 1 && i < count; i++)
         if (strcmp(argv[1], COMMANDS[i].name) == 0) {
             int status = COMMANDS[i].run(argc - 1, argv + 1);

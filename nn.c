@@ -111,7 +111,8 @@ int config_check(const Config *c, Error *error) {
         return fail(error, "image size %dx%d: each side must be from 1 to %d", c->height, c->width, MAX_SIDE);
     if (c->image_channels != 1 && c->image_channels != 3)
         return fail(error, "image channels %d: must be 1 or 3", c->image_channels);
-    if (c->score_blocks < 1 || c->score_blocks > MAX_BLOCKS || c->encoder_blocks < 0 || c->encoder_blocks > MAX_BLOCKS)
+    if (c->score_blocks < 1 || c->score_blocks > MAX_BLOCKS || c->encoder_blocks < (c->kind == DIFFENC) ||
+        c->encoder_blocks > MAX_BLOCKS)
         return fail(error, "model: L %d and E %d must be from 1 to %d", c->score_blocks, c->encoder_blocks, MAX_BLOCKS);
     if (c->net == NET_UNET && check_unet("net unet", c->score_blocks, c, error))
         return -1;
@@ -256,7 +257,7 @@ static Tensor *attention(Network *n, const char *name, Tensor *x) {
     Tensor *q = linear(n, "q", 1, h, x->channels, INIT_LECUN, NULL);
     Tensor *k = linear(n, "k", 1, h, x->channels, INIT_LECUN, NULL);
     Tensor *v = linear(n, "v", 1, h, x->channels, INIT_LECUN, NULL);
-    h = matrix_multiply(attention_weights(q, k), v);
+    h = attend(q, k, v);
     h = linear(n, "out", 1, h, x->channels, INIT_ZERO, x);
     scope_leave(n, scope);
     return h;
@@ -337,6 +338,9 @@ Tensor *encoder_network(Network *n, Tensor *x, double t, Tensor *t_dot) {
     const Config *c = &n->model->config;
     n->next = n->model->encoder_first;
     strcpy(n->scope, "encoder.");
+    /* The same dropout mask at every time of an example: otherwise x_s - x_t would be the difference of two masks, which
+     * does not shrink with s - t, and T KL_T would grow with T instead of going to L_inf. */
+    n->graph.dropout_position = 0;
     return hyperbolic_tangent(
         image_network(n, NET_UNET, c->encoder_blocks, c->encoder_channels, x, t, t_dot, x->channels, NULL));
 }
@@ -518,11 +522,16 @@ void workers_run(Workers *w, const real *weights, int with_gradients, int count,
 }
 
 const real *workers_gradient(Workers *w) {
+    enum { RUN = 4096 };   /* weights that stay in the first-level cache while all slots are added to them */
     const size_t count = w->model->weight_count;
 #pragma omp parallel for num_threads(w->threads)
-    for (size_t i = 0; i < count; i++)
+    for (size_t begin = 0; begin < count; begin += RUN) {
+        const size_t end = begin + RUN < count ? begin + RUN : count;
+        real *sum = w->slot[0];
         for (int s = 1; s < GRADIENT_SLOTS; s++)
-            w->slot[0][i] += w->slot[s][i];
+            for (size_t i = begin; i < end; i++)
+                sum[i] += w->slot[s][i];
+    }
     return w->slot[0];
 }
 
@@ -542,9 +551,11 @@ static int is_bias(const char *name) {
 
 double optimizer_step(Model *m, const Optimizer *o, const real *gradient, int threads) {
     (void)threads;
+    /* AdamW squares the gradient: an overflow there would stay in adam_v for good. */
+    const double largest = sizeof(real) == sizeof(float) ? 1e19 : 1e150;
     const double norm = sqrt(dot(gradient, gradient, m->weight_count));
-    if (!isfinite(norm))
-        return norm;
+    if (!isfinite(norm) || (o->clip > 0 && norm > o->clip ? o->clip : norm) > largest)
+        return isfinite(norm) ? INFINITY : norm;
     const double step = (double)++m->step;
     const real clip = (real)(o->clip > 0 && norm > o->clip ? o->clip / norm : 1);
     const double rate = o->learning_rate * (o->warmup > 0 && step < o->warmup ? step / o->warmup : 1);

@@ -198,7 +198,7 @@ void random_dropout(RandomStream s, uint32_t first, size_t count, double rate, r
      * loops, so that the rounds run in vector registers: philox4x32 above, transposed. */
     const uint32_t threshold = (uint32_t)(rate * 65536 + 0.5);
     const real factor = (real)(65536.0 / (65536.0 - threshold));
-    assert(first % 8 == 0);
+    assert(first % DROPOUT_RUN == 0 && DROPOUT_RUN == 8 * PHILOX_LANES);
     for (size_t done = 0; done < count; done += 8 * PHILOX_LANES) {
         uint32_t c[4][PHILOX_LANES], k0 = (uint32_t)s.seed, k1 = (uint32_t)(s.seed >> 32);
         for (int l = 0; l < PHILOX_LANES; l++) {
@@ -278,12 +278,17 @@ enum { LANES = 32 / sizeof(real), BLOCK_ROWS = 6 };
 enum { LANES = 16 / sizeof(real), BLOCK_ROWS = 6 };
 #endif
 
-/* One block: R rows x N columns, of which `width` are stored; R and N are constants where this is called, and the
- * compiler makes one copy of the loop for each. a, b, c, start and bias point to the block's own first element. */
+/* One block: R rows x N columns, of which `width` are stored. R and N are constants where this is called; it must be
+ * inlined there, so that each pair gets a copy of the loops with the sums in registers, and gcc wants to be told. a, b, c,
+ * start and bias point to the block's own first element. */
+#ifdef __GNUC__
+__attribute__((always_inline))
+#endif
 static inline void block_product(const int R, const int N, int width, const Product *p, const real *a, const real *b,
                                  ptrdiff_t b_segment, ptrdiff_t b_row, const real *bias, const real *start, real *c) {
     real sum[BLOCK_ROWS][2 * LANES];
     for (int r = 0; r < R; r++)
+#pragma omp simd
         for (int n = 0; n < N; n++)
             sum[r][n] = 0;
     const ptrdiff_t a_row = p->a_row, a_inner = p->a_inner;
@@ -291,7 +296,8 @@ static inline void block_product(const int R, const int N, int width, const Prod
         const real *ak = a + s * p->a_segment, *bk = b + s * b_segment;
         for (int k = 0; k < p->inner; k++, ak += a_inner, bk += b_row)
             for (int r = 0; r < R; r++)
-                for (int n = 0; n < N; n++)
+#pragma omp simd
+                for (int n = 0; n < N; n++)   /* simd: gcc would take a loop this short apart before vectorising it */
                     sum[r][n] += ak[r * a_row] * bk[n];
     }
     for (int r = 0; r < R; r++) {
@@ -437,9 +443,14 @@ void convolve3x3_by_kernel(int h, int w, int in, int out, const real *x, const r
 /* ---- group normalisation ---- */
 
 static const double GROUP_NORM_EPS = 1e-6;
+enum { MAX_CHANNELS = 4096 };   /* of one tensor; nn.c refuses models beyond it */
+
+/* The loops that matter take channels LANES at a time and walk down the positions with them, so that what belongs to a
+ * channel stays in registers; N is the constant LANES for whole blocks and what is left for the last one. */
 
 /* per[channels] = the value of each channel's group, so that inner loops run over channels without a division. */
 static void spread(const GroupNorm *n, const real *group, real *per) {
+    assert(n->channels > 0 && n->channels <= MAX_CHANNELS);
     for (int c = 0; c < n->channels; c++)
         per[c] = group[c / (n->channels / n->groups)];
 }
@@ -463,66 +474,121 @@ static inline real swish_curve(real u, real s) {
     return s * (1 - s) * (2 + u * (1 - 2 * s));
 }
 
-enum { MAX_CHANNELS = 4096 };   /* of one tensor; nn.c refuses models beyond it */
+/* For N channels: sum[n] = sum of u and sum_product[n] = sum of u (w - shift) over all positions. Four partial sums, so
+ * that an addition need not wait for the one before. */
+static inline void paired_sums_block(const int N, int positions, int C, const real *u, const real *u_shift, const real *w,
+                                     const real *w_shift, real *sum, real *sum_product) {
+    enum { PARTS = 4 };
+    real s[PARTS][LANES] = {{0}}, p[PARTS][LANES] = {{0}};
+    int i = 0;
+    for (; i + PARTS <= positions; i += PARTS)
+        for (int part = 0; part < PARTS; part++) {
+            const real *ui = u + (size_t)(i + part) * C, *wi = w + (size_t)(i + part) * C;
+#pragma omp simd
+            for (int n = 0; n < N; n++) {
+                const real d = ui[n] - u_shift[n];
+                s[part][n] += d;
+                p[part][n] += d * (wi[n] - w_shift[n]);
+            }
+        }
+    for (; i < positions; i++)
+        for (int n = 0; n < N; n++) {
+            const real d = u[(size_t)i * C + n] - u_shift[n];
+            s[0][n] += d;
+            p[0][n] += d * (w[(size_t)i * C + n] - w_shift[n]);
+        }
+    for (int n = 0; n < N; n++) {
+        sum[n] = (s[0][n] + s[1][n]) + (s[2][n] + s[3][n]);
+        sum_product[n] = (p[0][n] + p[1][n]) + (p[2][n] + p[3][n]);
+    }
+}
+
+/* Per channel: sum = sum of (u - u_shift), sum_product = sum of (u - u_shift)(w - w_shift), over all positions. */
+static void paired_sums(const GroupNorm *n, const real *u, const real *u_shift, const real *w, const real *w_shift,
+                        real *sum, real *sum_product) {
+    const int C = n->channels;
+    for (int c = 0; c < C; c += LANES)
+        if (C - c >= LANES)
+            paired_sums_block(LANES, n->positions, C, u + c, u_shift + c, w + c, w_shift + c, sum + c, sum_product + c);
+        else
+            paired_sums_block(C - c, n->positions, C, u + c, u_shift + c, w + c, w_shift + c, sum + c, sum_product + c);
+}
+
+/* n = gain x + offset, per channel. */
+static void gain_and_offset(const GroupNorm *n, real *gain, real *offset) {
+    spread(n, n->rstd, gain);
+    spread(n, n->mean, offset);
+    for (int c = 0; c < n->channels; c++) {
+        gain[c] *= n->scale[c];
+        offset[c] = n->bias[c] - offset[c] * gain[c];
+    }
+}
+
+/* Mean and variance in one pass, of the distances to the mean of a few positions spread over the image: close to the mean
+ * of all, so that no digits are lost in the difference of large sums. One position alone could be the outlier. */
+static void group_statistics(const GroupNorm *n, const real *x) {
+    enum { SAMPLES = 16 };
+    const int C = n->channels, width = C / n->groups;
+    const double count = (double)n->positions * width;
+    real sum[MAX_CHANNELS], squares[MAX_CHANNELS], near[MAX_CHANNELS];
+    memset(near, 0, C * sizeof(real));
+    for (size_t s = 0; s < SAMPLES; s++)
+        for (int c = 0; c < C; c++)
+            near[c] += x[s * n->positions / SAMPLES * C + c] / SAMPLES;
+    paired_sums(n, x, near, x, near, sum, squares);
+    for (int g = 0; g < n->groups; g++) {
+        double mean = 0, variance = 0;
+        for (int c = g * width; c < (g + 1) * width; c++)
+            mean += (double)near[c] + sum[c] / (double)n->positions;
+        mean /= width;
+        for (int c = g * width; c < (g + 1) * width; c++) {
+            const double shift = near[c] - mean;
+            variance += squares[c] + 2 * shift * sum[c] + shift * shift * n->positions;
+        }
+        n->mean[g] = (real)mean;
+        n->rstd[g] = (real)(1 / sqrt(variance / count + GROUP_NORM_EPS));
+    }
+}
+
+static inline void normalise_block(const int N, int positions, int C, int swish, const real *x, const real *gain,
+                                   const real *offset, real *y) {
+    for (int i = 0; i < positions; i++, x += C, y += C)
+        if (swish) {
+#pragma omp simd
+            for (int n = 0; n < N; n++) {
+                const real u = x[n] * gain[n] + offset[n];
+                y[n] = u * sigmoid(u);
+            }
+        } else
+            for (int n = 0; n < N; n++)
+                y[n] = x[n] * gain[n] + offset[n];
+}
 
 void group_norm(const GroupNorm *n, const real *x, real *y) {
     const int C = n->channels;
-    real sum[MAX_CHANNELS], mean[MAX_CHANNELS], gain[MAX_CHANNELS], offset[MAX_CHANNELS];
-    memset(sum, 0, C * sizeof(real));
-    for (int i = 0; i < n->positions; i++)
-        for (int c = 0; c < C; c++)
-            sum[c] += x[(size_t)i * C + c];
-    group_means(n, sum, n->mean);
-    spread(n, n->mean, mean);
-    /* The variance in a second pass: the difference of two large sums would lose the digits that matter. */
-    memset(sum, 0, C * sizeof(real));
-    for (int i = 0; i < n->positions; i++)
-        for (int c = 0; c < C; c++) {
-            real d = x[(size_t)i * C + c] - mean[c];
-            sum[c] += d * d;
-        }
-    group_means(n, sum, n->rstd);
-    for (int g = 0; g < n->groups; g++)
-        n->rstd[g] = (real)(1 / sqrt(n->rstd[g] + GROUP_NORM_EPS));
-    spread(n, n->rstd, gain);
-    for (int c = 0; c < C; c++) {
-        gain[c] *= n->scale[c];
-        offset[c] = n->bias[c] - mean[c] * gain[c];
-    }
-    for (int i = 0; i < n->positions; i++) {
-        const real *xi = x + (size_t)i * C, *keep = n->keep ? n->keep + (size_t)i * C : NULL;
-        real *yi = y + (size_t)i * C;
-        if (n->swish)
-            for (int c = 0; c < C; c++) {
-                real u = xi[c] * gain[c] + offset[c];
-                yi[c] = u * sigmoid(u);
-            }
+    real gain[MAX_CHANNELS], offset[MAX_CHANNELS];
+    group_statistics(n, x);
+    gain_and_offset(n, gain, offset);
+    for (int c = 0; c < C; c += LANES)
+        if (C - c >= LANES)
+            normalise_block(LANES, n->positions, C, n->swish, x + c, gain + c, offset + c, y + c);
         else
-            for (int c = 0; c < C; c++)
-                yi[c] = xi[c] * gain[c] + offset[c];
-        if (keep)
-            for (int c = 0; c < C; c++)
-                yi[c] *= keep[c];
-    }
+            normalise_block(C - c, n->positions, C, n->swish, x + c, gain + c, offset + c, y + c);
+    for (size_t i = 0; n->keep && i < (size_t)n->positions * C; i++)
+        y[i] *= n->keep[i];
 }
 
 /* The reverse of normalisation alone: for dn [positions, channels], the gradient by n,
  *     dscale += sum dn xhat,  dbias += sum dn,
- *     dx += rstd (g - mean(g) - xhat mean(g xhat)),  g = scale dn, means over the group. */
-static void normalise_backward(const GroupNorm *n, const real *x, const real *dn, real *dx, real *dscale,
+ *     dx = start + rstd (g - mean(g) - xhat mean(g xhat)),  g = scale dn, means over the group. */
+static void normalise_backward(const GroupNorm *n, const real *x, const real *dn, const real *start, real *dx, real *dscale,
                                real *dbias) {
     const int C = n->channels;
-    real mean[MAX_CHANNELS], rstd[MAX_CHANNELS], sum[MAX_CHANNELS], sum_xhat[MAX_CHANNELS];
+    real mean[MAX_CHANNELS], rstd[MAX_CHANNELS], sum[MAX_CHANNELS], sum_xhat[MAX_CHANNELS], zero[MAX_CHANNELS];
     spread(n, n->mean, mean);
     spread(n, n->rstd, rstd);
-    memset(sum, 0, C * sizeof(real));
-    memset(sum_xhat, 0, C * sizeof(real));
-    for (int i = 0; i < n->positions; i++)
-        for (int c = 0; c < C; c++) {
-            real d = dn[(size_t)i * C + c];
-            sum[c] += d;
-            sum_xhat[c] += d * (x[(size_t)i * C + c] - mean[c]);
-        }
+    memset(zero, 0, C * sizeof(real));
+    paired_sums(n, dn, zero, x, mean, sum, sum_xhat);
     for (int c = 0; c < C; c++) {
         sum_xhat[c] *= rstd[c];
         if (dbias)
@@ -544,86 +610,84 @@ static void normalise_backward(const GroupNorm *n, const real *x, const real *dn
         slope[c] *= -rstd[c] * rstd[c];
         offset[c] = -rstd[c] * offset[c] - slope[c] * mean[c];
     }
-    for (int i = 0; i < n->positions; i++)
-        for (int c = 0; c < C; c++)
-            dx[(size_t)i * C + c] += gain[c] * dn[(size_t)i * C + c] + slope[c] * x[(size_t)i * C + c] + offset[c];
+    for (int i = 0; i < n->positions; i++) {
+        const size_t at = (size_t)i * C;
+        if (start)
+            for (int c = 0; c < C; c++)
+                dx[at + c] = start[at + c] + (gain[c] * dn[at + c] + slope[c] * x[at + c] + offset[c]);
+        else
+            for (int c = 0; c < C; c++)
+                dx[at + c] = gain[c] * dn[at + c] + slope[c] * x[at + c] + offset[c];
+    }
 }
 
-void group_norm_backward(const GroupNorm *n, const real *x, const real *dy, real *dx, real *dscale, real *dbias,
-                         Arena *scratch) {
+/* dn = dy swish'(n) */
+static inline void swish_backward_block(const int N, int positions, int C, const real *x, const real *gain,
+                                        const real *offset, const real *dy, real *dn) {
+    for (int i = 0; i < positions; i++, x += C, dy += C, dn += C)
+#pragma omp simd
+        for (int n = 0; n < N; n++) {
+            const real u = x[n] * gain[n] + offset[n];
+            dn[n] = dy[n] * swish_slope(u, sigmoid(u));
+        }
+}
+
+void group_norm_backward(const GroupNorm *n, const real *x, const real *dy, const real *start, real *dx, real *dscale,
+                         real *dbias, Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
     const int C = n->channels;
-    const real *dn = dy;
-    if (n->swish || n->keep) {
-        real gain[MAX_CHANNELS], offset[MAX_CHANNELS];
-        spread(n, n->rstd, gain);
-        spread(n, n->mean, offset);
-        for (int c = 0; c < C; c++) {
-            gain[c] *= n->scale[c];
-            offset[c] = n->bias[c] - offset[c] * gain[c];
-        }
-        real *made = arena_allocate(scratch, (size_t)n->positions * C, sizeof(real));
-        for (int i = 0; i < n->positions; i++) {
-            const real *xi = x + (size_t)i * C, *dyi = dy + (size_t)i * C;
-            real *di = made + (size_t)i * C;
-            if (n->swish)
-                for (int c = 0; c < C; c++) {
-                    real u = xi[c] * gain[c] + offset[c];
-                    di[c] = dyi[c] * swish_slope(u, sigmoid(u));
-                }
-            else
-                memcpy(di, dyi, C * sizeof(real));
-            if (n->keep)
-                for (int c = 0; c < C; c++)
-                    di[c] *= n->keep[(size_t)i * C + c];
-        }
-        dn = made;
-    }
-    normalise_backward(n, x, dn, dx, dscale, dbias);
+    const size_t count = (size_t)n->positions * C;
+    real gain[MAX_CHANNELS], offset[MAX_CHANNELS];
+    real *made = n->swish || n->keep ? arena_allocate(scratch, count, sizeof(real)) : NULL;
+    const real *dn = made ? made : dy;
+    gain_and_offset(n, gain, offset);
+    for (int c = 0; n->swish && c < C; c += LANES)
+        if (C - c >= LANES)
+            swish_backward_block(LANES, n->positions, C, x + c, gain + c, offset + c, dy + c, made + c);
+        else
+            swish_backward_block(C - c, n->positions, C, x + c, gain + c, offset + c, dy + c, made + c);
+    for (size_t i = 0; n->keep && i < count; i++)
+        made[i] = (n->swish ? made[i] : dy[i]) * n->keep[i];
+    normalise_backward(n, x, dn, start, dx, dscale, dbias);
     arena_release(scratch, mark);
 }
 
-/* xhat_dot = rstd (x_dot - mean(x_dot) - xhat mean(xhat x_dot)), the tangent of xhat. The same linear, symmetric map
- * J takes tangents forward and gradients back. Returns in inner[groups] mean(xhat v) for the v it was given. */
+/* xhat_dot = rstd (v - mean(v) - xhat mean(xhat v)), the tangent of xhat for a tangent v of x. The same linear, symmetric
+ * map J takes tangents forward and gradients back. Returns in inner[groups] mean(xhat v). */
 static void normalise_tangent(const GroupNorm *n, const real *x, const real *v, real *out, real *inner) {
     const int C = n->channels;
-    real mean[MAX_CHANNELS], rstd[MAX_CHANNELS], sum[MAX_CHANNELS], sum_xhat[MAX_CHANNELS], average[MAX_CHANNELS];
+    real mean[MAX_CHANNELS], rstd[MAX_CHANNELS], sum[MAX_CHANNELS], sum_xhat[MAX_CHANNELS], zero[MAX_CHANNELS];
     spread(n, n->mean, mean);
     spread(n, n->rstd, rstd);
-    memset(sum, 0, C * sizeof(real));
-    memset(sum_xhat, 0, C * sizeof(real));
-    for (int i = 0; i < n->positions; i++)
-        for (int c = 0; c < C; c++) {
-            sum[c] += v[(size_t)i * C + c];
-            sum_xhat[c] += v[(size_t)i * C + c] * (x[(size_t)i * C + c] - mean[c]) * rstd[c];
-        }
+    memset(zero, 0, C * sizeof(real));
+    paired_sums(n, v, zero, x, mean, sum, sum_xhat);
+    for (int c = 0; c < C; c++)
+        sum_xhat[c] *= rstd[c];
     group_means(n, sum, inner);
-    spread(n, inner, average);
+    spread(n, inner, sum);
     group_means(n, sum_xhat, inner);
     spread(n, inner, sum_xhat);
     for (int i = 0; i < n->positions; i++)
         for (int c = 0; c < C; c++) {
-            real xhat = (x[(size_t)i * C + c] - mean[c]) * rstd[c];
-            out[(size_t)i * C + c] = rstd[c] * (v[(size_t)i * C + c] - average[c] - xhat * sum_xhat[c]);
+            const size_t at = (size_t)i * C + c;
+            const real xhat = (x[at] - mean[c]) * rstd[c];
+            out[at] = rstd[c] * (v[at] - sum[c] - xhat * sum_xhat[c]);
         }
 }
 
-void group_norm_tangent(const GroupNorm *n, const real *x, const real *x_dot, real *y_dot, Arena *scratch) {
-    (void)scratch;
+void group_norm_tangent(const GroupNorm *n, const real *x, const real *x_dot, real *y_dot) {
     const int C = n->channels;
-    real inner[MAX_CHANNELS], mean[MAX_CHANNELS], rstd[MAX_CHANNELS];
+    real inner[MAX_CHANNELS], gain[MAX_CHANNELS], offset[MAX_CHANNELS];
     normalise_tangent(n, x, x_dot, y_dot, inner);
-    spread(n, n->mean, mean);
-    spread(n, n->rstd, rstd);
+    gain_and_offset(n, gain, offset);
     for (int i = 0; i < n->positions; i++)
         for (int c = 0; c < C; c++) {
-            size_t at = (size_t)i * C + c;
-            y_dot[at] *= n->scale[c] * (n->keep ? n->keep[at] : 1);
-            if (n->swish) {
-                real u = (x[at] - mean[c]) * rstd[c] * n->scale[c] + n->bias[c];
-                y_dot[at] *= swish_slope(u, sigmoid(u));
-            }
+            const size_t at = (size_t)i * C + c;
+            const real u = x[at] * gain[c] + offset[c];
+            y_dot[at] *= n->scale[c] * (n->swish ? swish_slope(u, sigmoid(u)) : 1);
         }
+    for (size_t i = 0; n->keep && i < (size_t)n->positions * C; i++)
+        y_dot[i] *= n->keep[i];
 }
 
 void group_norm_tangent_backward(const GroupNorm *n, const real *x, const real *x_dot, const real *dy_dot, real *dx,
@@ -638,46 +702,45 @@ void group_norm_tangent_backward(const GroupNorm *n, const real *x, const real *
     const size_t count = (size_t)n->positions * C;
     real *xhat_dot = arena_allocate(scratch, count, sizeof(real)), *g = arena_allocate(scratch, count, sizeof(real));
     real *dn = arena_allocate(scratch, count, sizeof(real)), *Jg = arena_allocate(scratch, count, sizeof(real));
-    real mean[MAX_CHANNELS], rstd[MAX_CHANNELS], x_inner[MAX_CHANNELS], g_inner[MAX_CHANNELS], sum[MAX_CHANNELS];
-    real group[MAX_CHANNELS], mixed[MAX_CHANNELS];
+    real mean[MAX_CHANNELS], rstd[MAX_CHANNELS], x_inner[MAX_CHANNELS], g_inner[MAX_CHANNELS], group[MAX_CHANNELS];
+    real gain[MAX_CHANNELS], offset[MAX_CHANNELS], sum[MAX_CHANNELS], mixed[MAX_CHANNELS], zero[MAX_CHANNELS];
     spread(n, n->mean, mean);
     spread(n, n->rstd, rstd);
+    gain_and_offset(n, gain, offset);
+    memset(zero, 0, C * sizeof(real));
     normalise_tangent(n, x, x_dot, xhat_dot, group);
     spread(n, group, x_inner);
-    memset(sum, 0, C * sizeof(real));
     for (int i = 0; i < n->positions; i++)
         for (int c = 0; c < C; c++) {
-            size_t at = (size_t)i * C + c;
-            real d = dy_dot[at] * (n->keep ? n->keep[at] : 1), slope = 1, curve = 0;
-            if (n->swish) {
-                real u = (x[at] - mean[c]) * rstd[c] * n->scale[c] + n->bias[c], s = sigmoid(u);
-                slope = swish_slope(u, s);
-                curve = swish_curve(u, s);
-            }
-            dn[at] = d * curve * n->scale[c] * xhat_dot[at];
-            g[at] = d * slope * n->scale[c];
-            sum[c] += d * slope * xhat_dot[at];
+            const size_t at = (size_t)i * C + c;
+            const real u = x[at] * gain[c] + offset[c], s = sigmoid(u), d = dy_dot[at] * (n->keep ? n->keep[at] : 1);
+            dn[at] = n->swish ? d * swish_curve(u, s) * n->scale[c] * xhat_dot[at] : 0;
+            g[at] = n->swish ? d * swish_slope(u, s) : d;
         }
+    paired_sums(n, g, zero, xhat_dot, zero, sum, mixed);   /* mixed = sum of dn_dot xhat_dot */
     for (int c = 0; c < C; c++) {
         if (dscale)
-            dscale[c] += sum[c];
-        sum[c] *= n->scale[c];
+            dscale[c] += mixed[c];
+        mixed[c] *= n->scale[c];
     }
-    group_means(n, sum, group);
+    group_means(n, mixed, group);
     spread(n, group, mixed);
+    for (int i = 0; i < n->positions; i++)
+        for (int c = 0; c < C; c++)
+            g[(size_t)i * C + c] *= n->scale[c];
     normalise_tangent(n, x, g, Jg, group);
     spread(n, group, g_inner);
+    if (n->swish)
+        normalise_backward(n, x, dn, dx, dx, dscale, dbias);
     for (int i = 0; i < n->positions; i++)
         for (int c = 0; c < C; c++) {
-            size_t at = (size_t)i * C + c;
-            if (dx_dot)
-                dx_dot[at] += Jg[at];
+            const size_t at = (size_t)i * C + c;
             if (dx)
                 dx[at] -= rstd[c] * ((x[at] - mean[c]) * rstd[c] * mixed[c] + x_inner[c] * Jg[at]
                                      + g_inner[c] * xhat_dot[at]);
+            if (dx_dot)
+                dx_dot[at] += Jg[at];
         }
-    if (n->swish)
-        normalise_backward(n, x, dn, dx, dscale, dbias);
     arena_release(scratch, mark);
 }
 

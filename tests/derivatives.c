@@ -18,35 +18,63 @@ enum { STEPS = 2 };
 static const double FIRST_STEP = 1.0 / 8;
 #endif
 
+static const int IS_DOUBLE = sizeof(real) == sizeof(double);
+
 double derivative_limit(void) {
-    return sizeof(real) == sizeof(double) ? 1e-7 : 3e-2;
+    return IS_DOUBLE ? 1e-7 : 3e-2;
 }
 
-/* A sum F of many terms carries a roundoff of about 1e-15 F (1e-6 F in float), which the last step raises to 1e-13 F
- * (1e-5 F). A derivative below this much of F can therefore not be compared to within the limit. */
+/* The result F of a network carries a roundoff of about 1e-14 F (1e-6 F in float), which division by the last step raises
+ * to 1e-12 F (1e-5 F). A derivative below this much of F can therefore not be compared to within the limit. */
 double derivative_floor(void) {
-    return sizeof(real) == sizeof(double) ? 1e-5 : 1e-2;
+    return IS_DOUBLE ? 1e-4 : 1e-2;
 }
 
-void differentiate(Path path, void *context, size_t count, double scale, double *derivative) {
-    double *at[STEPS], *plus = allocate(count, sizeof *plus), *minus = allocate(count, sizeof *minus);
+/* One extrapolation: at[STEPS - 1] becomes the derivative, and what the last order changed is its error. */
+static void extrapolate(Path path, void *context, size_t count, double first, double **at, double *size) {
+    double *plus = at[STEPS], *minus = at[STEPS + 1];
     for (int k = 0; k < STEPS; k++) {
-        const double step = FIRST_STEP * scale / (1 << k);
-        at[k] = allocate(count, sizeof(double));
+        const double step = first / (1 << k);
         path(context, step, plus);
         path(context, -step, minus);
-        for (size_t i = 0; i < count; i++)
+        for (size_t i = 0; i < count; i++) {
             at[k][i] = (plus[i] - minus[i]) / (2 * step);
+            size[i] = fabs(plus[i]) / step;
+        }
     }
     for (int order = 1; order < STEPS; order++)   /* the error's term in step^(2 order) is cancelled */
         for (int k = STEPS - 1; k >= order; k--)
-            for (size_t i = 0; i < count; i++)
-                at[k][i] += (at[k][i] - at[k - 1][i]) / (pow(4, order) - 1);
-    memcpy(derivative, at[STEPS - 1], count * sizeof(double));
-    for (int k = 0; k < STEPS; k++)
-        free(at[k]);
-    free(plus);
-    free(minus);
+            for (size_t i = 0; i < count; i++) {
+                const double change = (at[k][i] - at[k - 1][i]) / (pow(4, order) - 1);
+                at[k][i] += change;
+                minus[i] = fabs(at[k][i] - at[k - 1][i]);
+            }
+}
+
+/* Where the path has a kink near by - the largest of four pixels changes - the orders disagree, and shorter steps are
+ * tried. Each number keeps the value whose orders agree best. */
+void differentiate(Path path, void *context, size_t count, double scale, double *derivative, double *error) {
+    enum { ATTEMPTS = 5, SHORTER = 8 };
+    const double agree = IS_DOUBLE ? 1e-9 : 1e-3, roundoff = IS_DOUBLE ? 1e-14 : 1e-6;
+    double *memory = allocate((STEPS + 3) * count, sizeof(double)), *at[STEPS + 2], *size = memory + (STEPS + 2) * count;
+    double step = FIRST_STEP * scale;
+    for (int k = 0; k < STEPS + 2; k++)
+        at[k] = memory + k * count;
+    for (int attempt = 0, agreed = 0; attempt < ATTEMPTS && !agreed; attempt++, step /= SHORTER) {
+        double square = 0;
+        extrapolate(path, context, count, step, at, size);
+        for (size_t i = 0; i < count; i++)
+            square += at[STEPS - 1][i] * at[STEPS - 1][i] / (double)count;
+        agreed = 1;
+        for (size_t i = 0; i < count; i++) {
+            if (attempt == 0 || at[STEPS + 1][i] < error[i]) {
+                derivative[i] = at[STEPS - 1][i];
+                error[i] = at[STEPS + 1][i];
+            }
+            agreed &= error[i] <= agree * sqrt(square) + roundoff * size[i];
+        }
+    }
+    free(memory);
 }
 
 /* ---- evaluating a subject ---- */
@@ -55,7 +83,7 @@ void differentiate(Path path, void *context, size_t count, double scale, double 
 typedef struct {
     size_t first, count;
     double scale;
-    int is_tangent;
+    int is_tangent, is_silent;     /* silent: no gradient by it is claimed */
 } Segment;
 
 typedef struct {
@@ -133,8 +161,8 @@ static void projection_along(void *context, double e, double *value) {
 
 /* ---- a probe ---- */
 
-static void add_segment(Probe *p, size_t count, double scale, int is_tangent) {
-    const Segment s = {p->count, count, scale > 0 ? scale : 1, is_tangent};
+static void add_segment(Probe *p, size_t count, double scale, int is_tangent, int is_silent) {
+    const Segment s = {p->count, count, scale > 0 ? scale : 1, is_tangent, is_silent};
     p->segment[p->segments++] = s;
     p->count += count;
 }
@@ -144,13 +172,13 @@ static void add_segments(Probe *p) {
     const int parameters = p->network ? p->network->model->parameter_count : 0;
     p->segment = allocate((size_t)(2 * MAX_LEAVES + parameters), sizeof *p->segment);
     for (; p->leaves < MAX_LEAVES && s->leaf[p->leaves][HEIGHT] > 0; p->leaves++)
-        add_segment(p, leaf_size(s->leaf[p->leaves]), s->leaf[p->leaves][SCALE], 0);
+        add_segment(p, leaf_size(s->leaf[p->leaves]), s->leaf[p->leaves][SCALE], 0, s->leaf[p->leaves][TANGENT] > 1);
     p->values = p->count;
     for (int i = 0; i < p->leaves; i++)
         if (s->leaf[i][TANGENT])
-            add_segment(p, leaf_size(s->leaf[i]), 1, 1);
+            add_segment(p, leaf_size(s->leaf[i]), 1, 1, 0);
     for (int i = 0; i < parameters; i++)
-        add_segment(p, p->network->model->parameter[i].count, s->weight_scale, 0);
+        add_segment(p, p->network->model->parameter[i].count, s->weight_scale, 0, 0);
 }
 
 /* Leaves from their ranges, tangents normal, weights the model's. */
@@ -215,35 +243,44 @@ static void probe_end(Probe *p) {
 
 /* ---- comparing ---- */
 
+enum { DIRECTIONS = 4 };   /* tries */
+
 static double larger(double a, double b) {
     return a > b || isnan(a) ? a : b;   /* what is not a number is the largest error of all */
 }
 
-static double relative(double claimed, double measured, double least) {
-    return fabs(claimed - measured) / larger(larger(fabs(measured), least), 1e-300);
+/* |claimed - measured| relative to the largest of |measured| and `least`, or UNKNOWN where the measurement itself is not
+ * good to a tenth of the limit, because of a kink too near. That is judged without looking at what is claimed. */
+static const double UNKNOWN = -1;
+
+static double relative(double claimed, double measured, double measurement_error, double least) {
+    const double size = larger(larger(fabs(measured), least), 1e-300);
+    return measurement_error > derivative_limit() / 10 * size ? UNKNOWN : fabs(claimed - measured) / size;
 }
 
 /* Gradient times direction against the difference along it. */
 static double error_along(Probe *p, double typical) {
-    double claimed = 0, measured;
+    double claimed = 0, measured, measurement_error;
     for (size_t i = 0; i < p->count; i++)
         claimed += (double)p->gradient[i] * p->direction[i];
-    differentiate(projection_along, p, 1, 1, &measured);
-    return relative(claimed, measured, larger(typical, derivative_floor() * p->size));
+    differentiate(projection_along, p, 1, 1, &measured, &measurement_error);
+    return relative(claimed, measured, measurement_error, larger(typical, derivative_floor() * p->size));
 }
 
 /* A segment's part of a random direction, whose length is the segment's scale. */
 static void choose_direction(Probe *p, const Segment *s, RandomStream stream) {
     for (size_t i = 0; i < s->count; i++)
-        p->direction[s->first + i] = (random_uniform(stream, (uint32_t)i) - 0.5) * s->scale * sqrt(12.0 / (double)s->count);
+        p->direction[s->first + i] = s->is_silent ? 0 : (random_uniform(stream, (uint32_t)i) - 0.5) * s->scale * sqrt(12.0 / (double)s->count);
 }
 
-/* Some elements of one segment, then a random direction within it. */
+/* Some elements of one segment, then random directions within it until one is known. */
 static double segment_error(Probe *p, const Segment *s, int samples, RandomStream stream) {
     const double norm = sqrt(dot(p->gradient + s->first, p->gradient + s->first, s->count));
     const double typical = s->scale * norm / sqrt((double)s->count);   /* the root mean square of a derivative */
     const int all = s->count <= (size_t)samples;
-    double worst = 0;
+    double worst = UNKNOWN, error = UNKNOWN;
+    if (s->is_silent || (s->is_tangent && !p->of_tangent))
+        return 0;
     memset(p->direction, 0, p->count * sizeof(double));
     for (int i = 0; i < (all ? (int)s->count : samples); i++) {
         const size_t at = s->first + (all ? (size_t)i : random_bits(stream, (uint32_t)i) % s->count);
@@ -251,33 +288,38 @@ static double segment_error(Probe *p, const Segment *s, int samples, RandomStrea
         worst = larger(error_along(p, typical), worst);
         p->direction[at] = 0;
     }
-    choose_direction(p, s, stream);
-    return larger(error_along(p, typical), worst);
+    for (int i = 0; i < DIRECTIONS && error == UNKNOWN; i++, stream.step++) {
+        choose_direction(p, s, stream);
+        error = error_along(p, typical);
+    }
+    worst = larger(error, worst);
+    return worst == UNKNOWN ? INFINITY : worst;
 }
 
 /* The gradient of the result or of its tangent: every segment by itself, then all of them at once. */
 static double gradient_error(Probe *p, int samples, uint64_t seed) {
-    double worst = 0;
+    double worst = 0, error = UNKNOWN;
     set_projection(p, seed);
     set_gradient(p);
     for (int i = 0; i < p->segments; i++)
-        if (p->of_tangent || !p->segment[i].is_tangent)
-            worst = larger(segment_error(p, &p->segment[i], samples, random_stream(seed, RANDOM_CHECK, 3, (uint32_t)i)),
-                           worst);
-    for (int i = 0; i < p->segments; i++)
-        choose_direction(p, &p->segment[i], random_stream(seed, RANDOM_CHECK, 4, (uint32_t)i));
-    return larger(error_along(p, 0), worst);
+        worst = larger(segment_error(p, &p->segment[i], samples, random_stream(seed, RANDOM_CHECK, 100, (uint32_t)i)), worst);
+    for (int k = 0; k < DIRECTIONS && error == UNKNOWN; k++) {
+        for (int i = 0; i < p->segments; i++)
+            choose_direction(p, &p->segment[i], random_stream(seed, RANDOM_CHECK, 200 + (uint32_t)k, (uint32_t)i));
+        error = error_along(p, 0);
+    }
+    return larger(error == UNKNOWN ? INFINITY : error, worst);
 }
 
 /* Every element of the result's tangent against the difference of the result along the tangents of the leaves. */
 static double tangent_error(Probe *p) {
-    double worst = 0, scale = 1, mean_square = 0;
+    double worst = UNKNOWN, scale = 1, mean_square = 0;
     const Tensor *y = evaluate(p, p->point, NULL);
     if (!y->tangent)
         return -1;
-    double *tangent = allocate(p->result, sizeof(double)), *measured = allocate(p->result, sizeof(double));
+    double *tangent = allocate(3 * p->result, sizeof(double)), *measured = tangent + p->result, *error = measured + p->result;
     for (size_t i = 0; i < p->result; i++)
-        tangent[i] = y->tangent->value[i];
+        tangent[i] = (double)y->tangent->value[i];
     memset(p->direction, 0, p->count * sizeof(double));
     for (int i = 0, t = p->leaves; i < p->leaves; i++)
         if (p->subject->leaf[i][TANGENT]) {
@@ -286,14 +328,13 @@ static double tangent_error(Probe *p) {
                 p->direction[p->segment[i].first + j] = (double)p->point[p->segment[t].first + j];
             t++;
         }
-    differentiate(values_along, p, p->result, scale, measured);
+    differentiate(values_along, p, p->result, scale, measured, error);
     for (size_t i = 0; i < p->result; i++)
         mean_square += measured[i] * measured[i] / (double)p->result;
     for (size_t i = 0; i < p->result; i++)
-        worst = larger(relative(tangent[i], measured[i], sqrt(mean_square)), worst);
+        worst = larger(relative(tangent[i], measured[i], error[i], sqrt(mean_square)), worst);
     free(tangent);
-    free(measured);
-    return worst;
+    return worst == UNKNOWN ? INFINITY : worst;
 }
 
 DerivativeErrors derivative_errors(const Subject *subject, int samples, uint64_t seed) {
@@ -312,7 +353,7 @@ DerivativeErrors derivative_errors(const Subject *subject, int samples, uint64_t
 /* ---- every operator ---- */
 
 enum {
-    ADD, SUB, MUL, MUL_ITSELF, AFFINE, EXP, EXPM1, LOG, RECIPROCAL, SQRT, ABS, LOGISTIC, TANH, SWISH, SINE, COSINE, TOTAL,
+    ADD, SUB, MUL, MUL_ITSELF, AFFINE, EXP, EXPM1, SOFTPLUS, LOG, RECIPROCAL, SQRT, ABS, LOGISTIC, TANH, SWISH, SINE, COSINE, TOTAL,
     SQUARED_NORM, TANGENT_REPLACED, CONVOLVE, CONVOLVE_BIAS, CONVOLVE_RESIDUAL, CONVOLVE_ALL, CONVOLVE_ITSELF, UPSAMPLE,
     UPSAMPLE_BIAS, MATRIX_MULTIPLY, MATRIX_MULTIPLY_ITSELF, OUTER_PRODUCT, OUTER_PRODUCT_ITSELF, NORMALISE,
     NORMALISE_SWISH, NORMALISE_DROPOUT, ATTENTION, ATTENTION_ITSELF, CONCATENATE, CONCATENATE_ITSELF, SPREAD, OUTER_SCALE,
@@ -350,6 +391,7 @@ static Tensor *build_operator(const Subject *s, Graph *graph, Tensor **a) {
     case AFFINE: return affine(-1.7, a[0], 0.4);
     case EXP: return exponential(a[0]);
     case EXPM1: return exponential_minus_1(a[0]);
+    case SOFTPLUS: return softplus(a[0]);
     case LOG: return logarithm(a[0]);
     case RECIPROCAL: return reciprocal(a[0]);
     case SQRT: return square_root(a[0]);
@@ -417,6 +459,7 @@ static const Row ROWS[] = {
     {"affine", AFFINE, {{3, 2, 4, 1}}},
     {"exp", EXP, {{3, 2, 4, 1}}},
     {"expm1", EXPM1, {{3, 2, 4, 1}}},
+    {"softplus", SOFTPLUS, {{3, 2, 4, 1}}},
     {"log", LOG, {{3, 2, 4, 1, 0.3, 2, 0.2}}},
     {"reciprocal", RECIPROCAL, {{3, 2, 4, 1, 0.3, 2, 0.2}}},
     {"sqrt", SQRT, {{3, 2, 4, 1, 0.3, 2, 0.2}}},

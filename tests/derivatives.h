@@ -15,6 +15,7 @@
 
 /* An input of a subject: its shape, 1 if it carries a tangent, the range from which it is drawn evenly (both 0: from
  * -1.5 to 1.5), and the length over which the result changes much (0: 1), to which steps are proportional. */
+enum { TANGENT_ONLY = 2 };   /* it carries a tangent and gradients by that, but none flow to its value */
 enum { HEIGHT, WIDTH, CHANNELS, TANGENT, LOW, HIGH, SCALE, LEAF_NUMBERS };
 typedef double Leaf[LEAF_NUMBERS];
 
@@ -44,9 +45,11 @@ DerivativeErrors derivative_errors(const Subject *subject, int samples, uint64_t
 double derivative_limit(void);
 double derivative_floor(void);
 
-/* d path(e)/de at e = 0 for a path of `count` numbers that changes over a length of about `scale`. */
+/* d path(e)/de at e = 0 for a path of `count` numbers that changes over a length of about `scale`, and how far the
+ * differences of the last two orders are apart, an upper bound for its error. */
 typedef void (*Path)(void *context, double e, double *value);
-void differentiate(Path path, void *context, size_t count, double scale, double *derivative);
+void differentiate(Path path, void *context, size_t count, double scale, double *derivative,
+                   double *error);
 
 /* Every operator and layer of autograd.h, 0 <= index < operator_count(): in many shapes, odd ones among them, and in
  * all combinations of inputs with and without tangents. */

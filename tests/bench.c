@@ -1,0 +1,653 @@
+/* bench.c - the command `diffenc bench`: how fast the loops, a training step and the sampler are, held
+ * against what the machine can do.
+ *
+ * Each measurement runs in a child process of its own, so that a peak of memory belongs to one model and
+ * nothing is left in heap or caches for the next; what it allocates goes with it. The parent never starts
+ * threads, because OpenMP's do not survive a fork. Figures are medians of several runs, beside them the
+ * slowest and the fastest. The machine's peak is measured between the runs, so that a share of it stays right
+ * while other programs come and go.
+ *
+ * Operations are floating-point additions and multiplications; a fused multiply-add is two. Products with the
+ * zeros around an image count, as everybody counts convolutions and as the machine computes them: at 28x28
+ * they are 4.7% of a 3x3 convolution, at 7x7 18%. */
+
+#define _POSIX_C_SOURCE 200809L
+#define _DARWIN_C_SOURCE   /* macOS shows ru_maxrss only then */
+
+#include "diffenc.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/types.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+enum { OK = 0, FAILURE = 1, USAGE = 2, MAX_THREADS = 256, MAX_RUNS = 1000, SMALL_BATCH = 16 };
+
+/* ---- measuring ---- */
+
+typedef struct {
+    double median, least, most;   /* seconds */
+    double peak;                  /* the machine's operations per second meanwhile, with these threads */
+} Timing;
+
+static int ascending(const void *a, const void *b) {
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *x, int count) {   /* and sorts */
+    qsort(x, (size_t)count, sizeof *x, ascending);
+    return (x[(count - 1) / 2] + x[count / 2]) / 2;
+}
+
+static Timing timing_of(double *seconds, double *peaks, int count) {
+    Timing t = {.median = median(seconds, count), .peak = median(peaks, count)};
+    t.least = seconds[0];
+    t.most = seconds[count - 1];
+    return t;
+}
+
+/* Work of one thread, on memory of its own that it finds by its number. */
+typedef void (*ThreadWork)(void *context, int thread);
+
+/* Seconds of one call while all threads work at once; the last one to finish counts. */
+static double seconds_of(int threads, long repeat, ThreadWork work, void *context) {
+    const double start = seconds_now();
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; thread++)
+        for (long i = 0; i < repeat; i++)
+            work(context, thread);
+    return (seconds_now() - start) / (double)repeat;
+}
+
+/* NUMBERS independent chains of multiply-adds. FEW links of one are done while it is in a register, so that loading
+ * and storing it costs nothing beside; a processor works on enough chains at a time to hide the latency. Both gcc and
+ * clang make the plainest vector code of this, at 99% of what the data sheet allows. */
+enum { NUMBERS = 256, FEW = 4, PASSES = 100000 };
+
+static void multiply_add_chains(void *context, int thread) {
+    const real *factor_and_term = context;   /* not known to the compiler */
+    const real factor = factor_and_term[0], term = factor_and_term[1];
+    real x[NUMBERS] = {0};
+    for (int pass = 0; pass < PASSES; pass++)
+        for (int i = 0; i < NUMBERS; i++) {
+            real xi = x[i];
+            for (int link = 0; link < FEW; link++)
+                xi = xi * factor + term;
+            x[i] = xi;
+        }
+    ((real *)context)[2 + thread] = x[thread];   /* so that the loop cannot be left out */
+}
+
+/* The machine's operations per second, measured for some milliseconds. */
+static double peak_now(int threads) {
+    real cell[2 + MAX_THREADS] = {(real)0.5, 1};
+    return 2.0 * FEW * NUMBERS * PASSES * threads / seconds_of(threads, 1, multiply_add_chains, cell);
+}
+
+/* A run is as many calls as take 30 ms; finding the number also warms up. */
+static Timing time_work(int runs, int threads, ThreadWork work, void *context) {
+    double seconds[MAX_RUNS], peaks[MAX_RUNS];
+    long repeat = 1;
+    while (seconds_of(threads, repeat, work, context) * (double)repeat < 0.03)
+        repeat *= 2;
+    for (int i = 0; i < runs; i++) {
+        peaks[i] = peak_now(threads);
+        seconds[i] = seconds_of(threads, repeat, work, context);
+    }
+    return timing_of(seconds, peaks, runs);
+}
+
+static double peak_bytes(void) {   /* the most memory this process ever had, as the system counts it */
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+#ifdef __APPLE__
+    return (double)usage.ru_maxrss;
+#else
+    return 1024.0 * (double)usage.ru_maxrss;
+#endif
+}
+
+/* What is to be measured, and what came out. */
+typedef struct {
+    Config config;
+    int threads, runs, batch;
+    int count, timesteps, sampling;   /* images, steps T; sampling instead of training */
+    double bandwidth;                 /* of the memory, bytes per second, with these threads */
+} Job;
+
+typedef struct {
+    Timing seconds;
+    double bandwidth, bytes;
+    double example, update;           /* seconds of an example, and of the rest of a step by its batch */
+    double by_operator[OPERATOR_COUNT][2];   /* seconds of an example, forward and backward */
+    double operations[OPERATOR_COUNT][2];    /* likewise */
+} Result;
+
+typedef void (*Measurement)(const Job *job, Result *result);
+
+static int in_child(Measurement measurement, const Job *job, Result *result) {
+    int channel[2], status = -1;
+    fflush(stdout);
+    const pid_t child = pipe(channel) ? -1 : fork();
+    if (child == 0) {
+        Result made = {0};
+        measurement(job, &made);
+        fflush(stdout);
+        _exit(write(channel[1], &made, sizeof made) == (ssize_t)sizeof made ? OK : FAILURE);
+    }
+    if (child > 0) {
+        close(channel[1]);
+        const ssize_t got = read(channel[0], result, sizeof *result);   /* so small that it comes whole */
+        close(channel[0]);
+        if (waitpid(child, &status, 0) == child && status == 0 && got == (ssize_t)sizeof *result)
+            return OK;
+    }
+    fprintf(stderr, "diffenc: bench: a measuring process failed with status %d\n", status);
+    return FAILURE;
+}
+
+/* ---- the machine ---- */
+
+/* STREAM's triad: 128 MiB an array, more than common caches hold. Each number counts three times: b and c are
+ * read, a is written. */
+typedef struct {
+    real *a, *b, *c;
+    size_t count;   /* of one thread */
+} Triad;
+
+static void triad(void *context, int thread) {
+    const Triad *t = context;
+    real *restrict a = t->a + t->count * (size_t)thread;
+    const real *restrict b = t->b + t->count * (size_t)thread, *restrict c = t->c + t->count * (size_t)thread;
+    for (size_t i = 0; i < t->count; i++)
+        a[i] = b[i] + (real)0.5 * c[i];
+}
+
+static void triad_fill(void *context, int thread) {   /* by the thread that will use it */
+    const Triad *t = context;
+    for (size_t i = t->count * (size_t)thread; i < t->count * (size_t)(thread + 1); i++)
+        t->a[i] = t->b[i] = t->c[i] = 1;
+}
+
+static void measure_machine(const Job *job, Result *result) {
+    const size_t threads = (size_t)job->threads, all = ((size_t)1 << 27) / sizeof(real) / threads * threads;
+    const double bytes = 3.0 * sizeof(real) * (double)all;
+    double peaks[MAX_RUNS];
+    Triad arrays = {.a = allocate(3 * all, sizeof(real)), .count = all / threads};
+    arrays.b = arrays.a + all;
+    arrays.c = arrays.b + all;
+    seconds_of(job->threads, 1, triad_fill, &arrays);
+    const Timing t = time_work(job->runs, job->threads, triad, &arrays);
+    for (int i = 0; i < job->runs; i++)
+        peaks[i] = peak_now(job->threads);
+    const double peak = median(peaks, job->runs);
+    result->bandwidth = bytes / t.median;
+    printf("multiply-add peak %7.1f GFLOP/s (%.1f..%.1f)\n", peak / 1e9, peaks[0] / 1e9,
+           peaks[job->runs - 1] / 1e9);
+    printf("memory bandwidth  %7.1f GB/s    (%.1f..%.1f)\n", bytes / t.median / 1e9, bytes / t.most / 1e9,
+           bytes / t.least / 1e9);
+}
+
+/* ---- kernels ---- */
+
+typedef enum {
+    FORWARD, BY_INPUT, BY_KERNEL, DENSE, ATTENTION, NORM, NORM_BACK, DROPOUT, LEVELS_256
+} Loop;
+
+/* A loop on an image [side, side, in] -> [side, side, out]. `amount` is what one value of the output takes:
+ * operations, or bytes read and written where the loop is bound by memory. */
+typedef struct {
+    const char *name;
+    Loop loop;
+    int side, in, out;
+    double amount;
+    int is_bytes;
+} Kernel;
+
+enum { ARRAYS = 6 };
+typedef struct {
+    const Kernel *kernel;
+    real *array[MAX_THREADS][ARRAYS];   /* each large enough for an image or a kernel */
+    Arena *arena[MAX_THREADS];
+    unsigned char *pixels;
+} KernelWork;
+
+/* softmax(q k^T / sqrt(c)) v and back to q, k and v, through the graph as in training. */
+static void attention_both_ways(int side, int channels, real *const a[ARRAYS], Arena *arena) {
+    Graph graph = {0};
+    graph_begin(&graph, arena);
+    Tensor *q = parameter(&graph, side, side, channels, a[0], NULL, a[3]);
+    Tensor *k = parameter(&graph, side, side, channels, a[1], NULL, a[4]);
+    Tensor *v = parameter(&graph, side, side, channels, a[2], NULL, a[5]);
+    backward(total(attend(q, k, v)), 1);
+}
+
+static void run_kernel(void *context, int thread) {
+    const KernelWork *work = context;
+    const Kernel *k = work->kernel;
+    const int side = k->side, in = k->in, out = k->out, positions = side * side;
+    real *const *a = work->array[thread];
+    real *x = a[0], *y = a[1], *dx = a[2], *kernel = a[3], *dkernel = a[4], *bias = a[5];
+    Arena *arena = work->arena[thread];
+    const size_t values = (size_t)positions * out;
+    double by_precision;
+    const GroupNorm norm = {.positions = positions, .channels = out, .groups = group_count(out), .swish = 1,
+                            .scale = kernel, .bias = kernel + out, .mean = bias, .rstd = bias + out};
+    switch (k->loop) {
+    case FORWARD: convolve3x3(side, side, in, out, x, kernel, bias, NULL, y, arena); break;
+    case BY_INPUT: convolve3x3(side, side, out, in, y, kernel, NULL, NULL, dx, arena); break;
+    case BY_KERNEL: convolve3x3_by_kernel(side, side, in, out, x, y, dkernel, arena); break;
+    case DENSE: matrix_product(positions, in, out, x, kernel, bias, NULL, y, arena); break;
+    case ATTENTION: attention_both_ways(side, in, a, arena); break;
+    case NORM: group_norm(&norm, x, y); break;
+    case NORM_BACK: group_norm_backward(&norm, x, y, NULL, dx, dkernel, dkernel + out, arena); break;
+    case DROPOUT: random_dropout(random_stream(1, RANDOM_CHECK, 0, 0), 0, values, 0.1, y); break;
+    case LEVELS_256: level_softmax(values, x, work->pixels, 600000, dx, &by_precision); break;
+    }
+}
+
+static void print_rate(const char *name, double amount, int is_bytes, Timing t, const Job *job) {
+    printf("%-30s %8.1f %-7s (%.1f..%.1f) %4.0f%% %10.1f us\n", name, amount / t.median / 1e9,
+           is_bytes ? "GB/s" : "GFLOP/s", amount / t.most / 1e9, amount / t.least / 1e9,
+           100 * amount / t.median / (is_bytes ? job->bandwidth : t.peak), 1e6 * t.median);
+}
+
+static void bench_kernel(const Job *job, const Kernel *k) {
+    const size_t image = (size_t)k->side * k->side * (k->in > k->out ? k->in : k->out);
+    const size_t taps = 9 * (size_t)k->in * k->out, count = image > taps ? image : taps;
+    KernelWork *work = allocate_zeroed(1, sizeof *work);
+    char name[64];
+    work->kernel = k;
+    work->pixels = allocate_zeroed(count, 1);
+    for (int i = 0; i < job->threads; i++) {
+        work->arena[i] = arena_new();
+        for (int j = 0; j < ARRAYS; j++) {
+            work->array[i][j] = allocate(count, sizeof(real));
+            random_normal(random_stream(1, RANDOM_CHECK, 0, (uint32_t)j), work->array[i][j], count);
+        }
+    }
+    const Timing t = time_work(job->runs, job->threads, run_kernel, work);
+    snprintf(name, sizeof name, "%-16s %dx%d %d->%d", k->name, k->side, k->side, k->in, k->out);
+    print_rate(name, k->amount * k->side * k->side * k->out * job->threads, k->is_bytes, t, job);
+}
+
+typedef struct {
+    Model model;
+    Optimizer optimizer;
+    int threads;
+} Update;
+
+static void run_optimizer(void *context, int thread) {   /* it shares its work among the threads itself */
+    Update *u = context;
+    (void)thread;
+    optimizer_step(&u->model, &u->optimizer, u->model.ema, u->threads);   /* any vector serves as gradient */
+}
+
+/* Of each weight the gradient is read twice, first for its norm; w, m, v and the average are also written. */
+static void bench_optimizer(const Job *job) {
+    Update u = {.optimizer = optimizer_default(), .threads = job->threads};
+    Error error;
+    char name[64];
+    if (model_new(&u.model, &job->config, 1, &error))
+        return;
+    const Timing t = time_work(job->runs, 1, run_optimizer, &u);
+    snprintf(name, sizeof name, "%-16s %zu weights", "AdamW + EMA", u.model.weight_count);
+    print_rate(name, 10.0 * sizeof(real) * (double)u.model.weight_count, 1, t, job);
+}
+
+static void bench_kernels(const Job *job, Result *unused) {
+    static const int SIZES[][2] = {{28, 16}, {28, 32}, {28, 64}, {14, 64}, {7, 128}, {32, 128}};
+    static const Kernel OTHERS[] = {
+        {"1x1", DENSE, 28, 64, 32, 2 * 64, 0},
+        {"attention, both", ATTENTION, 28, 32, 32, 6 * 2 * 784, 0},          /* 2 products forward, 4 back */
+        {"norm, swish", NORM, 28, 32, 32, 2 * sizeof(real), 1},              /* x, y */
+        {"norm, swish back", NORM_BACK, 28, 32, 32, 3 * sizeof(real), 1},    /* x, dy, dx */
+        {"dropout mask", DROPOUT, 28, 32, 32, sizeof(real), 1},
+        /* For each of 256 levels 31: 5 up to the exponent, 21 in its exponential, 5 in the three sums. */
+        {"256-way softmax", LEVELS_256, 28, 1, 1, 256 * 31, 0},
+    };
+    (void)unused;
+    printf("\neach kernel, all threads at once: median, (slowest..fastest run), share of the peak, one call\n"
+           "(in a cache, GB/s can go beyond the memory's; kernels are flipped for `by input` once a step)\n");
+    for (size_t i = 0; i < sizeof SIZES / sizeof SIZES[0]; i++) {
+        const int side = SIZES[i][0], c = SIZES[i][1];
+        const Kernel three[] = {{"3x3 forward", FORWARD, side, c, c, 18.0 * c, 0},
+                                {"3x3 by input", BY_INPUT, side, c, c, 18.0 * c, 0},
+                                {"3x3 by kernel", BY_KERNEL, side, c, c, 18.0 * c, 0}};
+        for (int j = 0; j < 3; j++)
+            bench_kernel(job, &three[j]);
+    }
+    for (size_t i = 0; i < sizeof OTHERS / sizeof OTHERS[0]; i++)
+        bench_kernel(job, &OTHERS[i]);
+    bench_optimizer(job);
+}
+
+/* ---- a training step, and sampling ---- */
+
+/* A model with its threads, and random images for a batch. */
+typedef struct {
+    Model model;
+    Workers workers;
+    Optimizer optimizer;
+    unsigned char *images;
+} Setup;
+
+static void stop_on(int status, const Error *error) {
+    if (status) {
+        fprintf(stderr, "diffenc: bench: %s\n", error->text);
+        exit(FAILURE);
+    }
+}
+
+static void setup(Setup *s, const Job *job, int threads, int images) {
+    const Config *c = &job->config;
+    const size_t bytes = (size_t)images * c->height * c->width * c->image_channels;
+    Error error;
+    stop_on(model_new(&s->model, c, 1, &error), &error);
+    workers_new(&s->workers, &s->model, threads);
+    s->optimizer = optimizer_default();
+    s->images = allocate(bytes, 1);
+    for (size_t i = 0; i < bytes; i++)
+        s->images[i] = (unsigned char)random_bits(random_stream(1, RANDOM_CHECK, 1, 0), (uint32_t)i);
+}
+
+/* `runs` steps, or samplings, after one to warm up, and the peak of memory. */
+static void measure_model(const Job *job, Result *result) {
+    double seconds[MAX_RUNS], peaks[MAX_RUNS];
+    Setup s;
+    StepReport report;
+    Error error;
+    setup(&s, job, job->threads, job->sampling ? job->count : job->batch);
+    for (int i = -1; i < job->runs; i++) {
+        const double start = seconds_now();
+        int status = 0;
+        if (job->sampling)
+            sample_images(&s.model, &s.workers, job->count, i < 0 ? 1 : job->timesteps, 1, 0, s.images);
+        else
+            status = training_step(&s.model, &s.workers, &s.optimizer, s.images, job->batch, 1, &report,
+                                   &error);
+        stop_on(status, &error);
+        if (i >= 0) {
+            seconds[i] = seconds_now() - start;
+            peaks[i] = peak_now(job->threads);
+        }
+    }
+    result->seconds = timing_of(seconds, peaks, job->runs);
+    result->bytes = peak_bytes();
+}
+
+/* Operations of the products in an operator, forward: 2 for each value of the result and each of the numbers
+ * summed up for it, channels (times the taps of a convolution) or positions. Attention has two products. */
+static double product_operations(const Tensor *t) {
+    const char *name = t->op->name;
+    const double per_channel = 2.0 * (double)element_count(t), channels = t->input[0]->channels;
+    if (strcmp(name, "convolution") == 0)
+        return per_channel * channels * t->input[1]->height;
+    if (strcmp(name, "attention") == 0)   /* q k^T as large as P v, for as many channels */
+        return 2 * per_channel * t->input[1]->height * t->input[1]->width;
+    if (strcmp(name, "upsampling") == 0 || strcmp(name, "matrix product") == 0 ||
+        strcmp(name, "outer product") == 0 || strcmp(name, "attention weights") == 0)
+        return per_channel * channels;
+    return 0;
+}
+
+/* Counted on the graph itself, values and tangents alike: what was computed forward, and, going back, as much
+ * again for each of the two factors that has a gradient: thrice forward, less where the input is data. */
+static void count_operations(const Graph *graph, double operations[OPERATOR_COUNT][2]) {
+    memset(operations, 0, OPERATOR_COUNT * sizeof *operations);
+    for (const Tensor *t = graph->last; t; t = t->previous) {
+        const double forward = t->op ? product_operations(t) : 0;
+        for (int i = 0; forward > 0 && operator_name(i); i++)
+            if (strcmp(operator_name(i), t->op->name) == 0) {
+                operations[i][0] += forward;
+                operations[i][1] += forward * (t->input[0]->needs_gradient + t->input[1]->needs_gradient);
+            }
+    }
+}
+
+typedef struct {
+    const unsigned char *images;
+    Result *result;
+} Profile;
+
+/* As training does it, with the clock running. */
+static void profile_example(Network *n, int i, void *context) {
+    const Profile *p = context;
+    const Config *c = &n->model->config;
+    const size_t d = (size_t)c->height * c->width * c->image_channels;
+    real *eps = arena_allocate(n->graph.arena, 2 * d, sizeof *eps);
+    random_normal(random_stream(1, RANDOM_NOISE, 0, (uint32_t)i), eps, 2 * d);
+    n->graph.seconds = &p->result->by_operator[0][0];
+    n->graph.dropout = c->dropout;
+    n->graph.dropout_stream = random_stream(1, RANDOM_DROPOUT, 0, (uint32_t)i);
+    const double t = example_time(0.5, i, GRADIENT_SLOTS, 0);
+    const Example example = {p->images + (size_t)i * d, t, eps, eps + d};
+    const Method m = method_begin(n);
+    backward(bits_per_dimension(&m, objective(&m, example)), 1.0 / GRADIENT_SLOTS);
+    count_operations(&n->graph, p->result->operations);
+}
+
+/* One thread, as many examples as there are gradient slots; the first round warms up. */
+static void measure_profile(const Job *job, Result *result) {
+    Setup s;
+    setup(&s, job, 1, GRADIENT_SLOTS);
+    Profile profile = {s.images, result};
+    for (int round = 0; round < 2; round++) {
+        memset(result, 0, sizeof *result);
+        const double start = seconds_now();
+        model_flip(&s.model, 1);
+        const double flipped = seconds_now();
+        workers_run(&s.workers, s.model.params, 1, GRADIENT_SLOTS, profile_example, &profile);
+        const double run = seconds_now();
+        optimizer_step(&s.model, &s.optimizer, workers_gradient(&s.workers), 1);
+        result->update = (seconds_now() - run + flipped - start) / job->batch;
+        result->example = (run - flipped) / GRADIENT_SLOTS;
+    }
+    for (int i = 0; i < OPERATOR_COUNT; i++)
+        for (int direction = 0; direction < 2; direction++)
+            result->by_operator[i][direction] /= GRADIENT_SLOTS;
+}
+
+/* Operators by falling time; those below half a percent together. */
+static void print_profile(const Result *r) {
+    const double all = r->example + r->update;
+    double outside = r->example, small = 0;
+    int done[OPERATOR_COUNT] = {0};
+    printf("  where the time goes, one thread, ms per example (GFLOP/s of products):\n");
+    for (int place = 0, top = 0; place < OPERATOR_COUNT; place++, done[top] = 1) {
+        double most = -1;
+        for (int i = 0; i < OPERATOR_COUNT; i++)
+            if (!done[i] && r->by_operator[i][0] + r->by_operator[i][1] > most)
+                most = r->by_operator[top = i][0] + r->by_operator[i][1];
+        outside -= most;
+        small += most < 0.005 * all ? most : 0;
+        if (most < 0.005 * all)
+            continue;
+        printf("    %-22s %5.1f%%", operator_name(top), 100 * most / all);
+        for (int direction = 0; direction < 2; direction++) {
+            printf("   %s %7.3f", direction ? "backward" : "forward", 1e3 * r->by_operator[top][direction]);
+            if (r->operations[top][direction] > 0)
+                printf(" (%5.1f)", r->operations[top][direction] / r->by_operator[top][direction] / 1e9);
+            else
+                printf("%8s", "");
+        }
+        printf("\n");
+    }
+    printf("    %-22s %5.1f%%\n", "operators below 0.5%", 100 * small / all);
+    printf("    %-22s %5.1f%%   %15.3f\n", "noise, graph, memory", 100 * outside / all, 1e3 * outside);
+    printf("    %-22s %5.1f%%   %15.3f\n", "flips, sum, AdamW, EMA", 100 * r->update / all, 1e3 * r->update);
+}
+
+static int bench_steps(const Job *all) {
+    static const char *const MODELS[] = {"vdm-4", "diffenc-4-nt", "diffenc-4-2"};
+    double first_median = 0;
+    for (int i = 0; i < 3; i++) {
+        Job job = *all, small, single;
+        Result step, step_small, step_single, profile;
+        Error error;
+        if (config_parse_model(&job.config, MODELS[i], &error))
+            return FAILURE;
+        small = single = job;
+        small.batch = SMALL_BATCH, small.runs = 1;
+        single.threads = 1, single.runs = (all->runs + 1) / 2;
+        if (in_child(measure_model, &job, &step) || in_child(measure_model, &small, &step_small) ||
+            in_child(measure_model, &single, &step_single) || in_child(measure_profile, &job, &profile))
+            return FAILURE;
+        const Timing t = step.seconds;
+        double operations = 0;
+        for (int j = 0; j < OPERATOR_COUNT; j++)
+            operations += job.batch * (profile.operations[j][0] + profile.operations[j][1]);
+        first_median = i ? first_median : t.median;
+        printf("\n%s, a training step of %d examples: %.3f s (%.3f..%.3f), %.1f images/s\n", MODELS[i],
+               job.batch, t.median, t.least, t.most, job.batch / t.median);
+        printf("  arithmetic   %.1f GFLOP, %.1f GFLOP/s, %.0f%% of the peak\n", operations / 1e9,
+               operations / t.median / 1e9, 100 * operations / t.median / t.peak);
+        printf("  peak memory  %.1f MB; at batch %d %.1f MB\n", step.bytes / 1e6, small.batch,
+               step_small.bytes / 1e6);
+        printf("  %d threads    %.2f times as fast as one (%.3f s)\n", job.threads,
+               step_single.seconds.median / t.median, step_single.seconds.median);
+        printf("  takes        %.2f times as long as %s\n", t.median / first_median, MODELS[0]);
+        print_profile(&profile);
+    }
+    return OK;
+}
+
+static int bench_sampling(const Job *all) {
+    printf("\nsampling with vdm-4, %d images, %d steps each\n", all->count, all->timesteps);
+    for (int i = 0; i < 2; i++) {
+        Job job = *all;
+        Result r;
+        Error error;
+        job.config.net = i ? NET_UNET : NET_FLAT;
+        job.sampling = 1;
+        if (config_parse_model(&job.config, "vdm-4", &error) || in_child(measure_model, &job, &r))
+            return FAILURE;
+        printf("  %-6s %8.2f images/s (%.2f..%.2f), %.2f ms a step and image, peak memory %.1f MB\n",
+               i ? "unet" : "flat", job.count / r.seconds.median, job.count / r.seconds.most,
+               job.count / r.seconds.least, 1e3 * r.seconds.median / job.count / job.timesteps,
+               r.bytes / 1e6);
+    }
+    return OK;
+}
+
+/* ---- the command ---- */
+
+/* One line to be read by a program: tests/bench_peer.sh holds it against PyTorch's. */
+static int print_line(const char *model, Job *job) {
+    Result r;
+    Error error;
+    if (config_parse_model(&job->config, model, &error) || config_check(&job->config, &error)) {
+        fprintf(stderr, "diffenc: bench: %s\n", error.text);
+        return USAGE;
+    }
+    if (in_child(measure_model, job, &r))
+        return FAILURE;
+    printf("diffenc %s %s seconds=%.5f min=%.5f max=%.5f peak_bytes=%.0f threads=%d net=%s", model,
+           job->sampling ? "sampling" : "step", r.seconds.median, r.seconds.least, r.seconds.most, r.bytes,
+           job->threads, job->config.net == NET_FLAT ? "flat" : "unet");
+    if (job->sampling)
+        printf(" count=%d steps=%d\n", job->count, job->timesteps);
+    else
+        printf(" batch=%d\n", job->batch);
+    return OK;
+}
+
+static int wrong_usage(const char *what, const char *why) {
+    fprintf(stderr, "diffenc: bench: %.60s: %s (see diffenc bench --help)\n", what, why);
+    return USAGE;
+}
+
+typedef struct {
+    const char *name, *argument, *help;
+    int *number, most;                  /* a number from 1 to `most`, or */
+    const char **text, *choices;        /* a text; "a|b|c", if it is one of these */
+} Option;
+
+static int is_choice(const char *choices, const char *text) {
+    const char *found = strstr(choices, text), *end = found ? found + strlen(text) : NULL;
+    return *text && found && (found == choices || found[-1] == '|') && (!*end || *end == '|');
+}
+
+/* OK to go on, USAGE after an error, -1 after --help. */
+static int parse(int argc, char **argv, const Option *options, int count) {
+    for (int i = 1, j = 0; i < argc; i++, j = 0) {
+        const size_t length = strcspn(argv[i], "=");
+        while (j < count && (strlen(options[j].name) != length || strncmp(options[j].name, argv[i], length)))
+            j++;
+        if (strcmp(argv[i], "--help") == 0) {
+            printf("usage: diffenc bench [options]\n\n");
+            for (j = 0; j < count; j++) {
+                printf("  %-10s %-6s %s", options[j].name, options[j].argument, options[j].help);
+                if (options[j].number)
+                    printf(" (default %d)\n", *options[j].number);
+                else
+                    printf(" (default %s)\n", *options[j].text ? *options[j].text : "everything");
+            }
+            return -1;
+        }
+        if (j == count)
+            return wrong_usage(argv[i], "unknown option");
+        const char *value = argv[i][length] ? argv[i] + length + 1 : argv[++i];   /* argv ends with NULL */
+        char *end = NULL;
+        const long number = value ? strtol(value, &end, 10) : 0;
+        if (!value)
+            return wrong_usage(options[j].name, "needs a value");
+        if (options[j].number && (end == value || *end || number < 1 || number > options[j].most))
+            return wrong_usage(options[j].name, "expected a whole number from 1, and not too large");
+        if (options[j].choices && !is_choice(options[j].choices, value))
+            return wrong_usage(options[j].name, options[j].choices);
+        if (options[j].number)
+            *options[j].number = (int)number;
+        else
+            *options[j].text = value;
+    }
+    return OK;
+}
+
+int bench_main(int argc, char **argv) {
+    int most_threads = 1;
+    const char *only = NULL, *step = NULL, *sampling = NULL, *net = "flat";
+    Job job = {.config = config_default(), .threads = 1, .runs = 5, .batch = 64, .count = 16,
+               .timesteps = 20};
+#ifdef _OPENMP
+    most_threads = MAX_THREADS;
+    job.threads = omp_get_max_threads() < MAX_THREADS ? omp_get_max_threads() : MAX_THREADS;
+#endif
+    const Option options[] = {
+        {"--threads", "N", "threads that work at once", &job.threads, most_threads, NULL, NULL},
+        {"--runs", "N", "figures are medians of so many runs", &job.runs, MAX_RUNS, NULL, NULL},
+        {"--only", "PART", "peak, kernels, step or sampling", NULL, 0, &only, "peak|kernels|step|sampling"},
+        {"--net", "NET", "the score network of a step, flat or unet", NULL, 0, &net, "flat|unet"},
+        {"--batch", "N", "examples of a step", &job.batch, 65536, NULL, NULL},
+        {"--count", "N", "images to sample", &job.count, 65536, NULL, NULL},
+        {"--steps", "T", "steps of the sampler", &job.timesteps, 1000000, NULL, NULL},
+        {"--step", "MODEL", "just a training step of this model, in one line", NULL, 0, &step, NULL},
+        {"--sampling", "MODEL", "just sampling from this model, in one line", NULL, 0, &sampling, NULL},
+    };
+    const int status = parse(argc, argv, options, sizeof options / sizeof options[0]);
+    if (status != OK)
+        return status == USAGE ? USAGE : OK;
+    job.config.net = strcmp(net, "unet") ? NET_FLAT : NET_UNET;
+    job.sampling = sampling != NULL;
+    if (step || sampling)
+        return print_line(step ? step : sampling, &job);
+
+    Result machine;
+    printf("%d threads, numbers of %d bytes, compiler %s\n", job.threads, (int)sizeof(real), __VERSION__);
+    if (in_child(measure_machine, &job, &machine))
+        return FAILURE;
+    job.bandwidth = machine.bandwidth;
+    if ((!only || strcmp(only, "kernels") == 0) && in_child(bench_kernels, &job, &machine))
+        return FAILURE;
+    if ((!only || strcmp(only, "step") == 0) && bench_steps(&job))
+        return FAILURE;
+    return (!only || strcmp(only, "sampling") == 0) && bench_sampling(&job) ? FAILURE : OK;
+}

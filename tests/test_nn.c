@@ -1,0 +1,1084 @@
+/* test_nn.c - configurations, parameters, networks, batches on threads and the optimiser.
+ *
+ * The networks are held against a second implementation written here from the description alone: images of doubles,
+ * one plain loop a layer, parameters looked up by name. */
+
+#include "../diffenc.h"
+#include "test.h"
+
+#include <float.h>
+#include <math.h>
+#include <stdlib.h>
+
+static const double EPS = sizeof(real) == sizeof(float) ? FLT_EPSILON : DBL_EPSILON;
+static const int IN_DOUBLE = sizeof(real) == sizeof(double);
+
+static double worse(double worst, double got, double want, double tolerance) {
+    const double ratio = got == want ? 0 : fabs(got - want) / tolerance;
+    return ratio <= worst ? worst : ratio >= 0 ? ratio : INFINITY;
+}
+
+static void fill_normal(real *x, size_t count, uint32_t example, double mean, double deviation) {
+    random_normal(random_stream(7, RANDOM_CHECK, 1, example), x, count);
+    for (size_t i = 0; i < count; i++)
+        x[i] = (real)(mean + deviation * (double)x[i]);
+}
+
+/* ---- configuration ---- */
+
+static void test_parse_model(void) {
+    static const struct { const char *name; ModelKind kind; int score, encoder; } good[6] = {
+        {"vdm-8", VDM, 8, 0}, {"vdm-1", VDM, 1, 0}, {"vdm-256", VDM, 256, 0}, {"diffenc-8-nt", DIFFENC_NT, 8, 0},
+        {"diffenc-32-4", DIFFENC, 32, 4}, {"diffenc-1-256", DIFFENC, 1, 256}};
+    static const char *const bad[24] = {
+        "", "vdm", "vdm-", "vdm-0", "vdm-257", "vdm-8x", "vdm--8", "vdm-+8", " vdm-8", "vdm-8 ", "VDM-8", "vdm-8-nt",
+        "vdm-99999999999999999999", "diffenc", "diffenc-8", "diffenc-8-", "diffenc-8-0", "diffenc-8-ntx", "diffenc--2",
+        "diffenc-0-nt", "diffenc-8-257", "diffenc-nt", "diffenc-8-2-2", "diffenc-8--2"};
+    Error error;
+    for (int i = 0; i < 6; i++) {
+        Config c = config_default();
+        char name[32];
+        CHECK(config_parse_model(&c, good[i].name, &error) == 0, "%s is a model", good[i].name);
+        CHECK(c.kind == good[i].kind && c.score_blocks == good[i].score && c.encoder_blocks == good[i].encoder,
+              "%s is understood as kind %d, L %d, E %d", good[i].name, (int)c.kind, c.score_blocks, c.encoder_blocks);
+        config_model_name(&c, name);
+        CHECK(strcmp(name, good[i].name) == 0, "%s is called %s", good[i].name, name);
+    }
+    for (int i = 0; i < 24; i++) {
+        Config c = config_default();
+        error.text[0] = 0;
+        CHECK(config_parse_model(&c, bad[i], &error) == -1, "'%s' is no model", bad[i]);
+        CHECK(strstr(error.text, bad[i]) && strstr(error.text, "diffenc-L-nt"), "'%s': message is '%s'", bad[i], error.text);
+    }
+}
+
+/* A refusal must name the option and the reason: the message must hold `part`. */
+static void refuse(Config c, const char *part) {
+    Error error = {""};
+    Model model;
+    size_t count;
+    CHECK(config_check(&c, &error) == -1, "must be refused because of: %s", part);
+    CHECK(strstr(error.text, part), "message '%s' does not hold '%s'", error.text, part);
+    CHECK(model_new(&model, &c, 1, &error) == -1 && model_size(&c, &count, &error) == -1, "no model is made: %s", part);
+}
+
+static void accept(Config c, const char *what) {
+    Error error = {""};
+    size_t count = 0;
+    CHECK(config_check(&c, &error) == 0, "%s: refused: %s", what, error.text);
+    CHECK(model_size(&c, &count, &error) == 0 && count > 0, "%s: parameters can be counted", what);
+}
+
+static void test_config_check(void) {
+    const Config d = config_default();
+    Config c;
+    CHECK(d.kind == DIFFENC && d.score_blocks == 4 && d.encoder_blocks == 2 && d.net == NET_FLAT && d.channels == 32 &&
+          d.encoder_channels == 16 && d.height == 28 && d.width == 28 && d.image_channels == 1, "the default model");
+    CHECK(d.prediction == PREDICT_V && d.schedule == SCHEDULE_FIXED && d.gamma_min == -13.3 && d.gamma_max == 5 &&
+          d.timesteps == 0 && d.variance_ratio == 1 && d.dropout == 0.1, "the default method");
+    accept(d, "the default");
+    c = d; c.height = 0; refuse(c, "image size 0x28");
+    c = d; c.width = 5000; refuse(c, "image size 28x5000");
+    c = d; c.image_channels = 2; refuse(c, "image channels 2");
+    c = d; c.score_blocks = 0; refuse(c, "L 0");
+    c = d; c.score_blocks = 257; refuse(c, "L 257");
+    c = d; c.encoder_blocks = -1; refuse(c, "E -1");
+    c = d; c.encoder_blocks = 0; refuse(c, "E 0");
+    c = d; c.width = 30; refuse(c, "encoder: a U-Net of 2 blocks halves the image 2 times");
+    c = d; c.height = 27; refuse(c, "encoder: a U-Net of 2 blocks halves the image 1 times");
+    c = d; c.kind = VDM; c.height = 27; accept(c, "a flat network takes any size");
+    c.net = NET_UNET; refuse(c, "net unet");
+    c = d; c.channels = 30; refuse(c, "channels 30: must be a multiple of 4");
+    c = d; c.channels = 0; refuse(c, "channels 0");
+    c = d; c.channels = 1028; refuse(c, "channels 1028");
+    c = d; c.channels = 132; refuse(c, "132 channels do not divide into 32 groups");
+    c = d; c.channels = 68; refuse(c, "do not divide into 32 groups");   /* [h | kept] has 136 */
+    c = d; c.encoder_channels = 6; refuse(c, "encoder-channels 6");
+    c = d; c.encoder_channels = 36; refuse(c, "encoder-channels 36");   /* [upsampled | kept] has 144 at level 1 */
+    c = d; c.encoder_channels = 1024; refuse(c, "encoder-channels 1024: level 1");
+    c = d; c.kind = VDM; c.encoder_blocks = 0; c.encoder_channels = 6; accept(c, "without an encoder its size is of no account");
+    c = d; c.gamma_min = 5; refuse(c, "gamma-min 5, gamma-max 5");
+    c = d; c.gamma_min = NAN; refuse(c, "gamma-min nan");
+    c = d; c.gamma_max = INFINITY; refuse(c, "gamma-max inf");
+    c = d; c.gamma_min = -41; refuse(c, "gamma-min -41");
+    c = d; c.timesteps = -1; refuse(c, "timesteps -1");
+    c = d; c.timesteps = 1000001; refuse(c, "timesteps 1000001");
+    c = d; c.timesteps = 10; c.variance_ratio = 0; refuse(c, "variance-ratio 0");
+    c.variance_ratio = NAN; refuse(c, "variance-ratio nan");
+    c = d; c.variance_ratio = 0.9; refuse(c, "diverges in continuous time");
+    c.timesteps = 10; accept(c, "a variance ratio in finite time");
+    c = d; c.dropout = 1; refuse(c, "dropout 1");
+    c = d; c.dropout = -0.1; refuse(c, "dropout -0.1");
+    c = d; c.dropout = NAN; refuse(c, "dropout nan");
+    c = d; c.channels = 128; c.encoder_channels = 64; c.score_blocks = 32; c.encoder_blocks = 8; c.height = c.width = 32;
+    c.image_channels = 3; accept(c, "the paper's largest");
+}
+
+static void test_unet_levels(void) {
+    /* blocks, height, levels: stop behind the level that leaves the height odd or at most 8 */
+    static const int known[14][3] = {{2, 28, 2}, {8, 28, 2}, {1, 28, 1}, {2, 32, 2}, {8, 32, 2}, {2, 12, 1}, {1, 8, 1},
+                                     {4, 8, 1}, {4, 16, 1}, {8, 64, 3}, {2, 64, 2}, {1, 64, 1}, {4, 20, 2}, {3, 36, 2}};
+    for (int i = 0; i < 14; i++)
+        CHECK(unet_levels(known[i][0], known[i][1]) == known[i][2], "%d blocks on height %d: %d levels, not %d", known[i][0],
+              known[i][1], unet_levels(known[i][0], known[i][1]), known[i][2]);
+}
+
+/* ---- parameters: names and shapes, written out ---- */
+
+typedef enum { CONV, DENSE, UPSAMPLE, NORM, RES_BLOCK, ATTENTION, NUMBER } Kind;
+typedef struct { const char *name; Kind kind; int in, out; } Expected;
+
+typedef struct { const Model *model; int found; size_t elements; } Listing;
+
+static const Parameter *find(const Model *model, const char *name) {
+    for (int i = 0; i < model->parameter_count; i++)
+        if (strcmp(model->parameter[i].name, name) == 0)
+            return &model->parameter[i];
+    return NULL;
+}
+
+/* scope + name has the shape [side, side, in, out] (rank 4), [in, out] (2) or [out] (1), and starts as `initial` says. */
+static void expect(Listing *l, const char *scope, const char *name, int rank, int side, int in, int out, Initial initial) {
+    char full[300];
+    snprintf(full, sizeof full, "%s%s", scope, name);
+    const Parameter *p = find(l->model, full);
+    CHECK(p, "%s is missing", full);
+    if (!p)
+        return;
+    const int64_t shape[4] = {side, side, in, out};
+    int right = p->rank == rank;
+    size_t count = 1;
+    for (int i = 0; i < rank; i++) {
+        right &= p->shape[i] == shape[4 - rank + i];
+        count *= (size_t)shape[4 - rank + i];
+    }
+    CHECK(right, "%s: rank %d, shape %d %d %d %d", full, p->rank, (int)p->shape[0], (int)p->shape[1], (int)p->shape[2],
+          (int)p->shape[3]);
+    CHECK(p->count == count && (size_t)p->taps * p->in * p->out == count && p->out == out, "%s: elements", full);
+    CHECK(p->initial == initial, "%s: initial values", full);
+    l->found++;
+    l->elements += count;
+}
+
+static void expect_linear(Listing *l, const char *scope, const char *name, int side, int in, int out, Initial initial) {
+    char full[200];
+    snprintf(full, sizeof full, "%s%s.", scope, name);
+    expect(l, full, "kernel", side == 1 ? 2 : 4, side, in, out, initial);
+    expect(l, full, "bias", 1, 1, 1, out, INIT_ZERO);
+}
+
+static void expect_norm(Listing *l, const char *scope, const char *name, int channels) {
+    char full[200];
+    snprintf(full, sizeof full, "%s%s.", scope, name);
+    expect(l, full, "scale", 1, 1, 1, channels, INIT_ONE);
+    expect(l, full, "bias", 1, 1, 1, channels, INIT_ZERO);
+}
+
+/* `time` is the width of the time embedding, 4n. */
+static void expect_entry(Listing *l, Expected e, int time) {
+    char scope[100];
+    snprintf(scope, sizeof scope, "%s.", e.name);
+    switch (e.kind) {
+    case CONV: expect_linear(l, "", e.name, 3, e.in, e.out, strstr(e.name, "conv_out") ? INIT_ZERO : INIT_LECUN); break;
+    case DENSE: expect_linear(l, "", e.name, 1, e.in, e.out, INIT_LECUN); break;
+    case UPSAMPLE: expect_linear(l, "", e.name, 2, e.in, e.out, INIT_LECUN); break;
+    case NORM: expect_norm(l, "", e.name, e.out); break;
+    case NUMBER: expect(l, "", e.name, 1, 1, 1, 1, strcmp(e.name, "gamma.b") ? INIT_GAMMA_W : INIT_GAMMA_B); break;
+    case RES_BLOCK:
+        expect_norm(l, scope, "norm1", e.in);
+        expect_linear(l, scope, "conv1", 3, e.in, e.out, INIT_LECUN);
+        expect(l, scope, "time.kernel", 2, 1, time, e.out, INIT_ZERO);
+        expect_norm(l, scope, "norm2", e.out);
+        expect_linear(l, scope, "conv2", 3, e.out, e.out, INIT_ZERO);
+        if (e.in != e.out)
+            expect_linear(l, scope, "skip", 1, e.in, e.out, INIT_LECUN);
+        break;
+    case ATTENTION:
+        expect_norm(l, scope, "norm", e.in);
+        expect_linear(l, scope, "q", 1, e.in, e.out, INIT_LECUN);
+        expect_linear(l, scope, "k", 1, e.in, e.out, INIT_LECUN);
+        expect_linear(l, scope, "v", 1, e.in, e.out, INIT_LECUN);
+        expect_linear(l, scope, "out", 1, e.in, e.out, INIT_ZERO);
+        break;
+    }
+}
+
+/* n = 8, L = 2, one image channel: 5 channels go in. */
+static const Expected SCORE_FLAT[] = {
+    {"score.time.dense0", DENSE, 8, 32}, {"score.time.dense1", DENSE, 32, 32}, {"score.conv_in", CONV, 5, 8},
+    {"score.down.0", RES_BLOCK, 8, 8}, {"score.down.1", RES_BLOCK, 8, 8}, {"score.mid.0", RES_BLOCK, 8, 8},
+    {"score.mid.attn", ATTENTION, 8, 8}, {"score.mid.1", RES_BLOCK, 8, 8}, {"score.up.0", RES_BLOCK, 16, 8},
+    {"score.up.1", RES_BLOCK, 16, 8}, {"score.up.2", RES_BLOCK, 16, 8}, {"score.norm_out", NORM, 1, 8},
+    {"score.conv_out", CONV, 8, 1}};
+
+/* n = 8, L = 4 on 28x28x3: two levels of two blocks, 8 and 16 channels; 15 channels go in. */
+static const Expected SCORE_UNET[] = {
+    {"score.time.dense0", DENSE, 8, 32}, {"score.time.dense1", DENSE, 32, 32}, {"score.conv_in", CONV, 15, 8},
+    {"score.down.0.0", RES_BLOCK, 8, 8}, {"score.down.0.1", RES_BLOCK, 8, 8}, {"score.down.1.0", RES_BLOCK, 8, 16},
+    {"score.down.1.1", RES_BLOCK, 16, 16}, {"score.mid.0", RES_BLOCK, 16, 16}, {"score.mid.attn", ATTENTION, 16, 16},
+    {"score.mid.1", RES_BLOCK, 16, 16}, {"score.up.0.upsample", UPSAMPLE, 16, 16}, {"score.up.0.0", RES_BLOCK, 32, 16},
+    {"score.up.0.1", RES_BLOCK, 16, 16}, {"score.up.1.upsample", UPSAMPLE, 16, 8}, {"score.up.1.0", RES_BLOCK, 16, 8},
+    {"score.up.1.1", RES_BLOCK, 8, 8}, {"score.norm_out", NORM, 1, 8}, {"score.conv_out", CONV, 8, 3}};
+
+/* n = 4, E = 2 on 28x28x1: two levels of one block, 4 and 8 channels. */
+static const Expected ENCODER[] = {
+    {"encoder.time.dense0", DENSE, 4, 16}, {"encoder.time.dense1", DENSE, 16, 16}, {"encoder.conv_in", CONV, 1, 4},
+    {"encoder.down.0.0", RES_BLOCK, 4, 4}, {"encoder.down.1.0", RES_BLOCK, 4, 8}, {"encoder.mid.0", RES_BLOCK, 8, 8},
+    {"encoder.mid.attn", ATTENTION, 8, 8}, {"encoder.mid.1", RES_BLOCK, 8, 8}, {"encoder.up.0.upsample", UPSAMPLE, 8, 8},
+    {"encoder.up.0.0", RES_BLOCK, 16, 8}, {"encoder.up.1.upsample", UPSAMPLE, 8, 4}, {"encoder.up.1.0", RES_BLOCK, 8, 4},
+    {"encoder.norm_out", NORM, 1, 4}, {"encoder.conv_out", CONV, 4, 1}};
+
+static const Expected LEARNED[] = {{"gamma.b", NUMBER, 1, 1}, {"gamma.w", NUMBER, 1, 1}};
+
+static void expect_all(Listing *l, const Expected *list, size_t bytes, int time) {
+    for (size_t i = 0; i < bytes / sizeof *list; i++)
+        expect_entry(l, list[i], time);
+}
+
+/* Nothing but what was listed, one after the other without gaps. */
+static void check_complete(const Listing *l, const char *what) {
+    const Model *m = l->model;
+    size_t offset = 0, count = 0;
+    Error error;
+    CHECK(l->found == m->parameter_count, "%s: %d parameters, %d were expected", what, m->parameter_count, l->found);
+    CHECK(l->elements == m->weight_count, "%s: %zu weights, %zu were expected", what, m->weight_count, l->elements);
+    for (int i = 0; i < m->parameter_count; offset += m->parameter[i++].count)
+        CHECK(m->parameter[i].offset == offset, "%s: offset of %s", what, m->parameter[i].name);
+    CHECK(model_size(&m->config, &count, &error) == 0 && count == m->weight_count, "%s: model_size counts the same", what);
+}
+
+static Config config_small(const char *name, NetKind net, int channels, int height, int width, int image_channels) {
+    Config c = config_default();
+    Error error;
+    if (config_parse_model(&c, name, &error))
+        CHECK(0, "%s", error.text);
+    c.net = net;
+    c.channels = channels, c.encoder_channels = channels;
+    c.height = height, c.width = width, c.image_channels = image_channels;
+    return c;
+}
+
+static void model_make(Model *model, Config config, uint64_t seed) {
+    Error error = {""};
+    const int status = model_new(model, &config, seed, &error);
+    CHECK(status == 0, "model_new: %s", error.text);
+    if (status)
+        exit(test_report());
+}
+
+static void test_parameters(void) {
+    Model m;
+    Config c = config_small("vdm-2", NET_FLAT, 8, 28, 28, 1);
+    model_make(&m, c, 1);
+    Listing flat = {&m, 0, 0};
+    expect_all(&flat, SCORE_FLAT, sizeof SCORE_FLAT, 32);
+    check_complete(&flat, "vdm-2 flat");
+    /* time 1344, conv_in 368, 4 blocks of 1456, attention 304, 3 blocks of 2184, norm_out 16, conv_out 73 */
+    CHECK(m.weight_count == 14481, "vdm-2 flat has %zu weights", m.weight_count);
+    CHECK(m.encoder_first == m.parameter_count && m.gamma_first == m.parameter_count, "vdm-2 has only a score network");
+    model_free(&m);
+
+    c = config_small("diffenc-4-nt", NET_UNET, 8, 28, 28, 3);
+    model_make(&m, c, 1);
+    Listing unet = {&m, 0, 0};
+    expect_all(&unet, SCORE_UNET, sizeof SCORE_UNET, 32);
+    check_complete(&unet, "diffenc-4-nt U-Net");
+    model_free(&m);
+
+    c = config_small("diffenc-2-2", NET_FLAT, 8, 28, 28, 1);
+    c.encoder_channels = 4;
+    c.schedule = SCHEDULE_LEARNED;
+    model_make(&m, c, 1);
+    Listing whole = {&m, 0, 0};
+    expect_all(&whole, SCORE_FLAT, sizeof SCORE_FLAT, 32);
+    CHECK(m.encoder_first == whole.found, "the encoder begins behind the score network");
+    expect_all(&whole, ENCODER, sizeof ENCODER, 16);
+    CHECK(m.gamma_first == whole.found, "the schedule comes last");
+    expect_all(&whole, LEARNED, sizeof LEARNED, 0);
+    check_complete(&whole, "diffenc-2-2 learned");
+    /* encoder: time 352, conv_in 40, down 376 + 1072, mid 2 x 1328 + 304, up 264 + 2056 + 132 + 564, out 8 + 37 */
+    CHECK(m.weight_count == 14481 + 7861 + 2, "diffenc-2-2 has %zu weights", m.weight_count);
+    CHECK(m.params[find(&m, "gamma.b")->offset] == (real)-13.3, "gamma.b starts at gamma_min");
+    CHECK(m.params[find(&m, "gamma.w")->offset] == (real)18.3, "gamma.w starts at gamma_max - gamma_min");
+    model_free(&m);
+}
+
+/* LeCun: a normal cut off at two of its standard deviations, with variance 1/fan_in after the cut. */
+static void check_lecun(const Model *m, const Parameter *p) {
+    const real *w = m->params + p->offset;
+    const double n = (double)p->count, fan_in = (double)p->taps * p->in, cut = 0.87962566103423978;
+    double sum = 0, square = 0, largest = 0, inside = 0;
+    for (size_t i = 0; i < p->count; i++) {
+        const double x = (double)w[i] * sqrt(fan_in);   /* variance 1 */
+        sum += x;
+        square += x * x;
+        largest = fmax(largest, fabs(x) * cut);
+        inside += fabs(x) * cut < 1;
+    }
+    /* A normal's share within 1 of what lies within 2: erf(1/sqrt 2)/erf(sqrt 2). The variance of x^2 is at most 2, that
+     * of the uncut normal. */
+    const double share = erf(sqrt(0.5)) / erf(sqrt(2));
+    CHECK(fabs(sum) < 5 * sqrt(n), "%s: mean %g standard deviations", p->name, sum / n);
+    CHECK(fabs(square / n - 1) < 5 * sqrt(2 / n), "%s: variance %g / fan_in", p->name, square / n);
+    CHECK(fabs(inside - share * n) < 5 * sqrt(share * (1 - share) * n), "%s: %g lie within one", p->name, inside / n);
+    CHECK(largest <= 2 * (1 + EPS) && (n < 2000 || largest > 1.95), "%s: the largest is %g standard deviations", p->name,
+          largest);
+}
+
+static void test_initial_values(void) {
+    Model a, b, other;
+    Config c = config_small("diffenc-2-2", NET_UNET, 16, 28, 28, 1);
+    model_make(&a, c, 5);
+    model_make(&b, c, 5);
+    model_make(&other, c, 6);
+    for (int i = 0; i < a.parameter_count; i++) {
+        const Parameter *p = &a.parameter[i];
+        const real *w = a.params + p->offset;
+        size_t zeros = 0, ones = 0;
+        for (size_t j = 0; j < p->count; j++)
+            zeros += w[j] == 0, ones += w[j] == 1;
+        if (p->initial == INIT_ZERO)
+            CHECK(zeros == p->count, "%s starts at zero", p->name);
+        if (p->initial == INIT_ONE)
+            CHECK(ones == p->count, "%s starts at one", p->name);
+        if (p->initial == INIT_LECUN) {
+            check_lecun(&a, p);
+            CHECK(memcmp(w, other.params + p->offset, p->count * sizeof(real)), "%s depends on the seed", p->name);
+        }
+    }
+    size_t equal = 0;
+    const Parameter *p = find(&a, "score.down.0.0.conv1.kernel"), *q = find(&a, "score.mid.0.conv1.kernel");
+    for (size_t i = 0; i < p->count; i++)
+        equal += a.params[p->offset + i] == a.params[q->offset + i];
+    CHECK(equal < 10, "parameters have streams of their own");
+    CHECK(memcmp(a.params, b.params, a.weight_count * sizeof(real)) == 0, "the same seed gives the same weights");
+    CHECK(memcmp(a.params, a.ema, a.weight_count * sizeof(real)) == 0, "the average starts at the weights");
+    CHECK(dot(a.adam_m, a.adam_m, a.weight_count) == 0 && dot(a.adam_v, a.adam_v, a.weight_count) == 0 && a.step == 0,
+          "the optimiser starts at zero");
+    model_free(&a), model_free(&b), model_free(&other);
+}
+
+/* ---- the networks once more, plainly ---- */
+
+typedef struct { int h, w, c; double *v; } Image;
+typedef struct { const Model *model; Arena *arena; } Plain;
+
+static Image image_new(Plain *p, int h, int w, int c) {
+    Image image = {h, w, c, arena_allocate(p->arena, (size_t)h * w * c, sizeof(double))};
+    memset(image.v, 0, (size_t)h * w * c * sizeof(double));
+    return image;
+}
+
+static double *pixel(Image x, int i, int j) {
+    return x.v + ((size_t)i * x.w + j) * x.c;
+}
+
+static const real *weights(Plain *p, const char *scope, const char *name) {
+    char full[100];
+    snprintf(full, sizeof full, "%s%s", scope, name);
+    const Parameter *found = find(p->model, full);
+    CHECK(found, "%s is missing", full);
+    if (!found)
+        exit(test_report());
+    return p->model->params + found->offset;
+}
+
+static double plain_swish(double u) {
+    return u / (1 + exp(-u));
+}
+
+/* side 3: a convolution with zero padding; side 1: a dense layer at every position. `bias` may be NULL. */
+static Image plain_linear(Plain *p, const char *scope, const char *kernel, const char *bias, int side, Image x, int out) {
+    const real *k = weights(p, scope, kernel), *b = bias ? weights(p, scope, bias) : NULL;
+    Image y = image_new(p, x.h, x.w, out);
+    for (int i = 0; i < x.h; i++)
+        for (int j = 0; j < x.w; j++)
+            for (int o = 0; o < out; o++) {
+                double sum = b ? (double)b[o] : 0;
+                for (int ky = 0; ky < side; ky++)
+                    for (int kx = 0; kx < side; kx++) {
+                        const int row = i + ky - side / 2, column = j + kx - side / 2;
+                        if (row >= 0 && row < x.h && column >= 0 && column < x.w)
+                            for (int c = 0; c < x.c; c++)
+                                sum += pixel(x, row, column)[c] * (double)k[((ky * side + kx) * x.c + c) * out + o];
+                    }
+                pixel(y, i, j)[o] = sum;
+            }
+    return y;
+}
+
+static Image plain_norm(Plain *p, const char *scope, const char *scale_name, const char *bias_name, Image x, int with_swish) {
+    const real *scale = weights(p, scope, scale_name), *bias = weights(p, scope, bias_name);
+    const int groups = x.c / 4 < 32 ? x.c / 4 : 32, width = x.c / groups;
+    Image y = image_new(p, x.h, x.w, x.c);
+    for (int g = 0; g < groups; g++) {
+        double mean = 0, variance = 0;
+        const double n = (double)x.h * x.w * width;
+        for (int i = 0; i < x.h * x.w; i++)
+            for (int c = g * width; c < (g + 1) * width; c++)
+                mean += x.v[i * x.c + c] / n;
+        for (int i = 0; i < x.h * x.w; i++)
+            for (int c = g * width; c < (g + 1) * width; c++)
+                variance += pow(x.v[i * x.c + c] - mean, 2) / n;
+        for (int i = 0; i < x.h * x.w; i++)
+            for (int c = g * width; c < (g + 1) * width; c++) {
+                const double u = (x.v[i * x.c + c] - mean) / sqrt(variance + 1e-6) * (double)scale[c] + (double)bias[c];
+                y.v[i * x.c + c] = with_swish ? plain_swish(u) : u;
+            }
+    }
+    return y;
+}
+
+static Image plain_concatenate(Plain *p, Image a, Image b) {
+    Image y = image_new(p, a.h, a.w, a.c + b.c);
+    for (int i = 0; i < a.h; i++)
+        for (int j = 0; j < a.w; j++) {
+            memcpy(pixel(y, i, j), pixel(a, i, j), a.c * sizeof(double));
+            memcpy(pixel(y, i, j) + a.c, pixel(b, i, j), b.c * sizeof(double));
+        }
+    return y;
+}
+
+static Image plain_sum(Plain *p, Image a, Image b) {
+    Image y = image_new(p, a.h, a.w, a.c);
+    for (int i = 0; i < a.h * a.w * a.c; i++)
+        y.v[i] = a.v[i] + b.v[i];
+    return y;
+}
+
+static Image plain_res_block(Plain *p, const char *scope, Image x, Image time, int out) {
+    Image h = plain_norm(p, scope, "norm1.scale", "norm1.bias", x, 1);
+    h = plain_linear(p, scope, "conv1.kernel", "conv1.bias", 3, h, out);
+    const Image shift = plain_linear(p, scope, "time.kernel", NULL, 1, time, out);
+    for (int i = 0; i < h.h * h.w * h.c; i++)
+        h.v[i] += shift.v[i % out];
+    h = plain_norm(p, scope, "norm2.scale", "norm2.bias", h, 1);
+    h = plain_linear(p, scope, "conv2.kernel", "conv2.bias", 3, h, out);
+    return plain_sum(p, x.c == out ? x : plain_linear(p, scope, "skip.kernel", "skip.bias", 1, x, out), h);
+}
+
+static Image plain_attention(Plain *p, const char *scope, Image x) {
+    const Image h = plain_norm(p, scope, "norm.scale", "norm.bias", x, 0);
+    const Image q = plain_linear(p, scope, "q.kernel", "q.bias", 1, h, x.c);
+    const Image k = plain_linear(p, scope, "k.kernel", "k.bias", 1, h, x.c);
+    const Image v = plain_linear(p, scope, "v.kernel", "v.bias", 1, h, x.c);
+    Image mixed = image_new(p, x.h, x.w, x.c);
+    for (int i = 0; i < x.h * x.w; i++) {
+        double sum = 0;
+        for (int pass = 0; pass < 2; pass++)   /* the sum of the weights, then their use */
+            for (int j = 0; j < x.h * x.w; j++) {
+                double score = 0;
+                for (int c = 0; c < x.c; c++)
+                    score += q.v[i * x.c + c] * k.v[j * x.c + c] / sqrt(x.c);
+                for (int c = 0; c < x.c && pass; c++)
+                    mixed.v[i * x.c + c] += exp(score) / sum * v.v[j * x.c + c];
+                sum += pass ? 0 : exp(score);
+            }
+    }
+    return plain_sum(p, x, plain_linear(p, scope, "out.kernel", "out.bias", 1, mixed, x.c));
+}
+
+static Image plain_pool(Plain *p, Image x) {
+    Image y = image_new(p, x.h / 2, x.w / 2, x.c);
+    for (int i = 0; i < y.h; i++)
+        for (int j = 0; j < y.w; j++)
+            for (int c = 0; c < x.c; c++)
+                pixel(y, i, j)[c] = fmax(fmax(pixel(x, 2 * i, 2 * j)[c], pixel(x, 2 * i, 2 * j + 1)[c]),
+                                         fmax(pixel(x, 2 * i + 1, 2 * j)[c], pixel(x, 2 * i + 1, 2 * j + 1)[c]));
+    return y;
+}
+
+static Image plain_upsample(Plain *p, const char *scope, Image x, int out) {
+    const real *kernel = weights(p, scope, "upsample.kernel"), *bias = weights(p, scope, "upsample.bias");
+    Image y = image_new(p, 2 * x.h, 2 * x.w, out);
+    for (int i = 0; i < y.h; i++)
+        for (int j = 0; j < y.w; j++)
+            for (int o = 0; o < out; o++) {
+                pixel(y, i, j)[o] = bias[o];
+                for (int c = 0; c < x.c; c++)
+                    pixel(y, i, j)[o] += pixel(x, i / 2, j / 2)[c]
+                                         * (double)kernel[((i % 2 * 2 + j % 2) * x.c + c) * out + o];
+            }
+    return y;
+}
+
+static Image plain_time(Plain *p, const char *scope, double t_norm, int n) {
+    Image h = image_new(p, 1, 1, n);
+    for (int j = 0; j < n / 2; j++) {
+        const double angle = 1000 * t_norm * exp(-log(10000) * j / (n / 2.0 - 1));
+        h.v[j] = sin(angle);
+        h.v[n / 2 + j] = cos(angle);
+    }
+    static const char *const layer[2][2] = {{"time.dense0.kernel", "time.dense0.bias"},
+                                            {"time.dense1.kernel", "time.dense1.bias"}};
+    for (int l = 0; l < 2; l++) {
+        h = plain_linear(p, scope, layer[l][0], layer[l][1], 1, h, 4 * n);
+        for (int j = 0; j < 4 * n; j++)
+            h.v[j] = plain_swish(h.v[j]);
+    }
+    return h;
+}
+
+static const char *scope_of(char name[64], const char *network, const char *part, int i, int j) {
+    if (j < 0)
+        snprintf(name, 64, "%s%s.%d.", network, part, i);
+    else
+        snprintf(name, 64, "%s%s.%d.%d.", network, part, i, j);
+    return name;
+}
+
+static Image plain_middle(Plain *p, const char *network, Image h, Image time) {
+    char name[64];
+    h = plain_res_block(p, scope_of(name, network, "mid", 0, -1), h, time, h.c);
+    snprintf(name, sizeof name, "%smid.attn.", network);
+    h = plain_attention(p, name, h);
+    return plain_res_block(p, scope_of(name, network, "mid", 1, -1), h, time, h.c);
+}
+
+static Image plain_flat(Plain *p, const char *network, Image h, Image time, int blocks) {
+    char name[64];
+    Image kept[10];
+    const int n = h.c;
+    kept[0] = h;
+    for (int i = 0; i < blocks; i++)
+        kept[i + 1] = h = plain_res_block(p, scope_of(name, network, "down", i, -1), h, time, n);
+    h = plain_middle(p, network, h, time);
+    for (int i = 0; i <= blocks; i++)
+        h = plain_res_block(p, scope_of(name, network, "up", i, -1), plain_concatenate(p, h, kept[blocks - i]), time, n);
+    return h;
+}
+
+static Image plain_unet(Plain *p, const char *network, Image h, Image time, int levels, int per_level) {
+    char name[64];
+    Image kept[4];
+    const int n = h.c;
+    for (int level = 0; level < levels; level++) {
+        for (int i = 0; i < per_level; i++)
+            h = plain_res_block(p, scope_of(name, network, "down", level, i), h, time, n << level);
+        kept[level] = h;
+        h = plain_pool(p, h);
+    }
+    h = plain_middle(p, network, h, time);
+    for (int step = 0; step < levels; step++) {
+        const int level = levels - 1 - step;
+        h = plain_upsample(p, scope_of(name, network, "up", step, -1), h, n << level);
+        h = plain_concatenate(p, h, kept[level]);
+        for (int i = 0; i < per_level; i++)
+            h = plain_res_block(p, scope_of(name, network, "up", step, i), h, time, n << level);
+    }
+    return h;
+}
+
+/* levels 0: the flat body of `blocks` blocks; otherwise a U-Net of `blocks` a level. */
+static Image plain_network(Plain *p, const char *network, Image x, double t_norm, int n, int levels, int blocks, int out) {
+    const Image time = plain_time(p, network, t_norm, n);
+    Image h = plain_linear(p, network, "conv_in.kernel", "conv_in.bias", 3, x, n);
+    h = levels ? plain_unet(p, network, h, time, levels, blocks) : plain_flat(p, network, h, time, blocks);
+    h = plain_norm(p, network, "norm_out.scale", "norm_out.bias", h, 1);
+    return plain_linear(p, network, "conv_out.kernel", "conv_out.bias", 3, h, out);
+}
+
+static Image plain_score(Plain *p, Image z, double t_norm, int n, int levels, int blocks) {
+    Image x = image_new(p, z.h, z.w, 5 * z.c);
+    const double two_pi = 6.283185307179586;
+    for (int i = 0; i < z.h * z.w; i++)
+        for (int c = 0; c < z.c; c++) {
+            const double v = z.v[i * z.c + c];
+            double *to = x.v + (size_t)i * x.c;
+            to[c] = v;
+            for (int f = 0; f < 2; f++) {
+                to[z.c + 2 * c + f] = sin(two_pi * fmod(v * (64 << f), 1));   /* whole turns taken off, exactly */
+                to[3 * z.c + 2 * c + f] = cos(two_pi * fmod(v * (64 << f), 1));
+            }
+        }
+    return plain_sum(p, z, plain_network(p, "score.", x, t_norm, n, levels, blocks, z.c));
+}
+
+/* ---- networks ---- */
+
+/* Random numbers everywhere, also where a model starts at zero, of a size that keeps values near 1. */
+static void randomise(Model *m) {
+    for (int i = 0; i < m->parameter_count; i++) {
+        const Parameter *p = &m->parameter[i];
+        const double fan_in = (double)p->taps * p->in;
+        const int is_scale = strstr(p->name, "scale") != NULL;
+        fill_normal(m->params + p->offset, p->count, (uint32_t)(1000 + i), is_scale,
+                    p->rank > 1 ? 1 / sqrt(fan_in) : 0.3);
+    }
+}
+
+/* The network of a single worker, at the start of a new graph. */
+static Network *begin(Workers *w, real *gradient) {
+    Network *n = &w->network[0];
+    n->weights = w->model->params;
+    n->flipped = NULL;
+    n->gradient = gradient;
+    network_begin(n);
+    return n;
+}
+
+static void check_against_plain(const char *what, Image want, const Tensor *got) {
+    double largest = 0, worst = 0;
+    CHECK(got->height == want.h && got->width == want.w && got->channels == want.c, "%s: shape %d %d %d", what, got->height,
+          got->width, got->channels);
+    for (size_t i = 0; i < element_count(got); i++)
+        largest = fmax(largest, fabs(want.v[i]));
+    /* Some ten layers, each of which rounds sums of some hundred terms: 100 EPS would be ten roundings of each. In double
+     * the argument of the highest frequency, up to 1000, is itself known to 1000 EPS only. */
+    for (size_t i = 0; i < element_count(got); i++)
+        worst = worse(worst, got->value[i], want.v[i], (IN_DOUBLE ? 1000 : 100) * EPS * largest);
+    CHECK(worst <= 1, "%s: %.3g tolerances", what, worst);
+}
+
+static void check_networks(const char *name, NetKind net, int n, int h, int w, int channels, int levels, int blocks,
+                           int encoder_levels, int encoder_blocks) {
+    Model m;
+    Workers workers;
+    model_make(&m, config_small(name, net, n, h, w, channels), 3);
+    randomise(&m);
+    workers_new(&workers, &m, 1);
+    const size_t count = (size_t)h * w * channels;
+    real *z = allocate(count, sizeof(real));
+    fill_normal(z, count, 3, 0, 1);
+    Plain p = {&m, arena_new()};
+    Image image = image_new(&p, h, w, channels);
+    for (size_t i = 0; i < count; i++)
+        image.v[i] = (double)z[i];
+    static const double times[3] = {0, 0.3, 0.96875};
+    for (int i = 0; i < 3; i++) {
+        const double t = times[i];
+        Network *network = begin(&workers, NULL);
+        Tensor *x = constant(&network->graph, h, w, channels, z);
+        char what[100];
+        snprintf(what, sizeof what, "%s, score, %dx%dx%d, t %g", name, h, w, channels, t);
+        check_against_plain(what, plain_score(&p, image, t, n, levels, blocks), score_network(network, x, t));
+        if (!encoder_levels)
+            continue;
+        Image y = plain_network(&p, "encoder.", image, t, n, encoder_levels, encoder_blocks, channels);
+        for (size_t j = 0; j < count; j++)
+            y.v[j] = tanh(y.v[j]);
+        snprintf(what, sizeof what, "%s, encoder, %dx%dx%d, t %g", name, h, w, channels, t);
+        check_against_plain(what, y, encoder_network(network, x, t, NULL));
+    }
+    arena_free(p.arena);
+    free(z);
+    workers_free(&workers);
+    model_free(&m);
+}
+
+static void test_networks(void) {
+    check_networks("vdm-1", NET_FLAT, 4, 1, 1, 1, 0, 1, 0, 0);
+    check_networks("vdm-3", NET_FLAT, 8, 5, 6, 1, 0, 3, 0, 0);
+    check_networks("vdm-2", NET_FLAT, 12, 4, 3, 3, 0, 2, 0, 0);
+    check_networks("diffenc-4-nt", NET_UNET, 8, 20, 12, 1, 2, 2, 0, 0);
+    check_networks("diffenc-2-1", NET_UNET, 8, 8, 4, 3, 1, 2, 1, 1);
+    check_networks("diffenc-1-4", NET_FLAT, 4, 12, 8, 1, 0, 1, 1, 4);
+    check_networks("diffenc-1-3", NET_FLAT, 4, 20, 20, 1, 0, 1, 2, 1);   /* 3 blocks on 2 levels: one each */
+}
+
+/* A fresh model leaves z as it is and encodes everything as zero: conv_out starts at zero. */
+static void test_fresh_networks(void) {
+    Model m;
+    Workers workers;
+    model_make(&m, config_small("diffenc-1-1", NET_FLAT, 8, 8, 8, 1), 3);
+    workers_new(&workers, &m, 1);
+    real z[64];
+    fill_normal(z, 64, 4, 0, 1);
+    Network *n = begin(&workers, NULL);
+    Tensor *x = constant(&n->graph, 8, 8, 1, z);
+    const Tensor *score = score_network(n, x, 0.5), *y = encoder_network(n, x, 0.5, NULL);
+    CHECK(memcmp(score->value, z, sizeof z) == 0, "a fresh score network gives z back");
+    CHECK(dot(y->value, y->value, 64) == 0, "a fresh encoder gives zero");
+    workers_free(&workers);
+    model_free(&m);
+}
+
+/* ---- dropout ---- */
+
+/* y and, if asked for, dy/dt of the encoder, with the masks of `example`. */
+static void encoder_with_dropout(Workers *workers, const real *x, double t, double rate, uint32_t example, real *y,
+                                 real *y_dot) {
+    const Config *c = &workers->model->config;
+    const size_t bytes = (size_t)c->height * c->width * c->image_channels * sizeof(real);
+    Network *n = &workers->network[0];
+    n->graph.dropout = rate;
+    n->graph.dropout_stream = random_stream(9, RANDOM_DROPOUT, 0, example);
+    begin(workers, NULL);
+    Tensor *image = constant(&n->graph, c->height, c->width, c->image_channels, x);
+    Tensor *out = encoder_network(n, image, t, y_dot ? number(&n->graph, 1) : NULL);
+    CHECK(!y_dot == !out->tangent, "a tangent comes out only if one was asked for");
+    memcpy(y, out->value, bytes);
+    if (y_dot)
+        memcpy(y_dot, out->tangent->value, bytes);
+    n->graph.dropout = 0;
+}
+
+static void test_network_dropout(void) {
+    enum { COUNT = 12 * 8 };
+    Model m;
+    Workers workers;
+    real x[COUNT], evaluated[COUNT], y[COUNT], again[COUNT], y_dot[COUNT], up[COUNT], down[COUNT];
+    model_make(&m, config_small("diffenc-1-2", NET_FLAT, 8, 12, 8, 1), 3);
+    randomise(&m);
+    workers_new(&workers, &m, 1);
+    fill_normal(x, COUNT, 5, 0, 0.5);
+    const Tensor *plain = NULL;
+    Network *n = begin(&workers, NULL);
+    plain = encoder_network(n, constant(&n->graph, 12, 8, 1, x), 0.4, NULL);
+    memcpy(evaluated, plain->value, sizeof evaluated);
+    encoder_with_dropout(&workers, x, 0.4, 0, 1, y, NULL);
+    CHECK(memcmp(y, evaluated, sizeof y) == 0, "dropout at rate 0 is evaluation");
+    encoder_with_dropout(&workers, x, 0.4, 0.5, 1, y, NULL);
+    encoder_with_dropout(&workers, x, 0.4, 0.5, 1, again, y_dot);
+    CHECK(memcmp(y, evaluated, sizeof y) != 0, "dropout at rate 0.5 is not evaluation");
+    CHECK(memcmp(y, again, sizeof y) == 0, "the same stream gives the same masks, with and without a tangent");
+    encoder_with_dropout(&workers, x, 0.4, 0.5, 2, again, NULL);
+    CHECK(memcmp(y, again, sizeof y) != 0, "another example has other masks");
+
+    /* dy/dt is the derivative of that y: a central difference under the same masks. The time embedding turns at up to
+     * 1000 radians a unit, so the error of the step h is 1000^3 h^2 / 6 = 2e-4 of derivatives up to 1000, that is 2e-7;
+     * rounding adds 1e-16 / h. */
+    const double step = 1e-6;
+    double worst = 0, largest = 0;
+    encoder_with_dropout(&workers, x, 0.4 + step, 0.5, 1, up, NULL);
+    encoder_with_dropout(&workers, x, 0.4 - step, 0.5, 1, down, NULL);
+    for (int i = 0; i < COUNT; i++)
+        largest = fmax(largest, fabs((double)y_dot[i]));
+    for (int i = 0; i < COUNT; i++)
+        worst = worse(worst, y_dot[i], ((double)up[i] - (double)down[i]) / (2 * step), 1e-6 * largest);
+    CHECK(!IN_DOUBLE || worst <= 1, "dy/dt under dropout: %.3g tolerances", worst);
+    CHECK(largest > 0.1, "dy/dt is not zero");
+    workers_free(&workers);
+    model_free(&m);
+}
+
+/* Within an example the encoder has one mask, however often it is asked, and the score network another. */
+static void test_one_mask_an_example(void) {
+    enum { COUNT = 12 * 8 };
+    Model m;
+    Workers workers;
+    real x[COUNT], first_y[COUNT], first_score[COUNT], other_score[COUNT];
+    model_make(&m, config_small("diffenc-1-2", NET_FLAT, 8, 12, 8, 1), 3);
+    randomise(&m);
+    workers_new(&workers, &m, 1);
+    fill_normal(x, COUNT, 5, 0, 0.5);
+    Network *n = &workers.network[0];
+    n->graph.dropout = 0.3;
+    n->graph.dropout_stream = random_stream(9, RANDOM_DROPOUT, 0, 4);
+    for (int calls = 1; calls <= 3; calls++) {
+        begin(&workers, NULL);
+        Tensor *image = constant(&n->graph, 12, 8, 1, x), *y = NULL;
+        for (int i = 0; i < calls; i++)
+            y = encoder_network(n, image, i == calls - 1 ? 0.4 : 0.7, i ? NULL : number(&n->graph, 1));
+        const Tensor *score = score_network(n, image, 0.4);
+        if (calls == 1) {
+            memcpy(first_y, y->value, sizeof first_y);
+            memcpy(first_score, score->value, sizeof first_score);
+        }
+        CHECK(memcmp(y->value, first_y, sizeof first_y) == 0, "call %d of the encoder has the mask of the first", calls);
+        CHECK(memcmp(score->value, first_score, sizeof first_score) == 0, "%d encoder calls: the score's mask stays", calls);
+    }
+    begin(&workers, NULL);   /* without an encoder in front the score network would take the encoder's numbers */
+    memcpy(other_score, score_network(n, constant(&n->graph, 12, 8, 1, x), 0.4)->value, sizeof other_score);
+    CHECK(memcmp(other_score, first_score, sizeof first_score) != 0, "encoder and score network have masks of their own");
+    n->graph.dropout = 0;
+    workers_free(&workers);
+    model_free(&m);
+}
+
+/* One layer: value and tangent are dropped at the same places. */
+static void test_layer_dropout(void) {
+    enum { COUNT = 5 * 7 * 12 };
+    Arena *arena = arena_new();
+    Graph graph = {.dropout = 0.4, .dropout_stream = random_stream(9, RANDOM_DROPOUT, 1, 1)};
+    real values[COUNT], dots[COUNT], scale[12], bias[12];
+    fill_normal(values, COUNT, 6, 0, 1);
+    fill_normal(dots, COUNT, 7, 0, 1);
+    fill_normal(scale, 12, 8, 1, 0.1);
+    fill_normal(bias, 12, 9, 0, 0.1);
+    graph_begin(&graph, arena);
+    Tensor *x = with_tangent(constant(&graph, 5, 7, 12, values), constant(&graph, 5, 7, 12, dots));
+    const Tensor *y = normalise(x, constant(&graph, 1, 1, 12, scale), constant(&graph, 1, 1, 12, bias), NORM_SWISH_DROPOUT);
+    int dropped = 0, same = 1;
+    for (int i = 0; i < COUNT; i++) {
+        dropped += y->value[i] == 0;
+        same &= (y->value[i] == 0) == (y->tangent->value[i] == 0);
+    }
+    CHECK(same, "one mask serves value and tangent");
+    CHECK(fabs(dropped - 0.4 * COUNT) < 5 * sqrt(0.24 * COUNT), "%d of %d are dropped", dropped, COUNT);
+    arena_free(arena);
+}
+
+/* The masks of two layers have nothing to do with each other, whatever the sizes of the layers. */
+static void test_masks_independent(void) {
+    enum { LAYERS = 3, CHANNELS = 24, EXAMPLES = 2000, TOTAL = LAYERS * CHANNELS };
+    Arena *arena = arena_new();
+    Graph graph = {.dropout = 0.5};
+    real ones[CHANNELS];
+    static int agree[TOTAL][TOTAL];
+    for (int c = 0; c < CHANNELS; c++)
+        ones[c] = 1;
+    for (int e = 0; e < EXAMPLES; e++) {
+        int mask[TOTAL];
+        graph.dropout_stream = random_stream(9, RANDOM_DROPOUT, 2, (uint32_t)e);
+        graph_begin(&graph, arena);
+        Tensor *x = constant(&graph, 1, 1, CHANNELS, NULL), *scale = constant(&graph, 1, 1, CHANNELS, ones);
+        for (int l = 0; l < LAYERS; l++) {   /* of a zero only the bias 1 is left */
+            const Tensor *y = normalise(x, scale, scale, NORM_SWISH_DROPOUT);
+            for (int c = 0; c < CHANNELS; c++)
+                mask[l * CHANNELS + c] = y->value[c] == 0;
+        }
+        for (int i = 0; i < TOTAL; i++)
+            for (int j = 0; j < i; j++)
+                agree[i][j] += mask[i] == mask[j];
+    }
+    double worst = 0;
+    for (int i = 0; i < TOTAL; i++)
+        for (int j = 0; j < i; j++)
+            worst = fmax(worst, fabs(agree[i][j] - EXAMPLES / 2.0) / sqrt(EXAMPLES / 4.0));
+    CHECK(worst < 6, "dropout of two elements of different layers agrees: %.3g standard errors", worst);
+    arena_free(arena);
+}
+
+/* ---- batches ---- */
+
+typedef struct { int *calls; const Config *config; } Batch;
+
+/* Any loss that uses every parameter, with dropout, its random numbers given by the example. */
+static void example_work(Network *n, int example, void *context) {
+    const Batch *batch = context;
+    const Config *c = batch->config;
+    const size_t count = (size_t)c->height * c->width * c->image_channels;
+    real z[256];
+    batch->calls[example]++;   /* one thread a call */
+    n->graph.dropout = 0.25;
+    n->graph.dropout_stream = random_stream(9, RANDOM_DROPOUT, 3, (uint32_t)example);
+    random_normal(random_stream(9, RANDOM_NOISE, 3, (uint32_t)example), z, count);
+    Tensor *x = constant(&n->graph, c->height, c->width, c->image_channels, z), *b, *w;
+    schedule_parameters(n, &b, &w);
+    const double t = (example + 0.5) / 40;
+    Tensor *y = encoder_network(n, x, t, affine(0.01, w, 0));
+    Tensor *score = score_network(n, add(x, mul(b, y)), t);
+    backward(add(squared_norm(sub(score, y)), squared_norm(y->tangent)), 1);
+    n->graph.dropout = 0;
+}
+
+static void count_work(Network *n, int example, void *context) {
+    ((int *)context)[example] += n->gradient == NULL && n->graph.last == NULL;
+}
+
+static void test_workers(void) {
+    static const int batches[4] = {1, 5, 16, 33}, threads[4] = {1, 2, 3, 5};
+    Model m;
+    Config c = config_small("diffenc-1-1", NET_FLAT, 4, 4, 4, 1);
+    c.schedule = SCHEDULE_LEARNED;
+    model_make(&m, c, 3);
+    randomise(&m);
+    m.params[m.parameter[m.gamma_first].offset] = (real)0.5, m.params[m.parameter[m.gamma_first + 1].offset] = (real)0.7;
+    model_flip(&m, 2);
+    const size_t count = m.weight_count;
+    real *first = allocate(count, sizeof(real)), *flipped = allocate(count, sizeof(real));
+    double *sum = allocate(count, sizeof(double)), *size = allocate(count, sizeof(double));
+    int calls[33];
+    Batch batch = {calls, &m.config};
+    for (int b = 0; b < 4; b++)
+        for (int t = 0; t < 4; t++) {
+            Workers w;
+            workers_new(&w, &m, threads[t]);
+            memset(calls, 0, sizeof calls);
+            workers_run(&w, m.params, 1, batches[b], example_work, &batch);
+            const real *gradient = workers_gradient(&w);
+            if (t == 0)
+                memcpy(first, gradient, count * sizeof(real));
+            CHECK(memcmp(first, gradient, count * sizeof(real)) == 0, "batch %d: %d threads give the same bits as 1",
+                  batches[b], threads[t]);
+            int once = 1;
+            for (int i = 0; i < 33; i++)
+                once &= calls[i] == (i < batches[b]);
+            CHECK(once, "batch %d, %d threads: every example once", batches[b], threads[t]);
+            workers_run(&w, m.params, 1, batches[b], example_work, &batch);
+            CHECK(memcmp(first, workers_gradient(&w), count * sizeof(real)) == 0, "batch %d: again the same", batches[b]);
+            memset(calls, 0, sizeof calls);
+            workers_run(&w, m.ema, 0, batches[b], count_work, calls);
+            for (int i = 0; i < 33; i++)
+                once &= calls[i] == (i < batches[b]);
+            CHECK(once, "batch %d, %d threads, no gradients: every example once", batches[b], threads[t]);
+            workers_free(&w);
+        }
+
+    /* The gradient of a batch is the sum of those of its examples; here of 33, the last batch above. */
+    Workers w;
+    workers_new(&w, &m, 1);
+    memset(sum, 0, count * sizeof(double));
+    memset(size, 0, count * sizeof(double));
+    size_t memory = 0;
+    real *alone = allocate(count, sizeof(real));
+    int steady = 1, used = 0;
+    for (int e = 0; e < 33; e++) {
+        memset(alone, 0, count * sizeof(real));
+        begin(&w, alone);
+        example_work(&w.network[0], e, &batch);
+        for (size_t i = 0; i < count; i++)
+            sum[i] += (double)alone[i], size[i] += fabs((double)alone[i]);
+        steady &= e == 0 || workers_memory(&w) == memory;
+        memory = workers_memory(&w);
+    }
+    double worst = 0, largest = 0;
+    for (size_t i = 0; i < count; i++)
+        largest = fmax(largest, size[i]);
+    /* 33 additions; relative to the largest, because what normalisation makes small (a bias in front of it) is the sum of
+     * large terms. */
+    for (size_t i = 0; i < count; i++)
+        worst = worse(worst, first[i], sum[i], 33 * EPS * largest);
+    for (int i = 0; i < m.parameter_count; i++) {
+        const Parameter *p = &m.parameter[i];
+        used += dot(first + p->offset, first + p->offset, p->count) > 0;
+        if (p->rank > 1) {
+            flip_kernel(p->taps, p->in, p->out, m.params + p->offset, flipped);
+            CHECK(memcmp(flipped, m.flipped + p->offset, p->count * sizeof(real)) == 0, "model_flip of %s", p->name);
+        }
+    }
+    CHECK(worst <= 1, "the gradient of a batch is a sum: %.3g tolerances", worst);
+    CHECK(used == m.parameter_count, "%d of %d parameters have a gradient", used, m.parameter_count);
+    CHECK(memory > 0 && steady, "after the first example the arena does not grow");
+    workers_free(&w);
+
+    /* More threads: never more than one arena of that size each, however the examples were dealt. */
+    workers_new(&w, &m, 3);
+    for (int pass = 0; pass < 4; pass++)
+        workers_run(&w, m.params, 1, 33, example_work, &batch);
+    CHECK(workers_memory(&w) <= 3 * memory, "3 threads hold %zu bytes, one holds %zu", workers_memory(&w), memory);
+    workers_free(&w);
+    free(first), free(flipped), free(sum), free(size), free(alone);
+    model_free(&m);
+}
+
+/* ---- the optimiser ---- */
+
+/* One weight through AdamW and the moving average, as written in their papers. */
+typedef struct { double w, m, v, ema; } Scalar;
+
+static void scalar_step(Scalar *s, const Optimizer *o, double g, int step, int decays) {
+    const double rate = o->warmup > 0 ? o->learning_rate * fmin(1, (double)step / o->warmup) : o->learning_rate;
+    s->m = o->beta1 * s->m + (1 - o->beta1) * g;
+    s->v = o->beta2 * s->v + (1 - o->beta2) * g * g;
+    const double m_hat = s->m / (1 - pow(o->beta1, step)), v_hat = s->v / (1 - pow(o->beta2, step));
+    s->w = s->w - rate * (m_hat / (sqrt(v_hat) + o->epsilon) + (decays ? o->weight_decay * s->w : 0));
+    const double decay = fmin(o->ema, (1.0 + step) / (10.0 + step));
+    s->ema = decay * s->ema + (1 - decay) * s->w;
+}
+
+/* `steps` steps under gradients of norm up to some hundreds, against the scalar. */
+static void check_optimizer(const char *what, Optimizer o, int steps) {
+    Model m, same;
+    Config c = config_small("diffenc-1-1", NET_FLAT, 4, 4, 4, 1);
+    c.schedule = SCHEDULE_LEARNED;
+    model_make(&m, c, 3);
+    randomise(&m);
+    memcpy(m.ema, m.params, m.weight_count * sizeof(real));
+    model_make(&same, c, 3);
+    randomise(&same);
+    memcpy(same.ema, same.params, m.weight_count * sizeof(real));
+    Scalar *scalar = allocate_zeroed(m.weight_count, sizeof *scalar);
+    real *g = allocate(m.weight_count, sizeof(real));
+    for (size_t i = 0; i < m.weight_count; i++)
+        scalar[i].w = scalar[i].ema = (double)m.params[i];
+    double worst_w = 0, worst_ema = 0, worst_m = 0, worst_v = 0;
+    for (int step = 1; step <= steps; step++) {
+        fill_normal(g, m.weight_count, (uint32_t)(100 + step), 0.3, step % 2 ? 2 : 0.01);
+        double norm = 0;
+        for (size_t i = 0; i < m.weight_count; i++)
+            norm += (double)g[i] * (double)g[i];
+        norm = sqrt(norm);
+        const double clip = o.clip > 0 && norm > o.clip ? o.clip / norm : 1, told = optimizer_step(&m, &o, g, 1);
+        CHECK(fabs(told - norm) <= (double)m.weight_count * DBL_EPSILON * norm, "%s: the norm before clipping", what);
+        optimizer_step(&same, &o, g, 3);
+        for (int i = 0; i < m.parameter_count; i++) {
+            const Parameter *p = &m.parameter[i];
+            const size_t length = strlen(p->name);
+            const int is_bias = strcmp(p->name + length - 5, ".bias") == 0 || strcmp(p->name, "gamma.b") == 0;
+            for (size_t j = p->offset; j < p->offset + p->count; j++) {
+                Scalar *s = &scalar[j];
+                scalar_step(s, &o, clip * (double)g[j], step, !is_bias);
+                /* 1 - beta2 is off by EPS / 2 / (1 - beta2) = 50 EPS where beta2 is rounded, and so are the second moment
+                 * and with half of it the step of the weight; sums round once a step. */
+                worst_m = worse(worst_m, m.adam_m[j], s->m, 16 * EPS * (fabs(s->m) + clip));
+                worst_v = worse(worst_v, m.adam_v[j], s->v, 64 * EPS * s->v);
+                worst_w = worse(worst_w, m.params[j], s->w, EPS * (step * fabs(s->w) + 64 * step * o.learning_rate));
+                worst_ema = worse(worst_ema, m.ema[j], s->ema, EPS * (2 * step * (fabs(s->w) + fabs(s->ema))
+                                                                        + 64 * step * o.learning_rate));
+            }
+        }
+    }
+    CHECK(worst_m <= 1, "%s: first moments, %.3g tolerances", what, worst_m);
+    CHECK(worst_v <= 1, "%s: second moments, %.3g tolerances", what, worst_v);
+    CHECK(worst_w <= 1, "%s: weights, %.3g tolerances", what, worst_w);
+    CHECK(worst_ema <= 1, "%s: averages, %.3g tolerances", what, worst_ema);
+    CHECK(m.step == (uint64_t)steps, "%s: steps are counted", what);
+    CHECK(memcmp(m.params, same.params, m.weight_count * sizeof(real)) == 0 &&
+          memcmp(m.ema, same.ema, m.weight_count * sizeof(real)) == 0, "%s: 3 threads give the same bits as 1", what);
+    free(scalar), free(g);
+    model_free(&m), model_free(&same);
+}
+
+static void test_optimizer(void) {
+    const Optimizer d = optimizer_default();
+    CHECK(d.learning_rate == 2e-4 && d.warmup == 0 && d.beta1 == 0.9 && d.beta2 == 0.99 && d.epsilon == 1e-8 &&
+          d.weight_decay == 0.01 && d.clip == 0 && d.ema == 0.9999, "the paper's optimiser");
+    Optimizer o = d;
+    check_optimizer("the default", o, 12);
+    o.learning_rate = 0.05, o.weight_decay = 0.5;
+    check_optimizer("a large rate, a strong decay", o, 12);
+    o.warmup = 5;
+    check_optimizer("warm-up", o, 12);
+    o.clip = 1;
+    check_optimizer("clipping", o, 12);
+    o.ema = 0.5;
+    check_optimizer("a short average", o, 12);
+    o.weight_decay = 0, o.epsilon = 0.1;
+    check_optimizer("no decay, a large epsilon", o, 12);
+}
+
+/* A gradient with one number that is not finite leaves everything as it was. */
+static void test_not_finite(void) {
+    static const double bad[3] = {NAN, INFINITY, -INFINITY};
+    const Optimizer o = optimizer_default();
+    Model m;
+    model_make(&m, config_small("vdm-1", NET_FLAT, 4, 4, 4, 1), 3);
+    const size_t count = m.weight_count, bytes = count * sizeof(real);
+    real *g = allocate(count, sizeof(real)), *before = allocate(4 * count, sizeof(real));
+    const real *const vector[4] = {m.params, m.ema, m.adam_m, m.adam_v};
+    fill_normal(g, count, 1, 0, 1);
+    optimizer_step(&m, &o, g, 1);
+    for (int v = 0; v < 4; v++)
+        memcpy(before + v * count, vector[v], bytes);
+    for (int i = 0; i < 3; i++) {
+        g[count / 2 + (size_t)i] = (real)bad[i];
+        CHECK(!isfinite(optimizer_step(&m, &o, g, 1)), "the norm tells of %g", bad[i]);
+        int same = m.step == 1;
+        for (int v = 0; v < 4; v++)
+            same &= memcmp(before + v * count, vector[v], bytes) == 0;
+        CHECK(same, "a gradient with %g changes nothing", bad[i]);
+        g[count / 2 + (size_t)i] = 0;
+    }
+    free(g), free(before);
+    model_free(&m);
+}
+
+int main(void) {
+    test_parse_model();
+    test_config_check();
+    test_unet_levels();
+    test_parameters();
+    test_initial_values();
+    test_networks();
+    test_fresh_networks();
+    test_network_dropout();
+    test_one_mask_an_example();
+    test_layer_dropout();
+    test_masks_independent();
+    test_workers();
+    test_optimizer();
+    test_not_finite();
+    return test_report();
+}
