@@ -24,6 +24,7 @@ ARCH   := $(call accepts,-march=$(MARCH)) $(call accepts,-mprefer-vector-width=5
 # -fno-math-errno, -fno-trapping-math: square roots and selections may run in vector registers; values do not change.
 CFLAGS  = -O3 -g -Wall -Wextra -Wpedantic
 FLAGS   = -std=c99 $(CFLAGS) $(ARCH) -ffp-contract=fast -fno-math-errno -fno-trapping-math $(OPENMP) $(SIMD) \
+          $(if $(OPENMP),,-Wno-unknown-pragmas) \
           $(if $(DOUBLE),-DDIFFENC_DOUBLE) $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize-recover=all)
 
 PROGRAM = diffenc$(if $(DOUBLE),-double)

@@ -73,15 +73,26 @@ Tensor *from_bytes(Graph *graph, int height, int width, int channels, const unsi
     return t;
 }
 
-/* A single number is kept in double as well: gamma reaches 13, and what float would round off there is multiplied by
- * 2 pi 128 in the Fourier features. */
-static void set_number(Tensor *a, double value) {
-    a->number_value = value;
-    a->value[0] = (real)value;
+/* Numbers and what elementwise operators make are kept in double as well. They are few and small, the schedule and the
+ * images; and the Fourier features multiply by 2 pi 128 whatever rounding there is in z_t. */
+static double element(const Tensor *a, size_t i) {
+    return a->wide ? a->wide[i] : element_count(a) == 1 ? a->number_value : (double)a->value[i];
+}
+
+static void set_element(Tensor *a, size_t i, double value) {
+    a->value[i] = (real)value;
+    if (a->wide)
+        a->wide[i] = value;
+    else
+        a->number_value = value;   /* of use only where there is one element */
 }
 
 static double number_of(const Tensor *a) {
     return a->number_value;
+}
+
+static void set_number(Tensor *a, double value) {
+    set_element(a, 0, value);
 }
 
 Tensor *number(Graph *graph, double value) {
@@ -112,6 +123,13 @@ static Tensor *result_of(const Operator *op, int height, int width, int channels
     t->input[0] = a, t->input[1] = b, t->input[2] = c, t->input[3] = d;
     for (int i = 0; i < 4; i++)
         t->needs_gradient |= t->input[i] && t->input[i]->needs_gradient;
+    return t;
+}
+
+static Tensor *elementwise(const Operator *op, const Tensor *shape, Tensor *a, Tensor *b) {
+    Tensor *t = result_of(op, shape->height, shape->width, shape->channels, a, b, NULL, NULL);
+    if (sizeof(real) < sizeof(double) && t->value && element_count(t) > 1)
+        t->wide = arena_allocate(t->graph->arena, element_count(t), sizeof(double));
     return t;
 }
 
@@ -240,12 +258,8 @@ static void add_gradient(Tensor *input, const real *dy, size_t count, double fac
 static void add_forward(Tensor *y) {
     const Tensor *a = y->input[0], *b = y->input[1];
     const size_t a_step = step_of(a), b_step = step_of(b), count = element_count(y);
-    const real fa = (real)y->number[0], fb = (real)y->number[1];
-    if (count == 1)
-        set_number(y, y->number[0] * number_of(a) + y->number[1] * number_of(b));
-    else
-        for (size_t i = 0; i < count; i++)
-            y->value[i] = fa * a->value[i * a_step] + fb * b->value[i * b_step];
+    for (size_t i = 0; i < count; i++)
+        set_element(y, i, y->number[0] * element(a, i * a_step) + y->number[1] * element(b, i * b_step));
 }
 
 static void add_backward(Tensor *y) {
@@ -256,11 +270,8 @@ static void add_backward(Tensor *y) {
 static void mul_forward(Tensor *y) {
     const Tensor *a = y->input[0], *b = y->input[1];
     const size_t a_step = step_of(a), b_step = step_of(b), count = element_count(y);
-    if (count == 1)
-        set_number(y, number_of(a) * number_of(b));
-    else
-        for (size_t i = 0; i < count; i++)
-            y->value[i] = a->value[i * a_step] * b->value[i * b_step];
+    for (size_t i = 0; i < count; i++)
+        set_element(y, i, element(a, i * a_step) * element(b, i * b_step));
 }
 
 static void mul_backward(Tensor *y) {
@@ -278,12 +289,8 @@ static void mul_backward(Tensor *y) {
 }
 
 static void affine_forward(Tensor *y) {
-    const size_t count = element_count(y);
-    if (count == 1)
-        set_number(y, y->number[0] * number_of(y->input[0]) + y->number[1]);
-    else
-        for (size_t i = 0; i < count; i++)
-            y->value[i] = (real)(y->number[0] * (double)y->input[0]->value[i] + y->number[1]);
+    for (size_t i = 0; i < element_count(y); i++)
+        set_element(y, i, y->number[0] * element(y->input[0], i) + y->number[1]);
 }
 
 static void affine_backward(Tensor *y) {
@@ -292,8 +299,8 @@ static void affine_backward(Tensor *y) {
 
 /* The value of the input; its tangent was replaced. */
 static void copy_forward(Tensor *y) {
-    memcpy(y->value, y->input[0]->value, element_count(y) * sizeof(real));
-    y->number_value = number_of(y->input[0]);
+    for (size_t i = 0; i < element_count(y); i++)
+        set_element(y, i, element(y->input[0], i));
 }
 
 static void copy_backward(Tensor *y) {
@@ -358,23 +365,14 @@ static double slope_of(Function f, double x, double y) {
 }
 
 static void function_forward(Tensor *y) {
-    const size_t count = element_count(y);
-    if (count == 1)
-        set_number(y, function_of((Function)y->option, number_of(y->input[0])));
-    else
-        for (size_t i = 0; i < count; i++)
-            y->value[i] = (real)function_of((Function)y->option, y->input[0]->value[i]);
+    for (size_t i = 0; i < element_count(y); i++)
+        set_element(y, i, function_of((Function)y->option, element(y->input[0], i)));
 }
 
 static void function_backward(Tensor *y) {
-    const Tensor *x = y->input[0];
-    const size_t count = element_count(y);
     real *dx = gradient_to_add(y->input[0]);
-    if (count == 1)
-        dx[0] += (real)(y->gradient[0] * slope_of((Function)y->option, number_of(x), number_of(y)));
-    else
-        for (size_t i = 0; i < count; i++)
-            dx[i] += y->gradient[i] * (real)slope_of((Function)y->option, x->value[i], y->value[i]);
+    for (size_t i = 0; i < element_count(y); i++)
+        dx[i] += (real)(y->gradient[i] * slope_of((Function)y->option, element(y->input[0], i), element(y, i)));
 }
 
 /* ---- sums ---- */
@@ -733,7 +731,7 @@ static void outer_scale_forward(Tensor *y) {
     const size_t count = element_count(y->input[0]);
     for (size_t i = 0; i < count; i++)
         for (int f = 0; f < y->option; f++)
-            y->value[i * y->option + f] = (real)(factor[f] * (double)y->input[0]->value[i]);
+            set_element(y, i * y->option + f, factor[f] * element(y->input[0], i));
 }
 
 static void outer_scale_backward(Tensor *y) {
@@ -785,9 +783,14 @@ typedef struct {
 
 static void level_likelihood_forward(Tensor *y) {
     Likelihood *l = y->saved;
-    const double precision = exp(-number_of(y->input[1]));
-    set_number(y, level_softmax(element_count(y->input[0]), y->input[0]->value, l->k, precision, l->by_u,
-                                &l->by_precision));
+    Arena *scratch = y->graph->arena;
+    const ArenaMark mark = arena_mark(scratch);
+    const size_t count = element_count(y->input[0]);
+    double *u = arena_allocate(scratch, count, sizeof *u);
+    for (size_t i = 0; i < count; i++)
+        u[i] = element(y->input[0], i);
+    set_number(y, level_softmax(count, u, l->k, exp(-number_of(y->input[1])), l->by_u, &l->by_precision));
+    arena_release(scratch, mark);
 }
 
 static void level_likelihood_backward(Tensor *y) {
@@ -852,14 +855,13 @@ static Tensor *compute(Tensor *y) {
 }
 
 Tensor *with_tangent(Tensor *a, Tensor *tangent) {
-    Tensor *y = compute(result_of(&OPERATORS[COPY], a->height, a->width, a->channels, a, NULL, NULL, NULL));
+    Tensor *y = compute(elementwise(&OPERATORS[COPY], a, a, NULL));
     y->tangent = tangent;
     return y;
 }
 
 static Tensor *combine(Tensor *a, Tensor *b, double b_factor) {
-    const Tensor *l = larger(a, b);
-    Tensor *y = result_of(&OPERATORS[ADD], l->height, l->width, l->channels, a, b, NULL, NULL);
+    Tensor *y = elementwise(&OPERATORS[ADD], larger(a, b), a, b);
     assert(same_shape(a, b) || element_count(a) == 1 || element_count(b) == 1);
     y->number[0] = 1;
     y->number[1] = b_factor;
@@ -882,14 +884,13 @@ Tensor *sub(Tensor *a, Tensor *b) {
 }
 
 Tensor *mul(Tensor *a, Tensor *b) {
-    const Tensor *l = larger(a, b);
-    Tensor *y = compute(result_of(&OPERATORS[MUL], l->height, l->width, l->channels, a, b, NULL, NULL));
+    Tensor *y = compute(elementwise(&OPERATORS[MUL], larger(a, b), a, b));
     assert(same_shape(a, b) || element_count(a) == 1 || element_count(b) == 1);
     return carries_tangent(y) ? set_tangent(y, add_or(mul_or(a->tangent, b), mul_or(a, b->tangent))) : y;
 }
 
 Tensor *affine(double factor, Tensor *a, double offset) {
-    Tensor *y = result_of(&OPERATORS[AFFINE], a->height, a->width, a->channels, a, NULL, NULL, NULL);
+    Tensor *y = elementwise(&OPERATORS[AFFINE], a, a, NULL);
     y->number[0] = factor;
     y->number[1] = offset;
     compute(y);
@@ -918,7 +919,7 @@ static Tensor *slope_tensor(Function f, Tensor *x, Tensor *y) {
 }
 
 static Tensor *function(Function f, Tensor *a) {
-    Tensor *y = result_of(&OPERATORS[FUNCTION], a->height, a->width, a->channels, a, NULL, NULL, NULL);
+    Tensor *y = elementwise(&OPERATORS[FUNCTION], a, a, NULL);
     y->option = (int)f;
     compute(y);
     return carries_tangent(y) ? set_tangent(y, mul(slope_tensor(f, a, y), a->tangent)) : y;
@@ -1055,7 +1056,8 @@ Tensor *spread_over(Tensor *vector, int height, int width) {
 }
 
 Tensor *outer_scale(Tensor *a, const double *factors, int count) {
-    Tensor *y = result_of(&OPERATORS[OUTER_SCALE], a->height, a->width, a->channels * count, a, NULL, NULL, NULL);
+    const Tensor shape = {.height = a->height, .width = a->width, .channels = a->channels * count};
+    Tensor *y = elementwise(&OPERATORS[OUTER_SCALE], &shape, a, NULL);
     y->option = count;
     y->saved = arena_allocate(a->graph->arena, (size_t)count, sizeof(double));
     memcpy(y->saved, factors, (size_t)count * sizeof(double));
@@ -1092,7 +1094,7 @@ Tensor *level_likelihood(Tensor *u, Tensor *log_variance, const unsigned char *k
 void level_choose(const Tensor *u, const Tensor *log_variance, const double *uniform, unsigned char *k) {
     const double precision = exp(-number_of(log_variance));
     for (size_t i = 0; i < element_count(u); i++) {
-        const int nearest = nearest_level(u->value[i]);
-        k[i] = (unsigned char)(uniform ? level_draw(u->value[i], precision, uniform[i]) : nearest);
+        const double ui = element(u, i);
+        k[i] = (unsigned char)(uniform ? level_draw(ui, precision, uniform[i]) : nearest_level(ui));
     }
 }

@@ -197,8 +197,8 @@ void softmax_rows_backward(const real *p, real *dp, int rows, int columns);
 
 /* -log p(k | u) summed over count values: a softmax over the 256 levels c of -(u - x(c))^2 * precision / 2 with
  * x(c) = 2 (c + 1/2)/256 - 1. Writes the derivative by each u to du [count] and returns the sum; *dprecision gets
- * the derivative by the precision. The 256 logits live in registers only. */
-double level_softmax(size_t count, const real *u, const unsigned char *k, double precision, real *du,
+ * the derivative by the precision. u is double because what counts is its distance to a level, 1/500 of it. The 256 logits live in registers only. */
+double level_softmax(size_t count, const double *u, const unsigned char *k, double precision, real *du,
                      double *dprecision);
 
 /* The level c with x(c) nearest to u, the most likely one. */
@@ -237,6 +237,7 @@ struct Tensor {
     int height, width, channels;    /* a parameter: [taps, in, out], [1, in, out] or [1, 1, n] */
     real *value;                    /* [height, width, channels] */
     double number_value;            /* of a tensor that is a single number: the same, in double */
+    double *wide;                   /* of what elementwise operators made, in float builds: the same in double; or NULL */
     real *gradient;                 /* the same shape; NULL while nothing needs it or it has been given back */
     Tensor *tangent;                /* d value / d lambda as a tensor of the same shape; NULL: zero */
     int needs_gradient;             /* some parameter is among its ancestors */
@@ -704,8 +705,9 @@ void dataset_image(const Dataset *dataset, uint32_t index, unsigned char *out);
 uint32_t dataset_shuffle(uint64_t seed, uint32_t epoch, uint32_t position, uint32_t count);
 
 /* Parse the content of one IDX image file or of one CIFAR-10 binary batch: pixels [count, height, width,
- * channels] are allocated, everything else of `dataset` that the content fixes is filled in. `name` is for the
- * message: `NAME: holds 4,000 of the 47,040,000 bytes its header promises`. */
+ * channels] are allocated, everything else of `dataset` that the content fixes is filled in; the images of a batch
+ * come behind those of earlier ones. `name` is for the message: `NAME: holds 4,000 of the 47,040,000 bytes its
+ * header promises`. */
 int idx_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *error);
 int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *error);
 
@@ -716,7 +718,7 @@ int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *e
 typedef enum { TYPE_U8, TYPE_F32, TYPE_F64, TYPE_OTHER } ElementType;
 
 typedef struct {
-    char *name;                       /* also the key of metadata */
+    const char *name;
     ElementType type;
     int rank;
     int64_t shape[8];
@@ -729,7 +731,7 @@ typedef struct {
     Bytes bytes;
     TensorEntry *tensors;
     int tensor_count;
-    char **metadata;                  /* key, value, key, value, ... */
+    const char **metadata;            /* key, value, key, value, ... */
     int metadata_count;               /* pairs */
 } TensorFile;
 

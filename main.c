@@ -375,10 +375,12 @@ static int checkpoint_load(const TensorFile *f, const char *path, Load load, Mod
                                                f->tensor_count - known, tensors_metadata(f, "model"));
 }
 
+/* On failure the model is empty, and model_free does no harm. */
 static int checkpoint_read(const char *path, Load load, Model *m, Settings *s, Error *error) {
     TensorFile f;
     uint64_t step;
     size_t weights = 0;
+    memset(m, 0, sizeof *m);
     if (tensors_read(path, &f, error))
         return -1;
     int status = settings_read(&f, path, s, &step, error) || model_size(&s->config, &weights, error) ? -1 : 0;
@@ -469,15 +471,18 @@ int training_step(Model *model, Workers *workers, const Optimizer *optimizer, co
             mean[term] += b.terms[i][term] * per_bit / batch;
     for (int term = 0; term < 3; term++)
         if (!isfinite(mean[term]))
-            return fail(error, "step %llu: the %s loss is %g", (unsigned long long)model->step + 1, TERMS[term], mean[term]);
+            return fail(error, "step %llu: the %s loss is %g", (unsigned long long)model->step + 1, TERMS[term],
+                        fabs(mean[term]));   /* without the sign that a NaN may have */
 
     const real *gradient = workers_gradient(workers);
     r->gradient_norm = optimizer_step(model, optimizer, gradient, workers->threads);
     if (!isfinite(r->gradient_norm)) {
         double norm;
         const Parameter *p = steepest(model, gradient, &norm);
-        return fail(error, "step %llu: the gradient of %s is %s (norm %g)", (unsigned long long)model->step + 1, p->name,
-                    isfinite(norm) ? "too large to go on" : "not finite", norm);
+        return isfinite(norm) ? fail(error, "step %llu: the gradient of %s is too large to go on, its norm is %g",
+                                     (unsigned long long)model->step + 1, p->name, norm)
+                              : fail(error, "step %llu: the gradient of %s is not finite",
+                                     (unsigned long long)model->step + 1, p->name);
     }
     r->recon = mean[0], r->latent = mean[1], r->diffusion = mean[2];
     r->total = mean[0] + mean[1] + mean[2];
@@ -618,7 +623,7 @@ enum { CURVE_POINTS = 600 };
 typedef struct {
     FILE *csv;
     int per_point;
-    double sum[CURVE_POINTS][5];   /* step, recon, latent, diffusion, total */
+    double sum[CURVE_POINTS][4];   /* step, recon, latent, diffusion */
     int count[CURVE_POINTS];
 } Log;
 
@@ -628,8 +633,8 @@ static void log_point(Log *log, double step, double recon, double latent, double
     const int at = (int)((step - 1) / log->per_point);
     if (at < 0 || at >= CURVE_POINTS)
         return;
-    const double values[5] = {step, recon, latent, diffusion, recon + latent + diffusion};
-    for (int i = 0; i < 5; i++)
+    const double values[4] = {step, recon, latent, diffusion};
+    for (int i = 0; i < 4; i++)
         log->sum[at][i] += values[i];
     log->count[at]++;
 }
@@ -679,25 +684,23 @@ static int log_open(Log *log, const char *path, uint64_t step, int steps, Error 
     return log->csv ? 0 : fail(error, "%s: cannot be opened for writing: %s", path, strerror(errno));
 }
 
+/* The three terms differ by factors of a thousand and more, so the chart shows their logarithms. */
 static int log_draw(const Log *log, const char *path, Error *error) {
     enum { HEIGHT = 600, WIDTH = 900 };
-    static const char *const names[4] = {"recon", "latent", "diffusion", "total"};
-    static const unsigned char colours[4][3] = {{44, 160, 44}, {255, 127, 14}, {31, 119, 180}, {20, 20, 20}};
-    double(*values)[CURVE_POINTS] = allocate(5, sizeof *values);
+    double(*values)[CURVE_POINTS] = allocate(4, sizeof *values);
     int points = 0;
     for (int i = 0; i < CURVE_POINTS; i++)
         if (log->count[i]) {
-            for (int j = 0; j < 5; j++)
-                values[j][points] = log->sum[i][j] / log->count[i];
+            values[0][points] = log->sum[i][0] / log->count[i];
+            for (int j = 1; j < 4; j++)
+                values[j][points] = log10(log->sum[i][j] / log->count[i]);
             points++;
         }
-    Curve curves[4];
-    for (int i = 0; i < 4; i++) {
-        const Curve curve = {names[i], values[0], values[i + 1], points, {colours[i][0], colours[i][1], colours[i][2]}};
-        curves[i] = curve;
-    }
+    const Curve curves[3] = {{TERMS[0], values[0], values[1], points, {44, 160, 44}},
+                             {TERMS[1], values[0], values[2], points, {255, 127, 14}},
+                             {TERMS[2], values[0], values[3], points, {31, 119, 180}}};
     unsigned char *pixels = allocate((size_t)HEIGHT * WIDTH, 3);
-    chart_draw(curves, 4, "step", "bits per dimension", pixels, HEIGHT, WIDTH);
+    chart_draw(curves, 3, "step", "log10 of bits per dimension", pixels, HEIGHT, WIDTH);
     const int status = image_write(path, pixels, HEIGHT, WIDTH, 3, error);
     free(pixels);
     free(values);
@@ -866,7 +869,7 @@ static int save(Training *t, Error *error) {
 static int sample_grid(Training *t, Error *error) {
     enum { COUNT = 64 };
     const Config *c = &t->model.config;
-    char name[64], path[1200];
+    char name[64], path[TEXT_SIZE];
     snprintf(name, sizeof name, "samples-%llu.png", (unsigned long long)t->model.step);
     path_in(t->options->out, name, path);
     unsigned char *images = allocate(COUNT, image_size(c));
@@ -956,6 +959,13 @@ static int train_prepare(Training *t, const Option *options, Error *error) {
     return 0;
 }
 
+static void train_end(Training *t) {
+    workers_free(&t->workers);
+    model_free(&t->model);
+    dataset_close(&t->data);
+    dataset_close(&t->test);
+}
+
 static int train_command(int argc, char **argv) {
     TrainOptions o = {.settings = settings_default(), .out = "run", .steps = 10000, .threads = default_threads(),
                       .save_every = 500, .sample_steps = 100, .eval_limit = 256};
@@ -989,11 +999,12 @@ static int train_command(int argc, char **argv) {
         fprintf(stderr, "diffenc: train: --%s\n", error.text);
         return USAGE;
     }
-    if (train_prepare(&t, options, &error) || (!o.resume && model_new(&t.model, c, s->seed, &error)))
-        return report(&error);
     path_in(o.out, "log.csv", path);
-    if (log_open(&t.log, path, t.model.step, o.steps, &error))
+    if (train_prepare(&t, options, &error) || (!o.resume && model_new(&t.model, c, s->seed, &error)) ||
+        log_open(&t.log, path, t.model.step, o.steps, &error)) {
+        train_end(&t);
         return report(&error);
+    }
     workers_new(&t.workers, &t.model, o.threads);
     catch_signals();
 
@@ -1012,10 +1023,7 @@ static int train_command(int argc, char **argv) {
         status = FAILURE;
     if (status == 0)
         printf("%s/checkpoint.safetensors at step %llu\n", o.out, (unsigned long long)t.model.step);
-    workers_free(&t.workers);
-    model_free(&t.model);
-    dataset_close(&t.data);
-    dataset_close(&t.test);
+    train_end(&t);
     return status ? FAILURE : stop_signal ? 128 + stop_signal : OK;
 }
 
@@ -1045,8 +1053,10 @@ static int sample_command(int argc, char **argv) {
     if (!checkpoint || !*out)
         return usage_error("sample", "expected a checkpoint and --out FILE");
     if (checkpoint_read(checkpoint, LOAD_EMA, &model, &s, &error) ||
-        image_path_check(out, model.config.image_channels, &error))
+        image_path_check(out, model.config.image_channels, &error)) {
+        model_free(&model);
         return report(&error);
+    }
     if (steps == 0)
         steps = model.config.timesteps > 0 ? model.config.timesteps : 250;
     workers_new(&workers, &model, threads);
@@ -1138,8 +1148,10 @@ static int eval_command(int argc, char **argv) {
     }
     if (!*where)
         snprintf(where, sizeof where, "%s", s.data);
-    if (data_for_model(&data, where, (Split)split, s.seed, c, &error))
+    if (data_for_model(&data, where, (Split)split, s.seed, c, &error)) {
+        model_free(&model);
         return report(&error);
+    }
     const int count = limit > 0 && (uint32_t)limit < data.count ? limit : (int)data.count;
     double result[4][2];
     double *distance = optimal ? allocate((size_t)count * c->timesteps, sizeof *distance) : NULL;
@@ -1218,8 +1230,10 @@ static int show_command(int argc, char **argv) {
         return usage_error("show", "expected a checkpoint and --out FILE");
     if (checkpoint_read(checkpoint, LOAD_EMA, &model, &s, &error) ||
         image_path_check(out, model.config.image_channels, &error) ||
-        data_for_model(&data, *where ? where : s.data, SPLIT_TEST, s.seed, &model.config, &error))
+        data_for_model(&data, *where ? where : s.data, SPLIT_TEST, s.seed, &model.config, &error)) {
+        model_free(&model);
         return report(&error);
+    }
     Show show = {&model, &data, allocate((size_t)count * SHOW_ROWS * SHOW_TIMES, image_size(&model.config))};
     workers_new(&workers, &model, threads);
     workers_run(&workers, model.ema, 0, count, show_example, &show);

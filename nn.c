@@ -551,8 +551,8 @@ static int is_bias(const char *name) {
 
 double optimizer_step(Model *m, const Optimizer *o, const real *gradient, int threads) {
     (void)threads;
-    /* AdamW squares the gradient: an overflow there would stay in adam_v for good. */
-    const double largest = sizeof(real) == sizeof(float) ? 1e19 : 1e150;
+    /* AdamW squares the gradient: an overflow there would stay in adam_v for good. In double, squared once more. */
+    const double largest = sizeof(real) == sizeof(float) ? 1e19 : 1e75;
     const double norm = sqrt(dot(gradient, gradient, m->weight_count));
     if (!isfinite(norm) || (o->clip > 0 && norm > o->clip ? o->clip : norm) > largest)
         return isfinite(norm) ? INFINITY : norm;

@@ -822,7 +822,7 @@ int level_draw(double u, double precision, double uniform) {
     return nearest;   /* only rounding leads here */
 }
 
-double level_softmax(size_t count, const real *u, const unsigned char *k, double precision, real *du,
+double level_softmax(size_t count, const double *u, const unsigned char *k, double precision, real *du,
                      double *dprecision) {
     /* With d_c = u - x(c) and c* the nearest level,
      *     -log p(k) = h (d_k^2 - d_*^2) + log sum_c exp(-h (d_c^2 - d_*^2)),   h = precision / 2,

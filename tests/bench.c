@@ -67,10 +67,9 @@ static double seconds_of(int threads, long repeat, ThreadWork work, void *contex
     return (seconds_now() - start) / (double)repeat;
 }
 
-/* NUMBERS independent chains of multiply-adds. FEW links of one are done while it is in a register, so that loading
- * and storing it costs nothing beside; a processor works on enough chains at a time to hide the latency. Both gcc and
- * clang make the plainest vector code of this, at 99% of what the data sheet allows. */
-enum { NUMBERS = 256, FEW = 4, PASSES = 100000 };
+/* NUMBERS independent chains of multiply-adds. A FEW links of one at a time, so that loading and storing it
+ * does not count, yet so few that a processor has enough chains in work at once to hide the latency. */
+enum { NUMBERS = 256, FEW = 4, PASSES = 2000000 };
 
 static void multiply_add_chains(void *context, int thread) {
     const real *factor_and_term = context;   /* not known to the compiler */
@@ -86,17 +85,19 @@ static void multiply_add_chains(void *context, int thread) {
     ((real *)context)[2 + thread] = x[thread];   /* so that the loop cannot be left out */
 }
 
-/* The machine's operations per second, measured for some milliseconds. */
+/* The machine's operations per second, measured for some tens of milliseconds. */
 static double peak_now(int threads) {
     real cell[2 + MAX_THREADS] = {(real)0.5, 1};
     return 2.0 * FEW * NUMBERS * PASSES * threads / seconds_of(threads, 1, multiply_add_chains, cell);
 }
 
-/* A run is as many calls as take 30 ms; finding the number also warms up. */
+/* A run is as many calls as take 50 ms; finding the number also warms up. Twice, lest an interruption be
+ * taken for the work. */
 static Timing time_work(int runs, int threads, ThreadWork work, void *context) {
     double seconds[MAX_RUNS], peaks[MAX_RUNS];
     long repeat = 1;
-    while (seconds_of(threads, repeat, work, context) * (double)repeat < 0.03)
+    while (seconds_of(threads, repeat, work, context) * (double)repeat < 0.05 ||
+           seconds_of(threads, repeat, work, context) * (double)repeat < 0.05)
         repeat *= 2;
     for (int i = 0; i < runs; i++) {
         peaks[i] = peak_now(threads);
@@ -152,6 +153,13 @@ static int in_child(Measurement measurement, const Job *job, Result *result) {
     }
     fprintf(stderr, "diffenc: bench: a measuring process failed with status %d\n", status);
     return FAILURE;
+}
+
+static void stop_on(int status, const Error *error) {
+    if (status) {
+        fprintf(stderr, "diffenc: bench: %s\n", error->text);
+        exit(FAILURE);
+    }
 }
 
 /* ---- the machine ---- */
@@ -217,7 +225,8 @@ typedef struct {
     const Kernel *kernel;
     real *array[MAX_THREADS][ARRAYS];   /* each large enough for an image or a kernel */
     Arena *arena[MAX_THREADS];
-    unsigned char *pixels;
+    unsigned char *pixels;              /* for the softmax over the levels: k and u, only read */
+    double *levels;
 } KernelWork;
 
 /* softmax(q k^T / sqrt(c)) v and back to q, k and v, through the graph as in training. */
@@ -250,7 +259,7 @@ static void run_kernel(void *context, int thread) {
     case NORM: group_norm(&norm, x, y); break;
     case NORM_BACK: group_norm_backward(&norm, x, y, NULL, dx, dkernel, dkernel + out, arena); break;
     case DROPOUT: random_dropout(random_stream(1, RANDOM_CHECK, 0, 0), 0, values, 0.1, y); break;
-    case LEVELS_256: level_softmax(values, x, work->pixels, 600000, dx, &by_precision); break;
+    case LEVELS_256: level_softmax(values, work->levels, work->pixels, 600000, dx, &by_precision); break;
     }
 }
 
@@ -267,6 +276,9 @@ static void bench_kernel(const Job *job, const Kernel *k) {
     char name[64];
     work->kernel = k;
     work->pixels = allocate_zeroed(count, 1);
+    work->levels = allocate(count, sizeof(double));
+    for (size_t i = 0; i < count; i++)
+        work->levels[i] = 2 * random_uniform(random_stream(1, RANDOM_CHECK, 2, 0), (uint32_t)i) - 1;
     for (int i = 0; i < job->threads; i++) {
         work->arena[i] = arena_new();
         for (int j = 0; j < ARRAYS; j++) {
@@ -296,8 +308,7 @@ static void bench_optimizer(const Job *job) {
     Update u = {.optimizer = optimizer_default(), .threads = job->threads};
     Error error;
     char name[64];
-    if (model_new(&u.model, &job->config, 1, &error))
-        return;
+    stop_on(model_new(&u.model, &job->config, 1, &error), &error);
     const Timing t = time_work(job->runs, 1, run_optimizer, &u);
     snprintf(name, sizeof name, "%-16s %zu weights", "AdamW + EMA", u.model.weight_count);
     print_rate(name, 10.0 * sizeof(real) * (double)u.model.weight_count, 1, t, job);
@@ -339,13 +350,6 @@ typedef struct {
     Optimizer optimizer;
     unsigned char *images;
 } Setup;
-
-static void stop_on(int status, const Error *error) {
-    if (status) {
-        fprintf(stderr, "diffenc: bench: %s\n", error->text);
-        exit(FAILURE);
-    }
-}
 
 static void setup(Setup *s, const Job *job, int threads, int images) {
     const Config *c = &job->config;
@@ -540,29 +544,38 @@ static int bench_sampling(const Job *all) {
 
 /* ---- the command ---- */
 
+static const char *compiler(void) {
+#if defined __clang__
+    return "clang " __clang_version__;
+#elif defined __GNUC__
+    return "gcc " __VERSION__;
+#else
+    return "an unnamed compiler";
+#endif
+}
+
+static int wrong_usage(const Error *error) {
+    fprintf(stderr, "diffenc: bench: %s\n", error->text);
+    return USAGE;
+}
+
 /* One line to be read by a program: tests/bench_peer.sh holds it against PyTorch's. */
 static int print_line(const char *model, Job *job) {
     Result r;
     Error error;
-    if (config_parse_model(&job->config, model, &error) || config_check(&job->config, &error)) {
-        fprintf(stderr, "diffenc: bench: %s\n", error.text);
-        return USAGE;
-    }
+    if (config_parse_model(&job->config, model, &error) || config_check(&job->config, &error))
+        return wrong_usage(&error);
     if (in_child(measure_model, job, &r))
         return FAILURE;
     printf("diffenc %s %s seconds=%.5f min=%.5f max=%.5f peak_bytes=%.0f threads=%d net=%s", model,
            job->sampling ? "sampling" : "step", r.seconds.median, r.seconds.least, r.seconds.most, r.bytes,
            job->threads, job->config.net == NET_FLAT ? "flat" : "unet");
     if (job->sampling)
-        printf(" count=%d steps=%d\n", job->count, job->timesteps);
+        printf(" count=%d steps=%d", job->count, job->timesteps);
     else
-        printf(" batch=%d\n", job->batch);
+        printf(" batch=%d", job->batch);
+    printf(" compiler=%s\n", compiler());
     return OK;
-}
-
-static int wrong_usage(const char *what, const char *why) {
-    fprintf(stderr, "diffenc: bench: %.60s: %s (see diffenc bench --help)\n", what, why);
-    return USAGE;
 }
 
 typedef struct {
@@ -576,40 +589,50 @@ static int is_choice(const char *choices, const char *text) {
     return *text && found && (found == choices || found[-1] == '|') && (!*end || *end == '|');
 }
 
-/* OK to go on, USAGE after an error, -1 after --help. */
-static int parse(int argc, char **argv, const Option *options, int count) {
+static void print_help(const Option *options, int count) {
+    printf("usage: diffenc bench [options]\n\n");
+    for (const Option *o = options; o < options + count; o++) {
+        printf("  %-10s %-6s %s", o->name, o->argument, o->help);
+        if (o->number)
+            printf(" (default %d)\n", *o->number);
+        else
+            printf(" (default %s)\n", *o->text ? *o->text : "everything");
+    }
+}
+
+static int set_option(const Option *o, const char *value, Error *error) {
+    char *end = NULL;
+    const long number = value ? strtol(value, &end, 10) : 0;
+    if (!value)
+        return fail(error, "%s needs a value", o->name);
+    if (o->number && (end == value || *end || number < 1 || number > o->most))
+        return fail(error, "%s '%.40s': expected a whole number from 1 to %d", o->name, value, o->most);
+    if (o->choices && !is_choice(o->choices, value))
+        return fail(error, "%s '%.40s': expected %s", o->name, value, o->choices);
+    if (o->number)
+        *o->number = (int)number;
+    else
+        *o->text = value;
+    return 0;
+}
+
+/* 0 to go on, 1 after --help, or -1 with error. */
+static int parse(int argc, char **argv, const Option *options, int count, Error *error) {
     for (int i = 1, j = 0; i < argc; i++, j = 0) {
         const size_t length = strcspn(argv[i], "=");
         while (j < count && (strlen(options[j].name) != length || strncmp(options[j].name, argv[i], length)))
             j++;
         if (strcmp(argv[i], "--help") == 0) {
-            printf("usage: diffenc bench [options]\n\n");
-            for (j = 0; j < count; j++) {
-                printf("  %-10s %-6s %s", options[j].name, options[j].argument, options[j].help);
-                if (options[j].number)
-                    printf(" (default %d)\n", *options[j].number);
-                else
-                    printf(" (default %s)\n", *options[j].text ? *options[j].text : "everything");
-            }
-            return -1;
+            print_help(options, count);
+            return 1;
         }
         if (j == count)
-            return wrong_usage(argv[i], "unknown option");
+            return fail(error, "unknown option or argument '%.60s' (see diffenc bench --help)", argv[i]);
         const char *value = argv[i][length] ? argv[i] + length + 1 : argv[++i];   /* argv ends with NULL */
-        char *end = NULL;
-        const long number = value ? strtol(value, &end, 10) : 0;
-        if (!value)
-            return wrong_usage(options[j].name, "needs a value");
-        if (options[j].number && (end == value || *end || number < 1 || number > options[j].most))
-            return wrong_usage(options[j].name, "expected a whole number from 1, and not too large");
-        if (options[j].choices && !is_choice(options[j].choices, value))
-            return wrong_usage(options[j].name, options[j].choices);
-        if (options[j].number)
-            *options[j].number = (int)number;
-        else
-            *options[j].text = value;
+        if (set_option(&options[j], value, error))
+            return -1;
     }
-    return OK;
+    return 0;
 }
 
 int bench_main(int argc, char **argv) {
@@ -632,16 +655,19 @@ int bench_main(int argc, char **argv) {
         {"--step", "MODEL", "just a training step of this model, in one line", NULL, 0, &step, NULL},
         {"--sampling", "MODEL", "just sampling from this model, in one line", NULL, 0, &sampling, NULL},
     };
-    const int status = parse(argc, argv, options, sizeof options / sizeof options[0]);
-    if (status != OK)
-        return status == USAGE ? USAGE : OK;
+    Error error;
+    int status = parse(argc, argv, options, sizeof options / sizeof options[0], &error);
+    if (status == 0 && step && sampling)
+        status = fail(&error, "--step and --sampling: one at a time");
+    if (status)
+        return status < 0 ? wrong_usage(&error) : OK;
     job.config.net = strcmp(net, "unet") ? NET_FLAT : NET_UNET;
     job.sampling = sampling != NULL;
     if (step || sampling)
         return print_line(step ? step : sampling, &job);
 
     Result machine;
-    printf("%d threads, numbers of %d bytes, compiler %s\n", job.threads, (int)sizeof(real), __VERSION__);
+    printf("%d threads, numbers of %d bytes, %s\n", job.threads, (int)sizeof(real), compiler());
     if (in_child(measure_machine, &job, &machine))
         return FAILURE;
     job.bandwidth = machine.bandwidth;

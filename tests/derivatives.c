@@ -30,51 +30,57 @@ double derivative_floor(void) {
     return IS_DOUBLE ? 1e-4 : 1e-2;
 }
 
-/* One extrapolation: at[STEPS - 1] becomes the derivative, and what the last order changed is its error. */
-static void extrapolate(Path path, void *context, size_t count, double first, double **at, double *size) {
-    double *plus = at[STEPS], *minus = at[STEPS + 1];
+/* Derivatives from steps first, first/2, ... extrapolated to zero, and their errors: how far the last two orders are
+ * apart, and the roundoff of the path's values divided by the last step. Returns for how many the former is the trouble,
+ * which shorter steps may cure. */
+static size_t extrapolate(Path path, void *context, size_t count, double first, double *derivative, double *error) {
+    const double roundoff = IS_DOUBLE ? 1e-14 : 1e-6;
+    double *at[STEPS], *minus = allocate(count, sizeof(double)), square = 0;
+    size_t apart = 0;
     for (int k = 0; k < STEPS; k++) {
         const double step = first / (1 << k);
-        path(context, step, plus);
+        at[k] = allocate(count, sizeof(double));
+        path(context, step, at[k]);
         path(context, -step, minus);
         for (size_t i = 0; i < count; i++) {
-            at[k][i] = (plus[i] - minus[i]) / (2 * step);
-            size[i] = fabs(plus[i]) / step;
+            error[i] = roundoff * fabs(minus[i]) / step;
+            at[k][i] = (at[k][i] - minus[i]) / (2 * step);
         }
     }
     for (int order = 1; order < STEPS; order++)   /* the error's term in step^(2 order) is cancelled */
         for (int k = STEPS - 1; k >= order; k--)
-            for (size_t i = 0; i < count; i++) {
-                const double change = (at[k][i] - at[k - 1][i]) / (pow(4, order) - 1);
-                at[k][i] += change;
-                minus[i] = fabs(at[k][i] - at[k - 1][i]);
-            }
+            for (size_t i = 0; i < count; i++)
+                at[k][i] += (at[k][i] - at[k - 1][i]) / (pow(4, order) - 1);
+    for (size_t i = 0; i < count; i++)
+        square += at[STEPS - 1][i] * at[STEPS - 1][i] / (double)count;
+    for (size_t i = 0; i < count; i++) {
+        const double change = fabs(at[STEPS - 1][i] - at[STEPS - 2][i]);
+        apart += change > error[i] + 1e-9 * sqrt(square);
+        error[i] += change;
+        derivative[i] = at[STEPS - 1][i];
+    }
+    for (int k = 0; k < STEPS; k++)
+        free(at[k]);
+    free(minus);
+    return apart;
 }
 
 /* Where the path has a kink near by - the largest of four pixels changes - the orders disagree, and shorter steps are
- * tried. Each number keeps the value whose orders agree best. */
+ * tried. Each number keeps the value with the smallest error. */
 void differentiate(Path path, void *context, size_t count, double scale, double *derivative, double *error) {
-    enum { ATTEMPTS = 5, SHORTER = 8 };
-    const double agree = IS_DOUBLE ? 1e-9 : 1e-3, roundoff = IS_DOUBLE ? 1e-14 : 1e-6;
-    double *memory = allocate((STEPS + 3) * count, sizeof(double)), *at[STEPS + 2], *size = memory + (STEPS + 2) * count;
-    double step = FIRST_STEP * scale;
-    for (int k = 0; k < STEPS + 2; k++)
-        at[k] = memory + k * count;
-    for (int attempt = 0, agreed = 0; attempt < ATTEMPTS && !agreed; attempt++, step /= SHORTER) {
-        double square = 0;
-        extrapolate(path, context, count, step, at, size);
+    enum { SHORTER = 8 };
+    const int attempts = IS_DOUBLE ? 5 : 1;   /* float has no digits to spare for shorter steps */
+    double *other = allocate(2 * count, sizeof(double)), *other_error = other + count, step = FIRST_STEP * scale;
+    size_t apart = extrapolate(path, context, count, step, derivative, error);
+    for (int attempt = 1; attempt < attempts && apart > 0; attempt++) {
+        apart = extrapolate(path, context, count, step /= SHORTER, other, other_error);
         for (size_t i = 0; i < count; i++)
-            square += at[STEPS - 1][i] * at[STEPS - 1][i] / (double)count;
-        agreed = 1;
-        for (size_t i = 0; i < count; i++) {
-            if (attempt == 0 || at[STEPS + 1][i] < error[i]) {
-                derivative[i] = at[STEPS - 1][i];
-                error[i] = at[STEPS + 1][i];
+            if (other_error[i] < error[i]) {
+                derivative[i] = other[i];
+                error[i] = other_error[i];
             }
-            agreed &= error[i] <= agree * sqrt(square) + roundoff * size[i];
-        }
     }
-    free(memory);
+    free(other);
 }
 
 /* ---- evaluating a subject ---- */
@@ -101,6 +107,7 @@ typedef struct {
     double size;                   /* the Euclidean norm of its terms */
     size_t result;                 /* elements of the result */
     int of_tangent;                /* it is the tangent of the result that is looked at */
+    double worst, errors, derivatives;   /* comparisons: the largest error, and sums of squares */
 } Probe;
 
 static size_t leaf_size(const Leaf l) {
@@ -249,22 +256,36 @@ static double larger(double a, double b) {
     return a > b || isnan(a) ? a : b;   /* what is not a number is the largest error of all */
 }
 
-/* |claimed - measured| relative to the largest of |measured| and `least`, or UNKNOWN where the measurement itself is not
- * good to a tenth of the limit, because of a kink too near. That is judged without looking at what is claimed. */
-static const double UNKNOWN = -1;
+/* The comparisons made so far. In double the worst one counts; in float, where differences leave a few digits, the
+ * Euclidean norm of all errors relative to that of all derivatives. */
+static void clear(Probe *p) {
+    p->worst = p->errors = p->derivatives = 0;
+}
 
-static double relative(double claimed, double measured, double measurement_error, double least) {
-    const double size = larger(larger(fabs(measured), least), 1e-300);
-    return measurement_error > derivative_limit() / 10 * size ? UNKNOWN : fabs(claimed - measured) / size;
+static double result_of(const Probe *p) {
+    return IS_DOUBLE ? p->worst : sqrt(p->errors / larger(p->derivatives, 1e-300));
+}
+
+/* One comparison, relative to the largest of |measured| and `least`. Returns 0 and leaves it out where the measurement
+ * itself is not good to a third of the limit, because of a kink too near; that is judged without looking at what is
+ * claimed. */
+static int compare(Probe *p, double claimed, double measured, double measurement_error, double least) {
+    const double size = larger(larger(fabs(measured), least), 1e-300), error = fabs(claimed - measured);
+    if (IS_DOUBLE && measurement_error > derivative_limit() / 3 * size)
+        return 0;
+    p->worst = larger(error / size, p->worst);
+    p->errors += error * error;
+    p->derivatives += size * size;
+    return 1;
 }
 
 /* Gradient times direction against the difference along it. */
-static double error_along(Probe *p, double typical) {
+static int compare_along(Probe *p, double typical) {
     double claimed = 0, measured, measurement_error;
     for (size_t i = 0; i < p->count; i++)
         claimed += (double)p->gradient[i] * p->direction[i];
     differentiate(projection_along, p, 1, 1, &measured, &measurement_error);
-    return relative(claimed, measured, measurement_error, larger(typical, derivative_floor() * p->size));
+    return compare(p, claimed, measured, measurement_error, larger(typical, derivative_floor() * p->size));
 }
 
 /* A segment's part of a random direction, whose length is the segment's scale. */
@@ -273,47 +294,51 @@ static void choose_direction(Probe *p, const Segment *s, RandomStream stream) {
         p->direction[s->first + i] = s->is_silent ? 0 : (random_uniform(stream, (uint32_t)i) - 0.5) * s->scale * sqrt(12.0 / (double)s->count);
 }
 
-/* Some elements of one segment, then random directions within it until one is known. */
-static double segment_error(Probe *p, const Segment *s, int samples, RandomStream stream) {
+/* Some elements of one segment, then random directions within it until one can be measured. Returns how many could. */
+static int compare_segment(Probe *p, const Segment *s, int samples, RandomStream stream) {
     const double norm = sqrt(dot(p->gradient + s->first, p->gradient + s->first, s->count));
     const double typical = s->scale * norm / sqrt((double)s->count);   /* the root mean square of a derivative */
     const int all = s->count <= (size_t)samples;
-    double worst = UNKNOWN, error = UNKNOWN;
-    if (s->is_silent || (s->is_tangent && !p->of_tangent))
-        return 0;
+    int known = 0, done = 0;
     memset(p->direction, 0, p->count * sizeof(double));
     for (int i = 0; i < (all ? (int)s->count : samples); i++) {
         const size_t at = s->first + (all ? (size_t)i : random_bits(stream, (uint32_t)i) % s->count);
         p->direction[at] = s->scale;
-        worst = larger(error_along(p, typical), worst);
+        known += compare_along(p, typical);
         p->direction[at] = 0;
     }
-    for (int i = 0; i < DIRECTIONS && error == UNKNOWN; i++, stream.step++) {
+    for (int i = 0; i < DIRECTIONS && !done; i++, stream.step++) {
         choose_direction(p, s, stream);
-        error = error_along(p, typical);
+        known += done = compare_along(p, typical);
     }
-    worst = larger(error, worst);
-    return worst == UNKNOWN ? INFINITY : worst;
+    return known;
 }
 
 /* The gradient of the result or of its tangent: every segment by itself, then all of them at once. */
 static double gradient_error(Probe *p, int samples, uint64_t seed) {
-    double worst = 0, error = UNKNOWN;
+    int done = 0;
+    clear(p);
     set_projection(p, seed);
     set_gradient(p);
-    for (int i = 0; i < p->segments; i++)
-        worst = larger(segment_error(p, &p->segment[i], samples, random_stream(seed, RANDOM_CHECK, 100, (uint32_t)i)), worst);
-    for (int k = 0; k < DIRECTIONS && error == UNKNOWN; k++) {
+    for (int i = 0; i < p->segments; i++) {
+        const Segment *s = &p->segment[i];
+        if (s->is_silent || (s->is_tangent && !p->of_tangent))
+            continue;
+        if (!compare_segment(p, s, samples, random_stream(seed, RANDOM_CHECK, 100, (uint32_t)i)))
+            return INFINITY;
+    }
+    for (int k = 0; k < DIRECTIONS && !done; k++) {
         for (int i = 0; i < p->segments; i++)
             choose_direction(p, &p->segment[i], random_stream(seed, RANDOM_CHECK, 200 + (uint32_t)k, (uint32_t)i));
-        error = error_along(p, 0);
+        done = compare_along(p, 0);
     }
-    return larger(error == UNKNOWN ? INFINITY : error, worst);
+    return done ? result_of(p) : INFINITY;
 }
 
 /* Every element of the result's tangent against the difference of the result along the tangents of the leaves. */
 static double tangent_error(Probe *p) {
-    double worst = UNKNOWN, scale = 1, mean_square = 0;
+    double scale = 1, mean_square = 0;
+    int known = 0;
     const Tensor *y = evaluate(p, p->point, NULL);
     if (!y->tangent)
         return -1;
@@ -331,10 +356,11 @@ static double tangent_error(Probe *p) {
     differentiate(values_along, p, p->result, scale, measured, error);
     for (size_t i = 0; i < p->result; i++)
         mean_square += measured[i] * measured[i] / (double)p->result;
+    clear(p);
     for (size_t i = 0; i < p->result; i++)
-        worst = larger(relative(tangent[i], measured[i], error[i], sqrt(mean_square)), worst);
+        known += compare(p, tangent[i], measured[i], error[i], sqrt(mean_square));
     free(tangent);
-    return worst == UNKNOWN ? INFINITY : worst;
+    return known ? result_of(p) : INFINITY;
 }
 
 DerivativeErrors derivative_errors(const Subject *subject, int samples, uint64_t seed) {

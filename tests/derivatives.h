@@ -30,9 +30,9 @@ struct Subject {
     double weight_scale;       /* the scale of its weights */
 };
 
-/* The largest errors found; -1 where there is nothing to compare (a result without a tangent). Each element is
- * compared relative to itself, to the root mean square of its leaf or parameter, or to derivative_floor() times the
- * size of the result, whichever is largest. */
+/* The largest errors found; -1 where there is nothing to compare (a result without a tangent), INFINITY where kinks are
+ * too near to measure anything. Each element is compared relative to itself, to the root mean square of its leaf or
+ * parameter, or to derivative_floor() times the size of the result, whichever is largest. */
 typedef struct {
     double gradient, tangent, through_tangent;
 } DerivativeErrors;
@@ -45,11 +45,10 @@ DerivativeErrors derivative_errors(const Subject *subject, int samples, uint64_t
 double derivative_limit(void);
 double derivative_floor(void);
 
-/* d path(e)/de at e = 0 for a path of `count` numbers that changes over a length of about `scale`, and how far the
- * differences of the last two orders are apart, an upper bound for its error. */
+/* d path(e)/de at e = 0 for a path of `count` numbers that changes over a length of about `scale`; and an upper bound for
+ * its error. */
 typedef void (*Path)(void *context, double e, double *value);
-void differentiate(Path path, void *context, size_t count, double scale, double *derivative,
-                   double *error);
+void differentiate(Path path, void *context, size_t count, double scale, double *derivative, double *error);
 
 /* Every operator and layer of autograd.h, 0 <= index < operator_count(): in many shapes, odd ones among them, and in
  * all combinations of inputs with and without tangents. */
