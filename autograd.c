@@ -1,12 +1,13 @@
 /* autograd.c - floor 2: tensors that remember how they were made.
  *
- * Calling an operator computes its value at once and notes its inputs; `backward` walks the notes in reverse. A
- * tensor may carry a tangent, its derivative by lambda. An operator that receives tangents records the tangent of its
- * result as ordinary tensors, made with ordinary operators, so one reverse sweep differentiates through values and
- * tangents alike: that is all it takes to train through dy/dlambda.
+ * Calling an operator computes its value at once and notes its inputs; `backward` walks the notes in
+ * reverse. A tensor may carry a tangent, its derivative by lambda. An operator that receives tangents
+ * records the tangent of its result as ordinary tensors, made with ordinary operators, so one reverse
+ * sweep differentiates through values and tangents alike: that is all it takes to train through
+ * dy/dlambda.
  *
- * Each operator is three functions: NAME_forward, NAME_backward, and the constructor of its name, which knows the
- * shape and the rule for the tangent. */
+ * Each operator is three functions: NAME_forward, NAME_backward, and the constructor of its name, which
+ * knows the shape and the rule for the tangent. */
 
 #include "diffenc.h"
 
@@ -73,8 +74,9 @@ Tensor *from_bytes(Graph *graph, int height, int width, int channels, const unsi
     return t;
 }
 
-/* Numbers and what elementwise operators make are kept in double as well. They are few and small, the schedule and the
- * images; and the Fourier features multiply by 2 pi 128 whatever rounding there is in z_t. */
+/* Numbers and what elementwise operators make are kept in double as well. They are few and small, the
+ * schedule and the images; and the Fourier features multiply by 2 pi 128 whatever rounding there is in
+ * z_t. */
 static double element(const Tensor *a, size_t i) {
     return a->wide ? a->wide[i] : element_count(a) == 1 ? a->number_value : (double)a->value[i];
 }
@@ -115,8 +117,8 @@ Tensor *parameter(Graph *graph, int height, int width, int channels, const real 
 }
 
 /* An operator's result, its value not yet computed. Unused inputs are NULL. */
-static Tensor *result_of(const Operator *op, int height, int width, int channels, Tensor *a, Tensor *b, Tensor *c,
-                         Tensor *d) {
+static Tensor *result_of(const Operator *op, int height, int width, int channels, Tensor *a, Tensor *b,
+                         Tensor *c, Tensor *d) {
     Tensor *t = tensor_new(a->graph, height, width, channels);
     t->op = op;
     t->value = reals(a->graph, element_count(t));
@@ -133,8 +135,9 @@ static Tensor *elementwise(const Operator *op, const Tensor *shape, Tensor *a, T
     return t;
 }
 
-/* A constructor that gives tangents asks `if (carries_tangent(y))`, makes the tangent out of ordinary operators, and
- * hands it over with set_tangent. In between no operator looks at tangents, so the tangent has none of its own. */
+/* A constructor that gives tangents asks `if (carries_tangent(y))`, makes the tangent out of ordinary
+ * operators, and hands it over with set_tangent. In between no operator looks at tangents, so the tangent
+ * has none of its own. */
 static int carries_tangent(Tensor *y) {
     if (y->graph->inside_tangent)
         return 0;
@@ -317,7 +320,8 @@ static double logistic_of(double x) {
     return 1 / (1 + exp(-x));
 }
 
-static double cycle(double x) {   /* radians of a number of cycles; whole cycles are taken off without rounding */
+static double
+cycle(double x) { /* radians of a number of cycles; whole cycles are taken off without rounding */
     return TWO_PI * (x - floor(x + 0.5));
 }
 
@@ -372,7 +376,8 @@ static void function_forward(Tensor *y) {
 static void function_backward(Tensor *y) {
     real *dx = gradient_to_add(y->input[0]);
     for (size_t i = 0; i < element_count(y); i++)
-        dx[i] += (real)(y->gradient[i] * slope_of((Function)y->option, element(y->input[0], i), element(y, i)));
+        dx[i] +=
+            (real)(y->gradient[i] * slope_of((Function)y->option, element(y->input[0], i), element(y, i)));
 }
 
 /* ---- sums ---- */
@@ -424,10 +429,11 @@ static void bias_backward(Tensor *bias, const Tensor *y) {
 
 static void convolve_forward(Tensor *y) {
     const Tensor *x = y->input[0], *kernel = y->input[1];
-    const real *bias = y->input[2] ? y->input[2]->value : NULL, *start = y->input[3] ? y->input[3]->value : NULL;
+    const real *bias = y->input[2] ? y->input[2]->value : NULL,
+               *start = y->input[3] ? y->input[3]->value : NULL;
     if (kernel->height == 9)
-        convolve3x3(x->height, x->width, x->channels, y->channels, x->value, kernel->value, bias, start, y->value,
-                    y->graph->arena);
+        convolve3x3(x->height, x->width, x->channels, y->channels, x->value, kernel->value, bias, start,
+                    y->value, y->graph->arena);
     else
         matrix_product(positions(x), x->channels, y->channels, x->value, kernel->value, bias, start, y->value,
                        y->graph->arena);
@@ -455,11 +461,20 @@ static void convolve_backward(Tensor *y) {
 /* Tap (a, b) of the kernel maps x [h, w] to every second position of y [2h, 2w], beginning at (a, b). */
 static Product upsample_tap(const Tensor *x, const Tensor *y, int tap) {
     const ptrdiff_t out = y->channels;
-    Product p = {.lines = x->height, .rows = x->width, .columns = y->channels, .segments = 1, .inner = x->channels,
-                 .a = x->value, .a_line = (ptrdiff_t)x->width * x->channels, .a_row = x->channels, .a_inner = 1,
-                 .b = y->input[1]->value + (ptrdiff_t)tap * x->channels * out, .b_row = out,
+    Product p = {.lines = x->height,
+                 .rows = x->width,
+                 .columns = y->channels,
+                 .segments = 1,
+                 .inner = x->channels,
+                 .a = x->value,
+                 .a_line = (ptrdiff_t)x->width * x->channels,
+                 .a_row = x->channels,
+                 .a_inner = 1,
+                 .b = y->input[1]->value + (ptrdiff_t)tap * x->channels * out,
+                 .b_row = out,
                  .c = y->value + ((tap / 2) * (ptrdiff_t)y->width + tap % 2) * out,
-                 .c_line = 2 * (ptrdiff_t)y->width * out, .c_row = 2 * out,
+                 .c_line = 2 * (ptrdiff_t)y->width * out,
+                 .c_row = 2 * out,
                  .bias = y->input[2] ? y->input[2]->value : NULL};
     return p;
 }
@@ -480,18 +495,40 @@ static void upsample_backward(Tensor *y) {
         const Product f = upsample_tap(x, y, tap);
         const real *dy = y->gradient + (f.c - y->value);
         if (dx) {   /* dx[i][j] += dy[2i+a][2j+b] kernel[a,b]^T */
-            const Product p = {.lines = f.lines, .rows = f.rows, .columns = (int)in, .segments = 1, .inner = (int)out,
-                               .a = dy, .a_line = f.c_line, .a_row = f.c_row, .a_inner = 1,
-                               .b = flipped(kernel) + (3 - tap) * in * out, .b_row = in,
-                               .c = dx, .c_line = f.a_line, .c_row = in, .start = tap ? dx : start};
+            const Product p = {.lines = f.lines,
+                               .rows = f.rows,
+                               .columns = (int)in,
+                               .segments = 1,
+                               .inner = (int)out,
+                               .a = dy,
+                               .a_line = f.c_line,
+                               .a_row = f.c_row,
+                               .a_inner = 1,
+                               .b = flipped(kernel) + (3 - tap) * in * out,
+                               .b_row = in,
+                               .c = dx,
+                               .c_line = f.a_line,
+                               .c_row = in,
+                               .start = tap ? dx : start};
             product(&p, y->graph->arena);
         }
         if (dkernel) {   /* dkernel[a,b] += sum over i, j of x[i][j]^T dy[2i+a][2j+b] */
             real *dtap = dkernel + tap * in * out;
-            const Product p = {.lines = 1, .rows = (int)in, .columns = (int)out, .segments = f.lines, .inner = f.rows,
-                               .a = x->value, .a_row = 1, .a_segment = f.a_line, .a_inner = in,
-                               .b = dy, .b_segment = f.c_line, .b_row = f.c_row,
-                               .c = dtap, .c_row = out, .start = dtap};
+            const Product p = {.lines = 1,
+                               .rows = (int)in,
+                               .columns = (int)out,
+                               .segments = f.lines,
+                               .inner = f.rows,
+                               .a = x->value,
+                               .a_row = 1,
+                               .a_segment = f.a_line,
+                               .a_inner = in,
+                               .b = dy,
+                               .b_segment = f.c_line,
+                               .b_row = f.c_row,
+                               .c = dtap,
+                               .c_row = out,
+                               .start = dtap};
             product(&p, y->graph->arena);
         }
     }
@@ -500,7 +537,8 @@ static void upsample_backward(Tensor *y) {
 
 static void matrix_multiply_forward(Tensor *y) {
     const Tensor *a = y->input[0], *b = y->input[1];
-    matrix_product(positions(a), a->channels, b->channels, a->value, b->value, NULL, NULL, y->value, y->graph->arena);
+    matrix_product(positions(a), a->channels, b->channels, a->value, b->value, NULL, NULL, y->value,
+                   y->graph->arena);
 }
 
 static void matrix_multiply_backward(Tensor *y) {
@@ -534,8 +572,8 @@ static real *scaled_copy(const Tensor *x, double factor, int transposed) {
 static void outer_product_forward(Tensor *y) {
     const Tensor *a = y->input[0], *b = y->input[1];
     const ArenaMark mark = arena_mark(y->graph->arena);
-    matrix_product(positions(a), a->channels, positions(b), a->value, scaled_copy(b, y->number[0], 1), NULL, NULL,
-                   y->value, y->graph->arena);
+    matrix_product(positions(a), a->channels, positions(b), a->value, scaled_copy(b, y->number[0], 1), NULL,
+                   NULL, y->value, y->graph->arena);
     arena_release(y->graph->arena, mark);
 }
 
@@ -546,8 +584,8 @@ static void outer_product_backward(Tensor *y) {
     const real *start;
     real *da = gradient_to_write(a, &start), *db = gradient_to_add(b);
     if (da)
-        matrix_product(positions(a), positions(b), a->channels, y->gradient, scaled_copy(b, y->number[0], 0), NULL,
-                       start, da, scratch);
+        matrix_product(positions(a), positions(b), a->channels, y->gradient, scaled_copy(b, y->number[0], 0),
+                       NULL, start, da, scratch);
     if (db)
         matrix_product_transposed(positions(a), positions(b), a->channels, y->gradient,
                                   scaled_copy(a, y->number[0], 0), db, scratch);
@@ -580,18 +618,21 @@ static void attend_forward(Tensor *y) {
         real *p = (real *)y->saved + (size_t)i * columns;
         matrix_product(n, channels, columns, q->value + (size_t)i * channels, kt, NULL, NULL, p, scratch);
         softmax_rows(p, n, columns);
-        matrix_product(n, columns, v->channels, p, v->value, NULL, NULL, y->value + (size_t)i * v->channels, scratch);
+        matrix_product(n, columns, v->channels, p, v->value, NULL, NULL, y->value + (size_t)i * v->channels,
+                       scratch);
     }
     arena_release(scratch, mark);
 }
 
-/* For a few rows at a time: dP = dy v^T, dS = softmax backward, then dq = dS k, dk += dS^T q, dv += P^T dy. */
+/* For a few rows at a time: dP = dy v^T, dS = softmax backward, then dq = dS k, dk += dS^T q, dv += P^T
+ * dy. */
 static void attend_backward(Tensor *y) {
     Tensor *q = y->input[0], *k = y->input[1], *v = y->input[2];
     Arena *scratch = y->graph->arena;
     const ArenaMark mark = arena_mark(scratch);
     const int rows = positions(q), columns = positions(k), channels = q->channels;
-    const real *start = NULL, *k_scaled = scaled_copy(k, y->number[0], 0), *q_scaled = scaled_copy(q, y->number[0], 0);
+    const real *start = NULL, *k_scaled = scaled_copy(k, y->number[0], 0),
+               *q_scaled = scaled_copy(q, y->number[0], 0);
     const real *vt = scaled_copy(v, 1, 1);
     real *ds = arena_allocate(scratch, (size_t)ATTENTION_ROWS * columns, sizeof(real));
     real *dq = gradient_to_write(q, &start), *dk = gradient_to_add(k), *dv = gradient_to_add(v);
@@ -602,7 +643,8 @@ static void attend_backward(Tensor *y) {
         matrix_product(n, v->channels, columns, dy, vt, NULL, NULL, ds, scratch);
         softmax_rows_backward(p, ds, n, columns);
         if (dq)
-            matrix_product(n, columns, channels, ds, k_scaled, NULL, start ? dq + at : NULL, dq + at, scratch);
+            matrix_product(n, columns, channels, ds, k_scaled, NULL, start ? dq + at : NULL, dq + at,
+                           scratch);
         if (dk)
             matrix_product_transposed(n, columns, channels, ds, q_scaled + at, dk, scratch);
         if (dv)
@@ -641,8 +683,9 @@ int group_count(int channels) {
     return groups > 0 && channels % groups == 0 ? groups : 0;
 }
 
-/* What the loops of tensor.c want to know; the dropout mask is made anew each time instead of being kept. The
- * tangent shares `saved`, stream and position with its value, and so has the same statistics and the same mask. */
+/* What the loops of tensor.c want to know; the dropout mask is made anew each time instead of being kept.
+ * The tangent shares `saved`, stream and position with its value, and so has the same statistics and the
+ * same mask. */
 static GroupNorm norm_of(const Tensor *y, const Tensor *scale, const Tensor *bias) {
     GroupNorm n = {.positions = positions(y), .channels = y->channels, .groups = group_count(y->channels),
                    .swish = y->option != NORM_ONLY, .scale = scale->value, .bias = bias->value,
@@ -743,8 +786,8 @@ static void outer_scale_backward(Tensor *y) {
             dx[i] += (real)factor[f] * y->gradient[i * y->option + f];
 }
 
-/* saved: for each element of y the index of the element of x that it is. A tangent takes over those of its value
- * (option 1) instead of looking for the largest. */
+/* saved: for each element of y the index of the element of x that it is. A tangent takes over those of its
+ * value (option 1) instead of looking for the largest. */
 static void max_pool_forward(Tensor *y) {
     const Tensor *x = y->input[0];
     const size_t right = x->channels, down = (size_t)x->width * x->channels;
@@ -805,9 +848,27 @@ static void level_likelihood_backward(Tensor *y) {
 /* ---- the operators ---- */
 
 enum {
-    ADD, MUL, AFFINE, COPY, FUNCTION, TOTAL, SQUARED_NORM, CONVOLVE, UPSAMPLE, MATRIX_MULTIPLY, OUTER_PRODUCT,
-    ATTENTION_WEIGHTS, ATTEND, SOFTMAX_TANGENT, NORMALISE, NORMALISE_TANGENT, CONCATENATE, SPREAD_OVER, OUTER_SCALE,
-    MAX_POOL, LEVEL_LIKELIHOOD
+    ADD,
+    MUL,
+    AFFINE,
+    COPY,
+    FUNCTION,
+    TOTAL,
+    SQUARED_NORM,
+    CONVOLVE,
+    UPSAMPLE,
+    MATRIX_MULTIPLY,
+    OUTER_PRODUCT,
+    ATTENTION_WEIGHTS,
+    ATTEND,
+    SOFTMAX_TANGENT,
+    NORMALISE,
+    NORMALISE_TANGENT,
+    CONCATENATE,
+    SPREAD_OVER,
+    OUTER_SCALE,
+    MAX_POOL,
+    LEVEL_LIKELIHOOD
 };
 
 static const Operator OPERATORS[OPERATOR_COUNT] = {
@@ -899,7 +960,8 @@ Tensor *affine(double factor, Tensor *a, double offset) {
 
 static Tensor *function(Function f, Tensor *a);
 
-/* The slope of a function as tensors: of its argument x and its value y, so that it can be differentiated again. */
+/* The slope of a function as tensors: of its argument x and its value y, so that it can be differentiated
+ * again. */
 static Tensor *slope_tensor(Function f, Tensor *x, Tensor *y) {
     switch (f) {
     case EXP: return y;
@@ -950,8 +1012,8 @@ Tensor *squared_norm(Tensor *a) {
 
 Tensor *convolve(Tensor *x, Tensor *kernel, Tensor *bias, Tensor *residual) {
     assert((kernel->height == 9 || kernel->height == 1) && kernel->width == x->channels && !kernel->tangent);
-    Tensor *y = compute(result_of(&OPERATORS[CONVOLVE], x->height, x->width, kernel->channels, x, kernel, bias,
-                                  residual));
+    Tensor *y = compute(
+        result_of(&OPERATORS[CONVOLVE], x->height, x->width, kernel->channels, x, kernel, bias, residual));
     if (!carries_tangent(y))
         return y;
     Tensor *bias_dot = bias ? bias->tangent : NULL, *residual_dot = residual ? residual->tangent : NULL;
@@ -963,15 +1025,17 @@ Tensor *convolve(Tensor *x, Tensor *kernel, Tensor *bias, Tensor *residual) {
 }
 
 Tensor *upsample(Tensor *x, Tensor *kernel, Tensor *bias) {
-    assert(kernel->height == 4 && kernel->width == x->channels && !kernel->tangent && !(bias && bias->tangent));
-    Tensor *y = compute(result_of(&OPERATORS[UPSAMPLE], 2 * x->height, 2 * x->width, kernel->channels, x, kernel,
-                                  bias, NULL));
+    assert(kernel->height == 4 && kernel->width == x->channels && !kernel->tangent &&
+           !(bias && bias->tangent));
+    Tensor *y = compute(result_of(&OPERATORS[UPSAMPLE], 2 * x->height, 2 * x->width, kernel->channels, x,
+                                  kernel, bias, NULL));
     return carries_tangent(y) ? set_tangent(y, upsample(x->tangent, kernel, NULL)) : y;
 }
 
 Tensor *matrix_multiply(Tensor *a, Tensor *b) {
     assert(a->channels == positions(b));
-    Tensor *y = compute(result_of(&OPERATORS[MATRIX_MULTIPLY], a->height, a->width, b->channels, a, b, NULL, NULL));
+    Tensor *y =
+        compute(result_of(&OPERATORS[MATRIX_MULTIPLY], a->height, a->width, b->channels, a, b, NULL, NULL));
     if (!carries_tangent(y))
         return y;
     return set_tangent(y, add_or(a->tangent ? matrix_multiply(a->tangent, b) : NULL,
@@ -999,8 +1063,8 @@ Tensor *attention_weights(Tensor *q, Tensor *k) {
         return p;
     Tensor *s_dot = add_or(q->tangent ? outer_product(factor, q->tangent, k) : NULL,
                            k->tangent ? outer_product(factor, q, k->tangent) : NULL);
-    return set_tangent(p, compute(result_of(&OPERATORS[SOFTMAX_TANGENT], p->height, p->width, p->channels, p, s_dot,
-                                            NULL, NULL)));
+    return set_tangent(p, compute(result_of(&OPERATORS[SOFTMAX_TANGENT], p->height, p->width, p->channels, p,
+                                            s_dot, NULL, NULL)));
 }
 
 Tensor *attend(Tensor *q, Tensor *k, Tensor *v) {
@@ -1022,13 +1086,14 @@ Tensor *normalise(Tensor *x, Tensor *scale, Tensor *bias, int kind) {
         y->number[0] = graph->dropout;
         y->stream = graph->dropout_stream;
         y->position = graph->dropout_position;
-        graph->dropout_position += (uint32_t)((element_count(y) + DROPOUT_RUN - 1) / DROPOUT_RUN * DROPOUT_RUN);
+        graph->dropout_position +=
+            (uint32_t)((element_count(y) + DROPOUT_RUN - 1) / DROPOUT_RUN * DROPOUT_RUN);
     }
     compute(y);
     if (!carries_tangent(y))
         return y;
-    Tensor *y_dot = result_of(&OPERATORS[NORMALISE_TANGENT], x->height, x->width, x->channels, x, x->tangent, scale,
-                              bias);
+    Tensor *y_dot = result_of(&OPERATORS[NORMALISE_TANGENT], x->height, x->width, x->channels, x, x->tangent,
+                              scale, bias);
     y_dot->option = kind;
     y_dot->saved = y->saved;
     y_dot->number[0] = y->number[0];
@@ -1039,8 +1104,8 @@ Tensor *normalise(Tensor *x, Tensor *scale, Tensor *bias, int kind) {
 
 Tensor *concatenate(Tensor *a, Tensor *b) {
     assert(a->height == b->height && a->width == b->width);
-    Tensor *y = compute(result_of(&OPERATORS[CONCATENATE], a->height, a->width, a->channels + b->channels, a, b, NULL,
-                                  NULL));
+    Tensor *y = compute(
+        result_of(&OPERATORS[CONCATENATE], a->height, a->width, a->channels + b->channels, a, b, NULL, NULL));
     if (!carries_tangent(y))
         return y;
     Graph *graph = y->graph;
@@ -1051,7 +1116,8 @@ Tensor *concatenate(Tensor *a, Tensor *b) {
 
 Tensor *spread_over(Tensor *vector, int height, int width) {
     assert(positions(vector) == 1);
-    Tensor *y = compute(result_of(&OPERATORS[SPREAD_OVER], height, width, vector->channels, vector, NULL, NULL, NULL));
+    Tensor *y = compute(
+        result_of(&OPERATORS[SPREAD_OVER], height, width, vector->channels, vector, NULL, NULL, NULL));
     return carries_tangent(y) ? set_tangent(y, spread_over(vector->tangent, height, width)) : y;
 }
 
@@ -1067,12 +1133,14 @@ Tensor *outer_scale(Tensor *a, const double *factors, int count) {
 
 Tensor *max_pool(Tensor *x) {
     assert(x->height % 2 == 0 && x->width % 2 == 0);
-    Tensor *y = result_of(&OPERATORS[MAX_POOL], x->height / 2, x->width / 2, x->channels, x, NULL, NULL, NULL);
+    Tensor *y =
+        result_of(&OPERATORS[MAX_POOL], x->height / 2, x->width / 2, x->channels, x, NULL, NULL, NULL);
     y->saved = reals(x->graph, element_count(y) * ((sizeof(uint32_t) + sizeof(real) - 1) / sizeof(real)));
     compute(y);
     if (!carries_tangent(y))
         return y;
-    Tensor *y_dot = result_of(&OPERATORS[MAX_POOL], y->height, y->width, y->channels, x->tangent, NULL, NULL, NULL);
+    Tensor *y_dot =
+        result_of(&OPERATORS[MAX_POOL], y->height, y->width, y->channels, x->tangent, NULL, NULL, NULL);
     y_dot->saved = y->saved;
     y_dot->option = 1;
     return set_tangent(y, compute(y_dot));

@@ -1,10 +1,11 @@
 /* diffenc.c - floor 4: the method, and nothing else.
  *
- * Written to be read beside the paper: Nielsen, Christensen, Dittadi, Winther, "DiffEnc: Variational Diffusion with a
- * Learned Encoder", ICLR 2024 [DiffEnc], which extends Kingma, Salimans, Poole, Ho, "Variational Diffusion Models",
- * 2021 [VDM]. Symbols are the papers': alpha, sigma, gamma = -lambda = -log SNR, z_t, x_t, y, v, eps; 0 <= s < t <= 1.
- * An expression such as add(mul(alpha, x), mul(sigma, eps)) computes at once and remembers how, so all of it can be
- * differentiated. No loop over pixels, no memory, no thread and no file appears here. */
+ * Written to be read beside the paper: Nielsen, Christensen, Dittadi, Winther, "DiffEnc: Variational
+ * Diffusion with a Learned Encoder", ICLR 2024 [DiffEnc], which extends Kingma, Salimans, Poole, Ho,
+ * "Variational Diffusion Models", 2021 [VDM]. Symbols are the papers': alpha, sigma, gamma = -lambda =
+ * -log SNR, z_t, x_t, y, v, eps; 0 <= s < t <= 1. An expression such as add(mul(alpha, x), mul(sigma,
+ * eps)) computes at once and remembers how, so all of it can be differentiated. No loop over pixels, no
+ * memory, no thread and no file appears here. */
 
 #include "diffenc.h"
 
@@ -33,10 +34,12 @@ static int dimension(const Method *m) {   /* d */
 
 /* x = 2 (k + 1/2)/256 - 1 */
 Tensor *scale_pixels(const Method *m, const unsigned char *k) {
-    return from_bytes(m->graph, m->config->height, m->config->width, m->config->image_channels, k, 2.0 / 256, 1.0 / 256 - 1);
+    return from_bytes(m->graph, m->config->height, m->config->width, m->config->image_channels, k, 2.0 / 256,
+                      1.0 / 256 - 1);
 }
 
-/* gamma(t) = b + |w| t; b = gamma_min, |w| = gamma_max - gamma_min when the schedule is fixed. [VDM eq. 3; DiffEnc 2.1] */
+/* gamma(t) = b + |w| t; b = gamma_min, |w| = gamma_max - gamma_min when the schedule is fixed. [VDM eq. 3;
+ * DiffEnc 2.1] */
 Tensor *gamma_at(const Method *m, double t) {
     return add(m->gamma_min, affine(t, m->gamma_range, 0));
 }
@@ -52,8 +55,8 @@ Tensor *alpha_of(Tensor *gamma) { return square_root(alpha_squared(gamma)); }
 Tensor *sigma_of(Tensor *gamma) { return square_root(sigma_squared(gamma)); }
 Tensor *snr_of(Tensor *gamma) { return exponential(affine(-1, gamma, 0)); }
 
-/* The networks see the normalised time (gamma_t - gamma_min)/(gamma_max - gamma_min) = t. By lambda = -gamma its
- * derivative is -1/(gamma_max - gamma_min). */
+/* The networks see the normalised time (gamma_t - gamma_min)/(gamma_max - gamma_min) = t. By lambda =
+ * -gamma its derivative is -1/(gamma_max - gamma_min). */
 Tensor *time_by_lambda(const Method *m) {
     return affine(-1, reciprocal(m->gamma_range), 0);
 }
@@ -80,8 +83,8 @@ Encoded encode(const Method *m, Tensor *x, double t, int with_derivative) {
     return e;
 }
 
-/* dx_t/dlambda = sigma_t^2 (x_t - y + dy/dlambda), for which the generative model has sigma_t^2 x^; y = 0 for nt, and
- * VDM's x does not move.  [DiffEnc eq. 17] */
+/* dx_t/dlambda = sigma_t^2 (x_t - y + dy/dlambda), for which the generative model has sigma_t^2 x^; y = 0
+ * for nt, and VDM's x does not move.  [DiffEnc eq. 17] */
 Tensor *exact_counterterm(const Method *m, Encoded e, Tensor *gamma_t) {
     if (m->config->kind == VDM)
         return affine(0, e.x_t, 0);
@@ -154,7 +157,8 @@ Tensor *continuous_residual(const Method *m, Encoded e, Predicted p, Tensor *gam
     return m->config->kind == VDM ? r : add(r, mul(gap_factor, drift_gap(m, e, p)));
 }
 
-/* L_inf at one t: 1/2 gamma'(t) weight ||r||^2, weight = alpha_t^2 (v), 1 (eps), SNR (x).  [DiffEnc eq. 13, 22] */
+/* L_inf at one t: 1/2 gamma'(t) weight ||r||^2, weight = alpha_t^2 (v), 1 (eps), SNR (x).  [DiffEnc eq.
+ * 13, 22] */
 Tensor *continuous_loss(const Method *m, Tensor *r, Tensor *gamma_t) {
     Tensor *loss = affine(0.5, mul(m->gamma_range, squared_norm(r)), 0);
     switch (m->config->prediction) {
@@ -167,7 +171,8 @@ Tensor *continuous_loss(const Method *m, Tensor *r, Tensor *gamma_t) {
 
 /* ---- diffusion loss, finite time ---- */
 
-/* rho = sigma_ts^2 / sigma_t^2 = -expm1(gamma_s - gamma_t), the share of the noise of z_t that came after s. */
+/* rho = sigma_ts^2 / sigma_t^2 = -expm1(gamma_s - gamma_t), the share of the noise of z_t that came after
+ * s. */
 static Tensor *noise_share(const Method *m, double s, double t) {
     return affine(-1, exponential_minus_1(gamma_difference(m, s, t)), 0);
 }
@@ -203,23 +208,24 @@ Tensor *distance_at(const Method *m, Tensor *x, Tensor *eps, double s, double t)
     return step_distance(m, at_s, at_t, predict(m, diffuse(at_t.x_t, gamma_t, eps), t), s, t);
 }
 
-/* KL(q(z_s|z_t,x) || p(z_s|z_t)) = d/2 (w - 1 - log w) + w/2 ||mu_P - mu_Q||^2 / sigma_Q^2,  sigma_P^2 = sigma_Q^2/w */
+/* KL(q(z_s|z_t,x) || p(z_s|z_t)) = d/2 (w - 1 - log w) + w/2 ||mu_P - mu_Q||^2 / sigma_Q^2,
+ * sigma_P^2 = sigma_Q^2/w */
 Tensor *step_kl(const Method *m, Tensor *distance, double w) {
     return affine(w / 2, distance, dimension(m) / 2.0 * (w - 1 - log(w)));
 }
 
 /* ---- the other two terms ---- */
 
-/* -log p(k | z_0): per value a softmax over the 256 levels c of -(z_0/alpha_0 - x(c))^2 / (2 exp(gamma_0)), with
- * z_0/alpha_0 = x_0 + exp(gamma_0/2) eps_0.  [VDM eq. 29] */
+/* -log p(k | z_0): per value a softmax over the 256 levels c of -(z_0/alpha_0 - x(c))^2 / (2
+ * exp(gamma_0)), with z_0/alpha_0 = x_0 + exp(gamma_0/2) eps_0.  [VDM eq. 29] */
 Tensor *reconstruction_loss(const Method *m, const unsigned char *k, Tensor *x_0, Tensor *eps_0) {
     Tensor *gamma_0 = gamma_at(m, 0);
     Tensor *z_over_alpha = add(x_0, mul(exponential(affine(0.5, gamma_0, 0)), eps_0));
     return level_likelihood(z_over_alpha, gamma_0, k);
 }
 
-/* KL(q(z_1|x) || N(0,I)) = 1/2 sum(alpha_1^2 x_1^2 + sigma_1^2 - log sigma_1^2 - 1), where what does not depend on x
- * is the small difference of sigma^2 - 1 = -alpha^2 and -log sigma^2 = log(1 + exp(-gamma)). */
+/* KL(q(z_1|x) || N(0,I)) = 1/2 sum(alpha_1^2 x_1^2 + sigma_1^2 - log sigma_1^2 - 1), where what does not
+ * depend on x is the small difference of sigma^2 - 1 = -alpha^2 and -log sigma^2 = log(1 + exp(-gamma)). */
 Tensor *latent_loss(const Method *m, Tensor *x_1) {
     Tensor *gamma_1 = gamma_at(m, 1), *alpha2 = alpha_squared(gamma_1);
     Tensor *per_value = sub(softplus(affine(-1, gamma_1, 0)), alpha2);
@@ -233,7 +239,8 @@ LossTerms objective(const Method *m, Example e) {
     const Config *c = m->config;
     const int h = c->height, w = c->width, channels = c->image_channels;
     Tensor *x = scale_pixels(m, e.k);
-    Tensor *eps = constant(m->graph, h, w, channels, e.eps), *eps_0 = constant(m->graph, h, w, channels, e.eps_0);
+    Tensor *eps = constant(m->graph, h, w, channels, e.eps),
+           *eps_0 = constant(m->graph, h, w, channels, e.eps_0);
     Tensor *gamma_t = gamma_at(m, e.t);
     LossTerms terms;
 

@@ -1,21 +1,22 @@
 /* diffenc.h - DiffEnc and the variational diffusion model, whole: every type and function of the program.
  *
- * This header is the manual. It follows the files from the ground up; a file calls only files on lower floors:
+ * This header is the manual. It follows the files from the ground up; a file calls only files on lower
+ * floors:
  *
  *     tensor.c    floor 1   errors, memory, random numbers, the loops that do the arithmetic
- *     autograd.c  floor 2   tensors that remember how they were made: reverse mode, and tangents (forward mode)
- *     nn.c        floor 3   layers, the score network, the encoder, parameters, AdamW and EMA, batches on threads
+ *     autograd.c  floor 2   tensors that remember how they were made: reverse mode, and tangents
+ *     nn.c        floor 3   layers, the two networks, parameters, batches on threads, AdamW and EMA
  *     diffenc.c   floor 4   the method: schedule, forward process, the loss terms, the sampler
  *     data.c      beside    files in and out; it uses tensor.c alone
  *     main.c      roof      the command line and the training loop
  *
- * Sources: [DiffEnc] Nielsen, Christensen, Dittadi, Winther, "DiffEnc: Variational Diffusion with a Learned
- * Encoder", ICLR 2024, arXiv 2310.19789. [VDM] Kingma, Salimans, Poole, Ho, "Variational Diffusion Models",
- * NeurIPS 2021, arXiv 2107.00630.
+ * Sources: [DiffEnc] Nielsen, Christensen, Dittadi, Winther, "DiffEnc: Variational Diffusion with a
+ * Learned Encoder", ICLR 2024, arXiv 2310.19789. [VDM] Kingma, Salimans, Poole, Ho, "Variational Diffusion
+ * Models", NeurIPS 2021, arXiv 2107.00630.
  *
- * Conventions. An image is [height, width, channels], channels last, contiguous; a vector is [1, 1, n]; where a
- * matrix is meant, its rows are the height*width positions and its columns the channels. There is no batch axis:
- * one example is one graph, and a batch is a loop over examples. */
+ * Conventions. An image is [height, width, channels], channels last, contiguous; a vector is [1, 1, n];
+ * where a matrix is meant, its rows are the height*width positions and its columns the channels. There is
+ * no batch axis: one example is one graph, and a batch is a loop over examples. */
 
 #ifndef DIFFENC_H
 #define DIFFENC_H
@@ -23,15 +24,15 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* The number type of the whole program. `make DOUBLE=1` defines DIFFENC_DOUBLE; there gradients and identities
- * are checked to 1e-7 and better instead of to rounding noise. */
+/* The number type of the whole program. `make DOUBLE=1` defines DIFFENC_DOUBLE; there gradients and
+ * identities are checked to 1e-7 and better instead of to rounding noise. */
 #ifdef DIFFENC_DOUBLE
 typedef double real;
 #else
 typedef float real;
 #endif
 
-/* ============================================ floor 1: tensor.c ============================================ */
+/* ==== floor 1: tensor.c ================================================================================ */
 
 /* ---- errors ---- */
 
@@ -51,15 +52,15 @@ int fail(Error *error, const char *format, ...)
 
 /* ---- memory ---- */
 
-/* malloc and calloc that never return NULL: out of memory prints one line with the size asked for and exits with
- * status 1. `size * count` that overflows is the same failure. For memory whose size the program itself chose;
- * what a file asks for is checked against the file's own size first. */
+/* malloc and calloc that never return NULL: out of memory prints one line with the size asked for and
+ * exits with status 1. `size * count` that overflows is the same failure. For memory whose size the
+ * program itself chose; what a file asks for is checked against the file's own size first. */
 void *allocate(size_t count, size_t size);
 void *allocate_zeroed(size_t count, size_t size);
 
-/* An arena hands out memory by moving a pointer, and takes all of it back at once. It grows in blocks while it is
- * used for the first time and keeps them, so a second pass of the same size allocates nothing. Results are
- * aligned to 64 bytes, a cache line and the widest vector. One thread uses an arena at a time. */
+/* An arena hands out memory by moving a pointer, and takes all of it back at once. It grows in blocks
+ * while it is used for the first time and keeps them, so a second pass of the same size allocates nothing.
+ * Results are aligned to 64 bytes, a cache line and the widest vector. One thread uses an arena at a time. */
 typedef struct Arena Arena;
 
 /* A point to which an arena can be rolled back. */
@@ -74,12 +75,12 @@ void *arena_allocate(Arena *arena, size_t count, size_t size);
 ArenaMark arena_mark(const Arena *arena);
 void arena_release(Arena *arena, ArenaMark mark);
 void arena_reset(Arena *arena);              /* release everything, keep the blocks */
-size_t arena_capacity(const Arena *arena);   /* bytes of all blocks: the most that was ever in use at a time */
+size_t arena_capacity(const Arena *arena);   /* bytes of all blocks, in use or not */
 
 /* ---- random numbers ---- */
 
-/* Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): 128 bits of counter and
- * 64 bits of key give 128 random bits. There is no state to be saved or shared. */
+/* Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): 128 bits of
+ * counter and 64 bits of key give 128 random bits. There is no state to be saved or shared. */
 void philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
 
 /* What a number is drawn for. Streams with different purposes are independent. The numbers are part of the
@@ -108,16 +109,18 @@ typedef struct {
 
 RandomStream random_stream(uint64_t seed, RandomPurpose purpose, uint32_t step, uint32_t example);
 
-/* The number at `position` of a stream: 32 random bits; uniform in [0,1) with 53 bits (uses positions 2p, 2p+1). */
+/* The number at `position` of a stream: 32 random bits; uniform in [0,1) with 53 bits (uses positions 2p,
+ * 2p+1). */
 uint32_t random_bits(RandomStream stream, uint32_t position);
 double random_uniform(RandomStream stream, uint32_t position);
 
 /* count standard normal numbers (Box-Muller in double), the first ones of the stream. */
 void random_normal(RandomStream stream, real *out, size_t count);
 
-/* Dropout factors for positions [first, first+count): keep[i] is 1/(1-p) with probability 1-p, else 0; p is
- * `rate` rounded to a multiple of 2^-16. Made again in the backward pass instead of being stored. Random bits are
- * taken in runs: `first` is a multiple of DROPOUT_RUN; masks of one stream are independent unless they share a run. */
+/* Dropout factors for positions [first, first+count): keep[i] is 1/(1-p) with probability 1-p, else 0; p
+ * is `rate` rounded to a multiple of 2^-16. Made again in the backward pass instead of being stored.
+ * Random bits are taken in runs: `first` is a multiple of DROPOUT_RUN; masks of one stream are independent
+ * unless they share a run. */
 enum { DROPOUT_RUN = 128 };
 void random_dropout(RandomStream stream, uint32_t first, size_t count, double rate, real *keep);
 
@@ -127,9 +130,10 @@ void random_dropout(RandomStream stream, uint32_t first, size_t count, double ra
  *
  *     c[i][j] = bias[j] + start[i][j] + sum over s < segments, k < inner of  a(s, i, k) * b(s, k, j)
  *
- * Rows come in `lines` of `rows` each (the lines of an image, or 1): row i = line*rows + r of `a` begins at
- * a + line*a_line + r*a_row, and its element (s, k) is s*a_segment + k*a_inner further on; likewise b(s, k, j) is b[s*b_segment + k*b_row + j].
- * Rows of `a` may overlap: that is what makes a 3x3 convolution of a zero-bordered image a plain product. */
+ * Rows come in `lines` of `rows` each (the lines of an image, or 1): row i = line*rows + r of `a` begins
+ * at a + line*a_line + r*a_row, and its element (s, k) is s*a_segment + k*a_inner further on; likewise
+ * b(s, k, j) is b[s*b_segment + k*b_row + j]. Rows of `a` may overlap: that is what makes a 3x3
+ * convolution of a zero-bordered image a plain product. */
 typedef struct {
     int lines, rows, columns, segments, inner;
     const real *a;
@@ -144,7 +148,8 @@ typedef struct {
 
 void product(const Product *p, Arena *scratch);
 
-/* c [rows, columns] = a [rows, inner] b [inner, columns] + bias + start, all contiguous: the everyday case. */
+/* c [rows, columns] = a [rows, inner] b [inner, columns] + bias + start, all contiguous: the everyday
+ * case. */
 void matrix_product(int rows, int inner, int columns, const real *a, const real *b, const real *bias,
                     const real *start, real *c, Arena *scratch);
 
@@ -160,18 +165,18 @@ void transpose(const real *a, int rows, int columns, real *out);
 void convolve3x3(int h, int w, int in, int out, const real *x, const real *kernel, const real *bias,
                  const real *start, real *y, Arena *scratch);
 
-/* Its gradients, dy [h, w, out]. By the input it is the same convolution with the flipped kernel, so it needs none
- * of its own: convolve3x3(h, w, out, in, dy, flipped, NULL, start, dx). By the kernel: dkernel += . */
-void flip_kernel(int taps, int in, int out, const real *kernel, real *flipped);   /* [taps,in,out] -> [taps,out,in],
-                                                                                    taps in reverse order */
+/* Its gradients, dy [h, w, out]. By the input it is the same convolution with the flipped kernel, so it
+ * needs none of its own: convolve3x3(h, w, out, in, dy, flipped, NULL, start, dx). By the kernel:
+ * dkernel += . flip_kernel: [taps, in, out] -> [taps, out, in], the taps in reverse order. */
+void flip_kernel(int taps, int in, int out, const real *kernel, real *flipped);
 void convolve3x3_by_kernel(int h, int w, int in, int out, const real *x, const real *dy, real *dkernel,
                            Arena *scratch);
 
 /* Group normalisation, then swish if asked, then dropout if asked, in one pass:
  *     xhat = (x - mean) / sqrt(variance + 1e-6) per group;  n = scale xhat + bias;  y = keep swish(n)
- * x, y [positions, channels]; scale, bias [channels]; the groups are equal runs of channels. `keep` holds dropout
- * factors [positions, channels], or NULL. `mean` and `rstd` [groups] (reciprocal standard deviations) are results
- * that the other three functions take. */
+ * x, y [positions, channels]; scale, bias [channels]; the groups are equal runs of channels. `keep` holds
+ * dropout factors [positions, channels], or NULL. `mean` and `rstd` [groups] (reciprocal standard
+ * deviations) are results that the other three functions take. */
 typedef struct {
     int positions, channels, groups, swish;
     const real *scale, *bias, *keep;
@@ -181,13 +186,14 @@ typedef struct {
 void group_norm(const GroupNorm *n, const real *x, real *y);
 
 /* dx = start + , dscale += , dbias += ; each may be NULL, start NULL is zero and start = dx accumulates. */
-void group_norm_backward(const GroupNorm *n, const real *x, const real *dy, const real *start, real *dx, real *dscale,
-                         real *dbias, Arena *scratch);
+void group_norm_backward(const GroupNorm *n, const real *x, const real *dy, const real *start, real *dx,
+                         real *dscale, real *dbias, Arena *scratch);
 
-/* The tangent of y for a tangent x_dot of x, and the reverse mode of that: gradients by x, x_dot, scale, bias. */
+/* The tangent of y for a tangent x_dot of x, and the reverse mode of that: gradients by x, x_dot, scale,
+ * bias. */
 void group_norm_tangent(const GroupNorm *n, const real *x, const real *x_dot, real *y_dot);
-void group_norm_tangent_backward(const GroupNorm *n, const real *x, const real *x_dot, const real *dy_dot, real *dx,
-                                 real *dx_dot, real *dscale, real *dbias, Arena *scratch);
+void group_norm_tangent_backward(const GroupNorm *n, const real *x, const real *x_dot, const real *dy_dot,
+                                 real *dx, real *dx_dot, real *dscale, real *dbias, Arena *scratch);
 
 /* In place, each row of s [rows, columns] becomes its softmax. */
 void softmax_rows(real *s, int rows, int columns);
@@ -195,9 +201,10 @@ void softmax_rows(real *s, int rows, int columns);
 /* For a softmax p [rows, columns] and its gradient dp: dp becomes the gradient of what went in. In place. */
 void softmax_rows_backward(const real *p, real *dp, int rows, int columns);
 
-/* -log p(k | u) summed over count values: a softmax over the 256 levels c of -(u - x(c))^2 * precision / 2 with
- * x(c) = 2 (c + 1/2)/256 - 1. Writes the derivative by each u to du [count] and returns the sum; *dprecision gets
- * the derivative by the precision. u is double because what counts is its distance to a level, 1/500 of it. The 256 logits live in registers only. */
+/* -log p(k | u) summed over count values: a softmax over the 256 levels c of -(u - x(c))^2 * precision / 2
+ * with x(c) = 2 (c + 1/2)/256 - 1. Writes the derivative by each u to du [count] and returns the sum;
+ * *dprecision gets the derivative by the precision. u is double because what counts is its distance to a
+ * level, 1/500 of it. The 256 logits live in registers only. */
 double level_softmax(size_t count, const double *u, const unsigned char *k, double precision, real *du,
                      double *dprecision);
 
@@ -207,8 +214,8 @@ int nearest_level(double u);
 /* A level drawn from that softmax at one u by a uniform number in [0, 1). */
 int level_draw(double u, double precision, double uniform);
 
-/* exp(x) that compilers vectorise: relative error below 2e-7 in float, libm's in double; clamped to finite results
- * (x in [-87, 88] for float). */
+/* exp(x) that compilers vectorise: relative error below 2e-7 in float, libm's in double; clamped to finite
+ * results (x in [-87, 88] for float). */
 real fast_exp(real x);
 
 /* sum of x[i] y[i] in double, in a fixed order. */
@@ -217,7 +224,7 @@ double dot(const real *x, const real *y, size_t count);
 /* Seconds of a clock that only goes forward. */
 double seconds_now(void);
 
-/* =========================================== floor 2: autograd.c =========================================== */
+/* ==== floor 2: autograd.c ============================================================================== */
 
 typedef struct Tensor Tensor;
 typedef struct Graph Graph;
@@ -237,14 +244,14 @@ struct Tensor {
     int height, width, channels;    /* a parameter: [taps, in, out], [1, in, out] or [1, 1, n] */
     real *value;                    /* [height, width, channels] */
     double number_value;            /* of a tensor that is a single number: the same, in double */
-    double *wide;                   /* of what elementwise operators made, in float builds: the same in double; or NULL */
-    real *gradient;                 /* the same shape; NULL while nothing needs it or it has been given back */
+    double *wide;                   /* what elementwise operators made in a float build, in double */
+    real *gradient;                 /* the same shape; NULL while nothing needs it, or given back */
     Tensor *tangent;                /* d value / d lambda as a tensor of the same shape; NULL: zero */
     int needs_gradient;             /* some parameter is among its ancestors */
     int gradient_is_empty;          /* memory is there, but nothing was written yet */
     Tensor *input[4];
     Tensor *previous;               /* the tensor made before this one: the order of the reverse sweep */
-    const real *flipped;            /* parameters: the kernel with taps reversed and in/out exchanged, or NULL */
+    const real *flipped;            /* parameters: taps reversed and in/out exchanged, or NULL */
     double number[2];               /* constants of the operator (a factor, a rate) */
     int option;                     /* likewise (a kind, a number of groups) */
     void *saved;                    /* what forward keeps for backward */
@@ -252,20 +259,20 @@ struct Tensor {
     uint32_t position;
 };
 
-/* A graph lives in an arena and is built anew for every example: calling an operator computes its value at once and
- * writes down how. graph_begin forgets all of it. */
+/* A graph lives in an arena and is built anew for every example: calling an operator computes its value at
+ * once and writes down how. graph_begin forgets all of it. */
 struct Graph {
     Arena *arena;
     Tensor *last;                   /* the newest tensor */
-    int shapes_only;                /* build without values: for counting parameters and memory before having any */
+    int shapes_only;                /* build without values, to count parameters and memory */
     size_t bytes;                   /* of all values made so far */
-    int inside_tangent;             /* a tangent is being made: operators ignore the tangents of their inputs */
+    int inside_tangent;             /* a tangent is being made: operators look at no tangents */
     double dropout;                 /* rate in [0, 1); 0 outside of training */
     RandomStream dropout_stream;    /* of the current example */
     uint32_t dropout_position;      /* next free position in it */
     struct { size_t count; real *memory; } spare[64];   /* gradients given back during the reverse sweep */
     int spare_count;
-    double *seconds;                /* NULL, or time spent by operator: [OPERATOR_COUNT][2], forward and backward */
+    double *seconds;                /* NULL, or time by operator: [OPERATOR_COUNT][2], forward, backward */
 };
 
 enum { OPERATOR_COUNT = 32 };       /* upper bound; operator_name(i) is NULL behind the last */
@@ -289,8 +296,8 @@ Tensor *parameter(Graph *graph, int height, int width, int channels, const real 
 
 /* ---- tangents ---- */
 
-/* The same value as `a`, carrying the given tangent from here on; gradients flow through to `a`. With NULL: the
- * value of `a` without its tangent. */
+/* The same value as `a`, carrying the given tangent from here on; gradients flow through to `a`. With
+ * NULL: the value of `a` without its tangent. */
 Tensor *with_tangent(Tensor *a, Tensor *tangent);
 
 /* ---- arithmetic, elementwise; one of the two operands may be a single number ---- */
@@ -312,7 +319,7 @@ Tensor *logistic(Tensor *a);                /* sigmoid(a) = 1 / (1 + exp(-a)) */
 Tensor *softplus(Tensor *a);                /* log(1 + exp(a)) = -log sigmoid(-a) */
 Tensor *hyperbolic_tangent(Tensor *a);
 Tensor *swish(Tensor *a);                   /* a sigmoid(a) */
-Tensor *sine(Tensor *cycles);               /* sin(2 pi a): arguments in cycles, so that reducing them is exact */
+Tensor *sine(Tensor *cycles);               /* sin(2 pi a): in cycles, so that reducing them is exact */
 Tensor *cosine(Tensor *cycles);
 
 /* ---- sums ---- */
@@ -322,15 +329,17 @@ Tensor *squared_norm(Tensor *a);            /* || a ||^2, a number */
 
 /* ---- linear maps ---- */
 
-/* A convolution with kernel [9, in, out] (3x3, zero padding) or [1, in, out] (1x1, a dense layer at every position),
- * bias [1, 1, out] and residual [height, width, out], each of which may be NULL:  y = conv(x) + bias + residual. */
+/* A convolution with kernel [9, in, out] (3x3, zero padding) or [1, in, out] (1x1, a dense layer at every
+ * position), bias [1, 1, out] and residual [height, width, out], each of which may be NULL:  y = conv(x) +
+ * bias + residual. */
 Tensor *convolve(Tensor *x, Tensor *kernel, Tensor *bias, Tensor *residual);
 
 /* Transposed convolution 2x2, stride 2: kernel [4, in, out], y [2 height, 2 width, out],
  * y[2i+a][2j+b] = x[i][j] kernel[2a+b] + bias. */
 Tensor *upsample(Tensor *x, Tensor *kernel, Tensor *bias);
 
-/* Matrices: rows are positions, columns are channels. a [rows, n] times b [n rows, m] -> [a's height, width, m]. */
+/* Matrices: rows are positions, columns are channels. a [rows, n] times b [n rows, m] -> [a's height,
+ * width, m]. */
 Tensor *matrix_multiply(Tensor *a, Tensor *b);
 
 /* factor * a b^T for a [rows, n], b [m rows, n] -> [a's height, width, m]. */
@@ -338,37 +347,40 @@ Tensor *outer_product(double factor, Tensor *a, Tensor *b);
 
 /* ---- layers ---- */
 
-/* Group normalisation (eps 1e-6) with min(32, channels/4) groups, then swish and dropout at the graph's rate if
- * asked: one pass over memory instead of four. scale, bias [1, 1, channels]. */
+/* Group normalisation (eps 1e-6) with min(32, channels/4) groups, then swish and dropout at the graph's
+ * rate if asked: one pass over memory instead of four. scale, bias [1, 1, channels]. */
 enum { NORM_ONLY = 0, NORM_SWISH = 1, NORM_SWISH_DROPOUT = 2 };
 Tensor *normalise(Tensor *x, Tensor *scale, Tensor *bias, int kind);
 int group_count(int channels);              /* 0 where the groups would not come out even */
 
-/* softmax(q k^T / sqrt(channels)) over all positions: q, k [height, width, channels] -> [height, width, positions].
- * The matrix is stored once, for the backward pass. */
+/* softmax(q k^T / sqrt(channels)) over all positions: q, k [height, width, channels] -> [height, width,
+ * positions]. The matrix is stored once, for the backward pass. */
 Tensor *attention_weights(Tensor *q, Tensor *k);
 
-/* attention_weights(q, k) v. Without tangents it is one operator that works on a few rows at a time, while they are in the
- * cache, and stores the matrix once, for the backward pass. */
+/* attention_weights(q, k) v. Without tangents it is one operator that works on a few rows at a time, while
+ * they are in the cache, and stores the matrix once, for the backward pass. */
 Tensor *attend(Tensor *q, Tensor *k, Tensor *v);
 
 /* ---- shapes ---- */
 
 Tensor *concatenate(Tensor *a, Tensor *b);                 /* along the channels */
 Tensor *spread_over(Tensor *vector, int height, int width);/* [1, 1, n] -> [height, width, n] */
-Tensor *outer_scale(Tensor *a, const double *factors, int count);  /* [h, w, c] -> [h, w, c * count]: every channel
-                                                                      times every factor, factors fastest */
+
+/* [h, w, c] -> [h, w, c * count]: every channel times every factor, the factors fastest. */
+Tensor *outer_scale(Tensor *a, const double *factors, int count);
+
 /* 2x2 max-pooling, stride 2; the first of equals wins. */
 Tensor *max_pool(Tensor *x);
 
 /* ---- losses ---- */
 
-/* sum over pixel values of -log softmax over the 256 levels c of -(u - x(c))^2 exp(-log_variance)/2, at level k.
- * u [height, width, channels], log_variance a number, k [height*width*channels] bytes (copied). A number. */
+/* sum over pixel values of -log softmax over the 256 levels c of -(u - x(c))^2 exp(-log_variance)/2, at
+ * level k. u [height, width, channels], log_variance a number, k [height*width*channels] bytes (copied). A
+ * number. */
 Tensor *level_likelihood(Tensor *u, Tensor *log_variance, const unsigned char *k);
 
-/* One level for each element of u from the same softmax: drawn by the uniform numbers `uniform` [elements], or, where
- * that is NULL, the most likely one. */
+/* One level for each element of u from the same softmax: drawn by the uniform numbers `uniform`
+ * [elements], or, where that is NULL, the most likely one. */
 void level_choose(const Tensor *u, const Tensor *log_variance, const double *uniform, unsigned char *k);
 
 /* ---- reverse mode ---- */
@@ -378,7 +390,7 @@ void backward(Tensor *result, double weight);
 
 size_t element_count(const Tensor *a);
 
-/* ============================================== floor 3: nn.c ============================================== */
+/* ==== floor 3: nn.c ==================================================================================== */
 
 typedef enum { VDM, DIFFENC_NT, DIFFENC } ModelKind;
 typedef enum { NET_FLAT, NET_UNET } NetKind;
@@ -395,7 +407,7 @@ typedef struct {
     int height, width, image_channels;
     Prediction prediction;
     ScheduleKind schedule;
-    double gamma_min, gamma_max;       /* -13.3 and 5 are the paper's; the starting point of a learned schedule */
+    double gamma_min, gamma_max;       /* the paper's are -13.3 and 5; where a learned schedule starts */
     int timesteps;                     /* T, or 0 for continuous time */
     double variance_ratio;             /* w: sigma_P^2 = sigma_Q^2 / w; 1 in continuous time */
     double dropout;                    /* in training, in [0, 1) */
@@ -411,8 +423,8 @@ void config_model_name(const Config *config, char name[32]);
 /* Refuse what cannot be built, naming the option and the reason. */
 int config_check(const Config *config, Error *error);
 
-/* Levels of a U-Net of `blocks` blocks on an image: halve the height up to `blocks` times, stop after the level that
- * leaves it odd or at most 8. */
+/* Levels of a U-Net of `blocks` blocks on an image: halve the height up to `blocks` times, stop after the
+ * level that leaves it odd or at most 8. */
 int unet_levels(int blocks, int height);
 
 /* ---- parameters ---- */
@@ -428,7 +440,8 @@ typedef struct {
     size_t offset, count;              /* where it lies in the vectors of the model */
 } Parameter;
 
-/* A model is its configuration and one long vector of weights, of which there are companions of the same length. */
+/* A model is its configuration and one long vector of weights, of which there are companions of the same
+ * length. */
 typedef struct {
     Config config;
     Parameter *parameter;
@@ -436,7 +449,7 @@ typedef struct {
     int encoder_first, gamma_first;    /* where these parameters begin in the list; the score's begin at 0 */
     size_t weight_count;
     real *params;                      /* the weights in training */
-    real *ema;                         /* their exponential moving average: what is evaluated and sampled from */
+    real *ema;                         /* their moving average: what is evaluated and sampled from */
     real *adam_m, *adam_v;             /* AdamW's moments */
     real *flipped;                     /* each kernel of params with taps reversed and in/out exchanged */
     uint64_t step;                     /* training steps taken */
@@ -446,14 +459,15 @@ typedef struct {
 int model_new(Model *model, const Config *config, uint64_t seed, Error *error);
 void model_free(Model *model);
 
-/* Bytes of all vectors of a model with this configuration; parameters are only counted, nothing is allocated. */
+/* Bytes of all vectors of a model with this configuration; parameters are only counted, nothing is
+ * allocated. */
 int model_size(const Config *config, size_t *weight_count, Error *error);
 
 /* ---- networks ---- */
 
-/* One example's view of a model: a graph, and the parameters as leaves of it. A network function takes parameters one
- * after the other in a fixed order. Without weights (shapes only) it declares them, which is how names and shapes come
- * to be written down once. */
+/* One example's view of a model: a graph, and the parameters as leaves of it. A network function takes
+ * parameters one after the other in a fixed order. Without weights (shapes only) it declares them, which
+ * is how names and shapes come to be written down once. */
 typedef struct {
     Graph graph;
     Model *model;
@@ -468,14 +482,15 @@ typedef struct {
 /* Begin a new example: resets the arena. */
 void network_begin(Network *network);
 
-/* The score network's output for z [h, w, c] at t; v, eps or x as the prediction says. The networks see the normalised
- * time (gamma - gamma_min)/(gamma_max - gamma_min), which for gamma(t) linear in t is t itself, whatever its end points.
- * [DiffEnc, appendix on architectures; VDM, appendix B] */
+/* The score network's output for z [h, w, c] at t; v, eps or x as the prediction says. The networks see
+ * the normalised time (gamma - gamma_min)/(gamma_max - gamma_min), which for gamma(t) linear in t is t
+ * itself, whatever its end points. [DiffEnc, appendix on architectures; VDM, appendix B] */
 Tensor *score_network(Network *network, Tensor *z, double t);
 
-/* y(x, lambda) in (-1, 1), [h, w, c]. With t_dot, the derivative of the normalised time by lambda (a number), y carries
- * the tangent dy/dlambda; NULL: no tangent. All calls for one example share one dropout mask: y stays one function of
- * lambda. Call it before score_network, which goes on with the numbers behind that mask. */
+/* y(x, lambda) in (-1, 1), [h, w, c]. With t_dot, the derivative of the normalised time by lambda (a
+ * number), y carries the tangent dy/dlambda; NULL: no tangent. All calls for one example share one dropout
+ * mask: y stays one function of lambda. Call it before score_network, which goes on with the numbers
+ * behind that mask. */
 Tensor *encoder_network(Network *network, Tensor *x, double t, Tensor *t_dot);
 
 /* gamma.b and gamma.w of the learned schedule, numbers. */
@@ -483,9 +498,10 @@ void schedule_parameters(Network *network, Tensor **b, Tensor **w);
 
 /* ---- batches ---- */
 
-/* Threads, each with an arena, a graph and a network of its own. Examples are dealt to GRADIENT_SLOTS sums, example i
- * to slot i mod GRADIENT_SLOTS, in order within the slot; a slot is worked on by one thread at a time, and the slots
- * are added in order. So the result has the same bits for any number of threads. */
+/* Threads, each with an arena, a graph and a network of its own. Examples are dealt to GRADIENT_SLOTS
+ * sums, example i to slot i mod GRADIENT_SLOTS, in order within the slot; a slot is worked on by one
+ * thread at a time, and the slots are added in order. So the result has the same bits for any number of
+ * threads. */
 enum { GRADIENT_SLOTS = 16 };
 
 typedef struct {
@@ -500,11 +516,13 @@ void workers_new(Workers *workers, Model *model, int threads);
 void workers_free(Workers *workers);
 size_t workers_memory(const Workers *workers);   /* bytes of the arenas */
 
-/* Memory for the results of a batch, kept from step to step: after the first step a training allocates nothing. */
+/* Memory for the results of a batch, kept from step to step: after the first step a training allocates
+ * nothing. */
 void *workers_results(Workers *workers, size_t count, size_t size);
 
-/* Calls `work` once for each example 0..count-1, on the threads, with a network whose graph has just begun. Weights
- * are model->params (with gradients) or any vector like it. Work that wants gradients calls backward(). */
+/* Calls `work` once for each example 0..count-1, on the threads, with a network whose graph has just
+ * begun. Weights are model->params (with gradients) or any vector like it. Work that wants gradients calls
+ * backward(). */
 typedef void (*ExampleWork)(Network *network, int example, void *context);
 void workers_run(Workers *workers, const real *weights, int with_gradients, int count, ExampleWork work,
                  void *context);
@@ -520,22 +538,22 @@ typedef struct {
     double beta1, beta2, epsilon;      /* 0.9, 0.99, 1e-8 */
     double weight_decay;               /* 0.01; biases are left alone */
     double clip;                       /* largest norm of the whole gradient; 0: no clipping */
-    double ema;                        /* 0.9999; the first steps use (1 + step)/(10 + step) where that is less */
+    double ema;                        /* 0.9999; at first (1 + step)/(10 + step), where that is less */
 } Optimizer;
 
 Optimizer optimizer_default(void);
 
-/* One step of AdamW and of the moving average with the given gradient [weight_count]; step is counted up. Returns the
- * norm of the gradient before clipping. If that is not finite nothing is changed. */
+/* One step of AdamW and of the moving average with the given gradient [weight_count]; step is counted up.
+ * Returns the norm of the gradient before clipping. If that is not finite nothing is changed. */
 double optimizer_step(Model *model, const Optimizer *optimizer, const real *gradient, int threads);
 
 /* Make model->flipped from model->params; needed before a run with gradients. */
 void model_flip(Model *model, int threads);
 
-/* ============================================ floor 4: diffenc.c =========================================== */
+/* ==== floor 4: diffenc.c =============================================================================== */
 
-/* The method of one example. s < t in [0, 1]; d = height*width*channels; everything below is per example and made of
- * graph operations, so every function here can be differentiated. */
+/* The method of one example. s < t in [0, 1]; d = height*width*channels; everything below is per example
+ * and made of graph operations, so every function here can be differentiated. */
 typedef struct {
     Network *network;
     Graph *graph;
@@ -589,9 +607,10 @@ Tensor *x_from_output(const Method *m, Tensor *output, Tensor *z_t, Tensor *gamm
 Tensor *continuous_residual(const Method *m, Encoded e, Predicted p, Tensor *gamma_t, Tensor *eps);
 Tensor *continuous_loss(const Method *m, Tensor *r, Tensor *gamma_t);
 
-/* ||mu_P - mu_Q||^2 / sigma_Q^2 of one step t -> s: twice the step KL at w = 1. */
+/* ||mu_P - mu_Q||^2 / sigma_Q^2 of one step t -> s: twice the step KL at w = 1. distance_at encodes x,
+ * draws z_t and asks the score network itself. */
 Tensor *step_distance(const Method *m, Encoded at_s, Encoded at_t, Predicted p, double s, double t);
-Tensor *distance_at(const Method *m, Tensor *x, Tensor *eps, double s, double t);   /* with the networks' answers */
+Tensor *distance_at(const Method *m, Tensor *x, Tensor *eps, double s, double t);
 Tensor *step_kl(const Method *m, Tensor *distance, double variance_ratio);
 
 Tensor *reconstruction_loss(const Method *m, const unsigned char *k, Tensor *x_0, Tensor *eps_0);
@@ -611,8 +630,8 @@ typedef struct {
 LossTerms objective(const Method *m, Example example);
 Tensor *bits_per_dimension(const Method *m, LossTerms terms);
 
-/* t_i of example i of B from the one uniform u of a step: VDM's low-discrepancy times, rounded up to the next multiple
- * of 1/T if T is finite (timesteps > 0).  [VDM, appendix I.1] */
+/* t_i of example i of B from the one uniform u of a step: VDM's low-discrepancy times, rounded up to the
+ * next multiple of 1/T if T is finite (timesteps > 0).  [VDM, appendix I.1] */
 double example_time(double u, int example, int batch, int timesteps);
 
 /* ---- sampling ---- */
@@ -622,16 +641,17 @@ Tensor *generative_mean(const Method *m, Tensor *z_t, Tensor *x_hat, double s, d
 Tensor *generative_variance(const Method *m, double s, double t);
 Tensor *ancestral_step(const Method *m, Tensor *z_t, double s, double t, Tensor *eps);
 
-/* The pixels at the end: the most likely of p(k | z_0), or drawn from it with one uniform number per value (u NULL:
- * the most likely). */
+/* The pixels at the end: the most likely of p(k | z_0), or drawn from it with one uniform number per value
+ * (u NULL: the most likely). */
 void decode_pixels(const Method *m, Tensor *z_0, const double *u, unsigned char *k);
 
-/* ============================================= beside: data.c ============================================== */
+/* ==== beside: data.c =================================================================================== */
 
 /* ---- files ---- */
 
 /* The bytes of a whole file. A name ending in .gz, or content that starts with the gzip magic, is inflated
- * (RFC 1951, RFC 1952; CRC-32 and length are checked). Returns 0, or -1 with error. Free `data` with free(). */
+ * (RFC 1951, RFC 1952; CRC-32 and length are checked). Returns 0, or -1 with error. Free `data` with
+ * free(). */
 typedef struct {
     unsigned char *data;
     size_t size;
@@ -643,30 +663,33 @@ int file_read(const char *path, Bytes *bytes, Error *error);
  * never with what it promises. `name` is only for the error message. */
 int gzip_inflate(const unsigned char *data, size_t size, const char *name, Bytes *out, Error *error);
 
-/* Write a file so that a crash at any moment leaves the old one or the new one: to a temporary file beside it,
- * flushed to the disk, renamed; the directory is flushed too. On failure the temporary file is removed. The
- * content is what `write` puts into the stream; `write` returns 0, or -1 when a write failed (errno says why).
- * What is there and is not a regular file, say /dev/null, is refused. */
+/* Write a file so that a crash at any moment leaves the old one or the new one: to a temporary file beside
+ * it, flushed to the disk, renamed; the directory is flushed too. On failure the temporary file is
+ * removed. The content is what `write` puts into the stream; `write` returns 0, or -1 when a write failed
+ * (errno says why). What is there and is not a regular file, say /dev/null, is refused. */
 typedef int (*FileWriter)(void *stream, const void *context);      /* stream is a FILE * */
 int file_replace(const char *path, FileWriter write, const void *context, Error *error);
 
 /* ---- images ---- */
 
-/* pixels [height, width, channels], 8 bit, channels 1 or 3. The extension of the path chooses: .png (stored
- * deflate blocks), .pgm (1 channel), .ppm (3 channels; 1 channel is written as grey). Written by file_replace. */
-int image_write(const char *path, const unsigned char *pixels, int height, int width, int channels, Error *error);
+/* pixels [height, width, channels], 8 bit, channels 1 or 3. The extension of the path chooses: .png
+ * (stored deflate blocks), .pgm (1 channel), .ppm (3 channels; 1 channel is written as grey). Written by
+ * file_replace. */
+int image_write(const char *path, const unsigned char *pixels, int height, int width, int channels,
+                Error *error);
 
 /* Refuse a path whose extension image_write would not know (or a .pgm for colour), before hours of work. */
 int image_path_check(const char *path, int channels, Error *error);
 
 /* Lay out `count` images of equal size in a grid of `columns` (or `count`, if less), 2 pixels of white
  * between and around them. Returns the grid's pixels (free with free()) and its size. */
-unsigned char *image_grid(const unsigned char *images, int count, int columns, int height, int width, int channels,
-                          int *grid_height, int *grid_width);
+unsigned char *image_grid(const unsigned char *images, int count, int columns, int height, int width,
+                          int channels, int *grid_height, int *grid_width);
 
-/* A line chart as an image [height, width, 3] in `pixels`: axes with ticks and numbers, a legend, one curve per
- * series. Values that are not finite are left out, and the curve goes on to the next. The highest 2% of y are
- * cut off where they would more than double the range, so that the start of a training hides nothing. */
+/* A line chart as an image [height, width, 3] in `pixels`: axes with ticks and numbers, a legend, one
+ * curve per series. Values that are not finite are left out, and the curve goes on to the next. The
+ * highest 2% of y are cut off where they would more than double the range, so that the start of a training
+ * hides nothing. */
 typedef struct {
     const char *name;         /* legend: letters, digits and -+./ */
     const double *x, *y;      /* [count] */
@@ -696,25 +719,26 @@ typedef struct {
 int dataset_open(Dataset *dataset, const char *where, Split split, uint64_t seed, Error *error);
 void dataset_close(Dataset *dataset);
 
-/* Copy image `index` to `out` [height, width, channels]. The built-in digits are drawn here: image i is a pure
- * function of (seed, split, i). */
+/* Copy image `index` to `out` [height, width, channels]. The built-in digits are drawn here: image i is a
+ * pure function of (seed, split, i). */
 void dataset_image(const Dataset *dataset, uint32_t index, unsigned char *out);
 
-/* Position `position` of the order of epoch `epoch`: for each (seed, epoch) a permutation of 0..count-1, found
- * without storing it (a small Feistel network over the indices, walked until it lands inside). */
+/* Position `position` of the order of epoch `epoch`: for each (seed, epoch) a permutation of 0..count-1,
+ * found without storing it (a small Feistel network over the indices, walked until it lands inside). */
 uint32_t dataset_shuffle(uint64_t seed, uint32_t epoch, uint32_t position, uint32_t count);
 
 /* Parse the content of one IDX image file or of one CIFAR-10 binary batch: pixels [count, height, width,
- * channels] are allocated, everything else of `dataset` that the content fixes is filled in; the images of a batch
- * come behind those of earlier ones. `name` is for the message: `NAME: holds 4,000 of the 47,040,000 bytes its
- * header promises`. */
+ * channels] are allocated, everything else of `dataset` that the content fixes is filled in; the images of
+ * a batch come behind those of earlier ones. `name` is for the message: `NAME: holds 4,000 of the
+ * 47,040,000 bytes its header promises`. */
 int idx_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *error);
 int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *error);
 
 /* ---- safetensors ---- */
 
 /* https://github.com/huggingface/safetensors: 8 bytes little-endian header length, a JSON header, raw
- * little-endian data. F32, F64 and U8 are used here; tensors of other types may be present and are not touched. */
+ * little-endian data. F32, F64 and U8 are used here; tensors of other types may be present and are not
+ * touched. */
 typedef enum { TYPE_U8, TYPE_F32, TYPE_F64, TYPE_OTHER } ElementType;
 
 typedef struct {
@@ -746,13 +770,13 @@ void tensors_free(TensorFile *file);
 const TensorEntry *tensors_find(const TensorFile *file, const char *name);
 const char *tensors_metadata(const TensorFile *file, const char *key);
 
-/* Copy a tensor of type F32 or F64 into `out`; refuses a wrong type, a shape other than shape[rank] and values
- * that are not finite. `path` and the entry's name go into the message. */
+/* Copy a tensor of type F32 or F64 into `out`; refuses a wrong type, a shape other than shape[rank] and
+ * values that are not finite. `path` and the entry's name go into the message. */
 int tensors_copy(const TensorEntry *entry, const char *path, int rank, const int64_t *shape, real *out,
                  Error *error);
 
-/* Write a safetensors file (by file_replace). Values of type real are written as F32, or F64 in the double build
- * when `type` says so; data points to elements of `type`. Metadata as pairs of strings. */
+/* Write a safetensors file (by file_replace). Values of type real are written as F32, or F64 in the double
+ * build when `type` says so; data points to elements of `type`. Metadata as pairs of strings. */
 typedef struct {
     const char *name;
     ElementType type;
@@ -764,25 +788,26 @@ typedef struct {
 int tensors_write(const char *path, const TensorOut *tensors, int tensor_count, const char *const *metadata,
                   int metadata_count, Error *error);
 
-/* ============================================== roof: main.c =============================================== */
+/* ==== roof: main.c ===================================================================================== */
 
 /* The mean loss of one batch in bits per dimension, by term, and the norm of its gradient. */
 typedef struct {
     double recon, latent, diffusion, total, gradient_norm;
 } StepReport;
 
-/* One training step on images [batch, height, width, channels]: noise and times from (seed, model->step), the
- * gradient of the mean bits per dimension over the batch, AdamW and EMA. Returns 0, or -1 with error and the model
- * unchanged when a loss or a gradient is not finite. */
-int training_step(Model *model, Workers *workers, const Optimizer *optimizer, const unsigned char *images, int batch,
-                  uint64_t seed, StepReport *report, Error *error);
+/* One training step on images [batch, height, width, channels]: noise and times from (seed, model->step),
+ * the gradient of the mean bits per dimension over the batch, AdamW and EMA. Returns 0, or -1 with error
+ * and the model unchanged when a loss or a gradient is not finite. */
+int training_step(Model *model, Workers *workers, const Optimizer *optimizer, const unsigned char *images,
+                  int batch, uint64_t seed, StepReport *report, Error *error);
 
-/* Draw `count` images [count, height, width, channels] with the weights `ema`, T steps of the ancestral sampler from
- * the given seed. Pixels are the most likely ones, or drawn from p(k | z_0). */
+/* Draw `count` images [count, height, width, channels] with the weights `ema`, T steps of the ancestral
+ * sampler from the given seed. Pixels are the most likely ones, or drawn from p(k | z_0). */
 void sample_images(Model *model, Workers *workers, int count, int timesteps, uint64_t seed, int draw_pixels,
                    unsigned char *images);
 
-/* The commands `check` and `bench` live in tests/check.c and tests/bench.c; arguments as main's without the program. */
+/* The commands `check` and `bench` live in tests/check.c and tests/bench.c; arguments as main's without
+ * the program. */
 int check_main(int argc, char **argv);
 int bench_main(int argc, char **argv);
 

@@ -1,7 +1,8 @@
 /* main.c - the roof: the command line, the training loop, progress and logs.
  *
- * Results go to stdout, progress to stderr. Exit status 0, 1 for a failure, 2 for wrong usage; a training stopped by a
- * signal saves everything and exits with 128 + the signal's number, as the shell would say it. */
+ * Results go to stdout, progress to stderr. Exit status 0, 1 for a failure, 2 for wrong usage; a training
+ * stopped by a signal saves everything and exits with 128 + the signal's number, as the shell would say
+ * it. */
 
 #define _POSIX_C_SOURCE 200809L
 
@@ -33,13 +34,21 @@ static int report(const Error *error) {
 
 /* ---- options ---- */
 
-typedef enum { OPTION_INT, OPTION_REAL, OPTION_SEED, OPTION_TEXT, OPTION_FLAG, OPTION_CHOICE, OPTION_MODEL } OptionType;
+typedef enum {
+    OPTION_INT,
+    OPTION_REAL,
+    OPTION_SEED,
+    OPTION_TEXT,
+    OPTION_FLAG,
+    OPTION_CHOICE,
+    OPTION_MODEL
+} OptionType;
 
 enum { TEXT_SIZE = 1024 };   /* bytes of a text an option holds */
 
-/* One option of a command. `target` points to an int (INT, FLAG, CHOICE), a double, a uint64_t, a char[TEXT_SIZE] or a
- * Config; what it holds before parsing is the default. Numbers must lie in [low, high]. The argument of a choice lists
- * the choices, "a|b|c", and the int counts them from 0. */
+/* One option of a command. `target` points to an int (INT, FLAG, CHOICE), a double, a uint64_t, a
+ * char[TEXT_SIZE] or a Config; what it holds before parsing is the default. Numbers must lie in [low,
+ * high]. The argument of a choice lists the choices, "a|b|c", and the int counts them from 0. */
 typedef struct {
     const char *name;
     OptionType type;
@@ -90,13 +99,15 @@ static int option_set(Option *o, const char *text, Error *error) {
     switch (o->type) {
     case OPTION_TEXT:
         if (!*text || strlen(text) >= TEXT_SIZE - 64)
-            return fail(error, "%s '%.20s': expected a text of 1 to %d characters", o->name, text, TEXT_SIZE - 65);
+            return fail(error, "%s '%.20s': expected a text of 1 to %d characters", o->name, text,
+                        TEXT_SIZE - 65);
         snprintf(o->target, TEXT_SIZE, "%s", text);
         return 0;
     case OPTION_SEED: {
         const unsigned long long value = strtoull(text, &end, 10);
         if (*text < '0' || *text > '9' || *end || errno)
-            return fail(error, "%s '%.40s': expected a whole number from 0 to 18446744073709551615", o->name, text);
+            return fail(error, "%s '%.40s': expected a whole number from 0 to 18446744073709551615", o->name,
+                        text);
         *(uint64_t *)o->target = value;
         return 0;
     }
@@ -113,8 +124,8 @@ static int option_set(Option *o, const char *text, Error *error) {
     const double value = strtod(text, &end);
     const int whole = o->type != OPTION_REAL;
     if (!*text || *end || !(value >= o->low && value <= o->high) || (whole && value != floor(value)))
-        return fail(error, "%s '%.40s': expected a %snumber from %g to %.10g", o->name, text, whole ? "whole " : "", o->low,
-                    o->high);
+        return fail(error, "%s '%.40s': expected a %snumber from %g to %.10g", o->name, text,
+                    whole ? "whole " : "", o->low, o->high);
     if (whole)
         *(int *)o->target = (int)value;
     else
@@ -134,9 +145,10 @@ static void print_options(const Option *options, int count) {
     }
 }
 
-/* Parse the arguments of a command; what is no option goes to `operand` (NULL: none is taken). Returns OK to go on, USAGE
- * after an error, or -1 after --help. */
-static int parse_options(int argc, char **argv, Option *options, int count, const char *usage, const char **operand) {
+/* Parse the arguments of a command; what is no option goes to `operand` (NULL: none is taken). Returns OK
+ * to go on, USAGE after an error, or -1 after --help. */
+static int parse_options(int argc, char **argv, Option *options, int count, const char *usage,
+                         const char **operand) {
     Error error;
     const char *command = argv[0];
     for (int i = 1; i < argc; i++) {
@@ -158,7 +170,8 @@ static int parse_options(int argc, char **argv, Option *options, int count, cons
                 o = &options[j];
         int status;
         if (!o)
-            status = fail(&error, "unknown option or argument '%.60s' (see diffenc %s --help)", argument, command);
+            status =
+                fail(&error, "unknown option or argument '%.60s' (see diffenc %s --help)", argument, command);
         else if (o->type == OPTION_FLAG)
             status = equals ? fail(&error, "--%s takes no value", o->name) : option_set(o, "1", &error);
         else if (!equals && i + 1 == argc)
@@ -202,15 +215,20 @@ typedef struct {
 } Settings;
 
 static Settings settings_default(void) {
-    Settings s = {.config = config_default(), .optimizer = optimizer_default(), .batch = 64, .seed = 1, .data = "digits"};
+    Settings s = {.config = config_default(),
+                  .optimizer = optimizer_default(),
+                  .batch = 64,
+                  .seed = 1,
+                  .data = "digits"};
     s.net = (int)s.config.net;
     s.prediction = (int)s.config.prediction;
     s.schedule = (int)s.config.schedule;
     return s;
 }
 
-/* The table of all settings: the command line, the metadata of a checkpoint and the comparison of the two walk over it.
- * The first FIXED_SETTINGS make the model and the data's order; a resumed training cannot change them. */
+/* The table of all settings: the command line, the metadata of a checkpoint and the comparison of the two
+ * walk over it. The first FIXED_SETTINGS make the model and the data's order; a resumed training cannot
+ * change them. */
 enum { SETTINGS = 19, FIXED_SETTINGS = 13, METADATA = SETTINGS + 6 };
 
 static void settings_options(Settings *s, Option *list) {
@@ -220,21 +238,28 @@ static void settings_options(Settings *s, Option *list) {
         {"model", OPTION_MODEL, c, 0, 0, "NAME", "vdm-L, diffenc-L-nt or diffenc-L-E", 0},
         {"net", OPTION_CHOICE, &s->net, 0, 0, "flat|unet", "body of the score network", 0},
         {"channels", OPTION_INT, &c->channels, 4, 1024, "N", "of the score network, a multiple of 4", 0},
-        {"encoder-channels", OPTION_INT, &c->encoder_channels, 4, 1024, "N", "of the encoder, a multiple of 4", 0},
+        {"encoder-channels", OPTION_INT, &c->encoder_channels, 4, 1024, "N",
+         "of the encoder, a multiple of 4", 0},
         {"predict", OPTION_CHOICE, &s->prediction, 0, 0, "v|eps|x", "what the score network predicts", 0},
         {"schedule", OPTION_CHOICE, &s->schedule, 0, 0, "fixed|learned", "the end points of gamma(t)", 0},
-        {"gamma-min", OPTION_REAL, &c->gamma_min, -40, 40, "X", "gamma(0); where a learned schedule starts", 0},
-        {"gamma-max", OPTION_REAL, &c->gamma_max, -40, 40, "X", "gamma(1); where a learned schedule starts", 0},
-        {"timesteps", OPTION_INT, &c->timesteps, 1, 1e6, "T", "finite number of time steps; without it: continuous", 0},
-        {"variance-ratio", OPTION_REAL, &c->variance_ratio, 1e-6, 1e6, "W", "sigma_Q^2 / sigma_P^2, finite T only", 0},
+        {"gamma-min", OPTION_REAL, &c->gamma_min, -40, 40, "X", "gamma(0); where a learned schedule starts",
+         0},
+        {"gamma-max", OPTION_REAL, &c->gamma_max, -40, 40, "X", "gamma(1); where a learned schedule starts",
+         0},
+        {"timesteps", OPTION_INT, &c->timesteps, 1, 1e6, "T",
+         "finite number of time steps; without it: continuous", 0},
+        {"variance-ratio", OPTION_REAL, &c->variance_ratio, 1e-6, 1e6, "W",
+         "sigma_Q^2 / sigma_P^2, finite T only", 0},
         {"batch", OPTION_INT, &s->batch, 1, MAX_BATCH, "N", "examples in a step", 0},
         {"seed", OPTION_SEED, &s->seed, 0, 0, "N", "the same seed gives the same bits", 0},
-        {"data", OPTION_TEXT, s->data, 0, 0, "DIR|digits", "MNIST, Fashion-MNIST or CIFAR-10, or built-in digits", 0},
+        {"data", OPTION_TEXT, s->data, 0, 0, "DIR|digits",
+         "MNIST, Fashion-MNIST or CIFAR-10, or built-in digits", 0},
         {"dropout", OPTION_REAL, &c->dropout, 0, 0.99, "X", "rate in training", 0},
         {"lr", OPTION_REAL, &o->learning_rate, 0, 1e6, "X", "learning rate of AdamW", 0},
         {"warmup", OPTION_INT, &o->warmup, 0, 2e9, "N", "steps over which the learning rate rises from 0", 0},
         {"weight-decay", OPTION_REAL, &o->weight_decay, 0, 1e6, "X", "of AdamW, not on biases", 0},
-        {"clip", OPTION_REAL, &o->clip, 0, 1e30, "X", "largest norm of the whole gradient; 0: no clipping", 0},
+        {"clip", OPTION_REAL, &o->clip, 0, 1e30, "X", "largest norm of the whole gradient; 0: no clipping",
+         0},
         {"ema", OPTION_REAL, &o->ema, 0, 1, "X", "decay of the moving average of the weights", 0},
     };
     memcpy(list, options, sizeof options);
@@ -268,9 +293,12 @@ static void metadata_of(const Settings *s, uint64_t step, Metadata list[METADATA
         metadata_key(options[i].name, list[i].key);
         option_text(&options[i], list[i].value);
     }
-    const struct { const char *key; unsigned long long value; } numbers[5] = {
-        {"format_version", 1}, {"step", step}, {"height", (unsigned)s->config.height}, {"width", (unsigned)s->config.width},
-        {"image_channels", (unsigned)s->config.image_channels}};
+    const struct { const char *key; unsigned long long value;
+    } numbers[5] = {{"format_version", 1},
+                    {"step", step},
+                    {"height", (unsigned)s->config.height},
+                    {"width", (unsigned)s->config.width},
+                    {"image_channels", (unsigned)s->config.image_channels}};
     for (int i = 0; i < 5; i++) {
         snprintf(list[SETTINGS + i].key, sizeof list[0].key, "%s", numbers[i].key);
         snprintf(list[SETTINGS + i].value, sizeof list[0].value, "%llu", numbers[i].value);
@@ -288,7 +316,8 @@ static int settings_read(const TensorFile *f, const char *path, Settings *s, uin
     if (!format || strcmp(format, "diffenc") != 0)
         return fail(error, "%s: is no checkpoint of this program: metadata 'format' is not 'diffenc'", path);
     if (!version || strcmp(version, "1") != 0)
-        return fail(error, "%s: format version %.20s, this program reads version 1", path, version ? version : "missing");
+        return fail(error, "%s: format version %.20s, this program reads version 1", path,
+                    version ? version : "missing");
     settings_options(s, options);
     const Option more[4] = {{"step", OPTION_SEED, step, 0, 0, "", "", 0},
                             {"height", OPTION_INT, &s->config.height, 1, 1e6, "", "", 0},
@@ -321,9 +350,13 @@ static real *vector_of(Model *m, int index) {
 
 enum { NAME_SIZE = 80 };   /* "adam.m." and the name of a parameter */
 
-/* A parameter's part of a vector as a tensor of a file. `name` holds "PREFIX.NAME" as long as the result is used. */
-static TensorOut tensor_out(const char *prefix, const Parameter *p, const real *vector, char name[NAME_SIZE]) {
-    TensorOut out = {.name = name, .type = sizeof(real) == sizeof(double) ? TYPE_F64 : TYPE_F32, .rank = p->rank,
+/* A parameter's part of a vector as a tensor of a file. `name` holds "PREFIX.NAME" as long as the result
+ * is used. */
+static TensorOut tensor_out(const char *prefix, const Parameter *p, const real *vector,
+                            char name[NAME_SIZE]) {
+    TensorOut out = {.name = name,
+                     .type = sizeof(real) == sizeof(double) ? TYPE_F64 : TYPE_F32,
+                     .rank = p->rank,
                      .data = vector + p->offset};
     snprintf(name, NAME_SIZE, "%s.%s", prefix, p->name);
     memcpy(out.shape, p->shape, sizeof p->shape);
@@ -341,7 +374,8 @@ static int checkpoint_write(const char *path, Model *m, const Settings *s, Error
         metadata[2 * i] = list[i].key, metadata[2 * i + 1] = list[i].value;
     for (int i = 0; i < count; i++) {
         const int vector = i / m->parameter_count;
-        out[i] = tensor_out(VECTORS[vector], &m->parameter[i % m->parameter_count], vector_of(m, vector), names[i]);
+        out[i] = tensor_out(VECTORS[vector], &m->parameter[i % m->parameter_count], vector_of(m, vector),
+                            names[i]);
     }
     const int status = tensors_write(path, out, count, metadata, METADATA, error);
     free(names);
@@ -350,8 +384,8 @@ static int checkpoint_write(const char *path, Model *m, const Settings *s, Error
     return status;
 }
 
-/* What a command needs of a checkpoint: only the weights in training (grad), only their average (sample, eval, show), or
- * everything (resume). */
+/* What a command needs of a checkpoint: only the weights in training (grad), only their average (sample,
+ * eval, show), or everything (resume). */
 typedef enum { LOAD_PARAMS, LOAD_EMA, LOAD_ALL } Load;
 
 static int checkpoint_load(const TensorFile *f, const char *path, Load load, Model *m, Error *error) {
@@ -366,13 +400,15 @@ static int checkpoint_load(const TensorFile *f, const char *path, Load load, Mod
         if (load != LOAD_ALL && vector != (load == LOAD_PARAMS ? 0 : 1))
             continue;
         if (!entry)
-            return fail(error, "%s: holds no tensor '%s', which model %s needs", path, name, tensors_metadata(f, "model"));
+            return fail(error, "%s: holds no tensor '%s', which model %s needs", path, name,
+                        tensors_metadata(f, "model"));
         if (tensors_copy(entry, path, p->rank, p->shape, vector_of(m, vector) + p->offset, error))
             return -1;
     }
     /* A tensor the model has no use for says that the file is not what its metadata claim. */
-    return known == f->tensor_count ? 0 : fail(error, "%s: holds %d tensors that model %s does not have", path,
-                                               f->tensor_count - known, tensors_metadata(f, "model"));
+    return known == f->tensor_count ? 0
+                                    : fail(error, "%s: holds %d tensors that model %s does not have", path,
+                                           f->tensor_count - known, tensors_metadata(f, "model"));
 }
 
 /* On failure the model is empty, and model_free does no harm. */
@@ -384,9 +420,10 @@ static int checkpoint_read(const char *path, Load load, Model *m, Settings *s, E
     if (tensors_read(path, &f, error))
         return -1;
     int status = settings_read(&f, path, s, &step, error) || model_size(&s->config, &weights, error) ? -1 : 0;
-    if (status == 0 && weights > f.bytes.size / sizeof(float))   /* before the metadata's word is taken for it */
-        status = fail(error, "%s: holds %zu bytes, too few for the %zu weights of model %s", path, f.bytes.size, weights,
-                      tensors_metadata(&f, "model"));
+    if (status == 0 &&
+        weights > f.bytes.size / sizeof(float)) /* before the metadata's word is taken for it */
+        status = fail(error, "%s: holds %zu bytes, too few for the %zu weights of model %s", path,
+                      f.bytes.size, weights, tensors_metadata(&f, "model"));
     if (status == 0 && (status = model_new(m, &s->config, s->seed, error)) == 0) {
         m->step = step;
         if ((status = checkpoint_load(&f, path, load, m, error)) != 0)
@@ -440,7 +477,8 @@ static void training_example(Network *n, int i, void *context) {
     backward(bits_per_dimension(&m, terms), 1.0 / b->batch);
 }
 
-/* The parameter with the largest gradient, or the first one whose gradient is not finite; *norm is that gradient's. */
+/* The parameter with the largest gradient, or the first one whose gradient is not finite; *norm is that
+ * gradient's. */
 static const Parameter *steepest(const Model *m, const real *gradient, double *norm) {
     const Parameter *found = m->parameter;
     double most = -1;
@@ -456,8 +494,8 @@ static const Parameter *steepest(const Model *m, const real *gradient, double *n
 
 static const char *const TERMS[3] = {"recon", "latent", "diffusion"};
 
-int training_step(Model *model, Workers *workers, const Optimizer *optimizer, const unsigned char *images, int batch,
-                  uint64_t seed, StepReport *r, Error *error) {
+int training_step(Model *model, Workers *workers, const Optimizer *optimizer, const unsigned char *images,
+                  int batch, uint64_t seed, StepReport *r, Error *error) {
     const double per_bit = 1 / (image_size(&model->config) * LOG_2);
     Batch b = {.model = model, .images = images, .batch = batch, .seed = seed,
                .u = random_uniform(random_stream(seed, RANDOM_TIME, (uint32_t)model->step, 0), 0),
@@ -471,18 +509,19 @@ int training_step(Model *model, Workers *workers, const Optimizer *optimizer, co
             mean[term] += b.terms[i][term] * per_bit / batch;
     for (int term = 0; term < 3; term++)
         if (!isfinite(mean[term]))
-            return fail(error, "step %llu: the %s loss is %g", (unsigned long long)model->step + 1, TERMS[term],
-                        fabs(mean[term]));   /* without the sign that a NaN may have */
+            return fail(error, "step %llu: the %s loss is %g", (unsigned long long)model->step + 1,
+                        TERMS[term], fabs(mean[term])); /* without the sign that a NaN may have */
 
     const real *gradient = workers_gradient(workers);
     r->gradient_norm = optimizer_step(model, optimizer, gradient, workers->threads);
     if (!isfinite(r->gradient_norm)) {
         double norm;
         const Parameter *p = steepest(model, gradient, &norm);
-        return isfinite(norm) ? fail(error, "step %llu: the gradient of %s is too large to go on, its norm is %g",
-                                     (unsigned long long)model->step + 1, p->name, norm)
-                              : fail(error, "step %llu: the gradient of %s is not finite",
-                                     (unsigned long long)model->step + 1, p->name);
+        return isfinite(norm)
+                   ? fail(error, "step %llu: the gradient of %s is too large to go on, its norm is %g",
+                          (unsigned long long)model->step + 1, p->name, norm)
+                   : fail(error, "step %llu: the gradient of %s is not finite",
+                          (unsigned long long)model->step + 1, p->name);
     }
     r->recon = mean[0], r->latent = mean[1], r->diffusion = mean[2];
     r->total = mean[0] + mean[1] + mean[2];
@@ -508,9 +547,11 @@ static void evaluation_example(Network *n, int i, void *context) {
     n->graph.dropout = 0;
     unsigned char *k = arena_allocate(n->graph.arena, d, 1);
     dataset_image(e->data, (uint32_t)i, k);
-    const Example example = {.k = k, .t = example_time(e->u, i, e->count, c->timesteps),
+    const Example example = {.k = k,
+                             .t = example_time(e->u, i, e->count, c->timesteps),
                              .eps = noise(n, random_stream(e->seed, RANDOM_EVAL_NOISE, 0, (uint32_t)i), d),
-                             .eps_0 = noise(n, random_stream(e->seed, RANDOM_EVAL_NOISE_0, 0, (uint32_t)i), d)};
+                             .eps_0 =
+                                 noise(n, random_stream(e->seed, RANDOM_EVAL_NOISE_0, 0, (uint32_t)i), d)};
     Method m = method_begin(n);
     terms_of(objective(&m, example), e->terms[i]);
     for (int step = 1; e->distance && step <= c->timesteps; step++) {
@@ -520,8 +561,8 @@ static void evaluation_example(Network *n, int i, void *context) {
         m = method_begin(n);
         const real *eps = noise(n, random_stream(e->seed, RANDOM_EVAL_NOISE, (uint32_t)step, (uint32_t)i), d);
         const double t = (double)step / c->timesteps, s = (double)(step - 1) / c->timesteps;
-        Tensor *distance = distance_at(&m, scale_pixels(&m, k), constant(m.graph, c->height, c->width, c->image_channels, eps),
-                                       s, t);
+        Tensor *distance = distance_at(&m, scale_pixels(&m, k),
+                                       constant(m.graph, c->height, c->width, c->image_channels, eps), s, t);
         e->distance[(size_t)(step - 1) * e->count + i] = distance->number_value;
     }
 }
@@ -537,10 +578,10 @@ static void mean_and_error(const double *x, int count, int stride, double *mean,
     *standard_error = count > 1 ? sqrt(squares / (count - 1.0) / count) : 0;
 }
 
-/* The bound on the first `count` images with the weights `ema`: for each of recon, latent, diffusion and their sum the
- * mean and the standard error in bits per dimension. */
-static void evaluate(Model *model, Workers *workers, const Dataset *data, int count, uint64_t seed, double result[4][2],
-                     double *distance) {
+/* The bound on the first `count` images with the weights `ema`: for each of recon, latent, diffusion and
+ * their sum the mean and the standard error in bits per dimension. */
+static void evaluate(Model *model, Workers *workers, const Dataset *data, int count, uint64_t seed,
+                     double result[4][2], double *distance) {
     const double per_bit = 1 / (image_size(&model->config) * LOG_2);
     Evaluation e = {.model = model, .data = data, .count = count, .seed = seed, .distance = distance,
                     .u = random_uniform(random_stream(seed, RANDOM_EVAL_TIME, 0, 0), 0)};
@@ -550,7 +591,8 @@ static void evaluate(Model *model, Workers *workers, const Dataset *data, int co
     for (int i = 0; i < count; i++)
         totals[i] = e.terms[i][0] + e.terms[i][1] + e.terms[i][2];
     for (int term = 0; term < 4; term++) {
-        mean_and_error(term < 3 ? &e.terms[0][term] : totals, count, term < 3 ? 3 : 1, &result[term][0], &result[term][1]);
+        mean_and_error(term < 3 ? &e.terms[0][term] : totals, count, term < 3 ? 3 : 1, &result[term][0],
+                       &result[term][1]);
         result[term][0] *= per_bit;
         result[term][1] *= per_bit;
     }
@@ -603,9 +645,11 @@ void sample_images(Model *model, Workers *workers, int count, int timesteps, uin
     workers_run(workers, model->ema, 0, count, sample_example, &s);
 }
 
-static int grid_write(const char *path, const unsigned char *images, int count, int columns, const Config *c, Error *error) {
+static int grid_write(const char *path, const unsigned char *images, int count, int columns, const Config *c,
+                      Error *error) {
     int height, width;
-    unsigned char *grid = image_grid(images, count, columns, c->height, c->width, c->image_channels, &height, &width);
+    unsigned char *grid =
+        image_grid(images, count, columns, c->height, c->width, c->image_channels, &height, &width);
     const int status = image_write(path, grid, height, width, c->image_channels, error);
     free(grid);
     return status;
@@ -643,7 +687,8 @@ static int keep_lines(void *stream, const void *context) {
     return fputs(context, stream) < 0 ? -1 : 0;
 }
 
-/* Open log.csv. A resumed one keeps the lines up to the step of the checkpoint; what a crash left behind it is cut. */
+/* Open log.csv. A resumed one keeps the lines up to the step of the checkpoint; what a crash left behind
+ * it is cut. */
 static int log_open(Log *log, const char *path, uint64_t step, int steps, Error *error) {
     memset(log, 0, sizeof *log);
     log->per_point = (steps + CURVE_POINTS - 1) / CURVE_POINTS;
@@ -666,8 +711,9 @@ static int log_open(Log *log, const char *path, uint64_t step, int steps, Error 
             const size_t length = end - begin < sizeof line - 1 ? end - begin : sizeof line - 1;
             memcpy(line, old.data + begin, length);
             line[length] = 0;
-            if (end == old.size ||   /* a line without its end was cut by a crash */
-                sscanf(line, "%llu,%lf,%lf,%lf,%lf", &line_step, &bpd, &recon, &latent, &diffusion) != 5 || line_step > step)
+            if (end == old.size || /* a line without its end was cut by a crash */
+                sscanf(line, "%llu,%lf,%lf,%lf,%lf", &line_step, &bpd, &recon, &latent, &diffusion) != 5 ||
+                line_step > step)
                 continue;
             log_point(log, (double)line_step, recon, latent, diffusion);
             memcpy(kept + at, old.data + begin, end - begin + 1);
@@ -709,7 +755,8 @@ static int log_draw(const Log *log, const char *path, Error *error) {
 
 /* ---- signals ---- */
 
-static volatile sig_atomic_t stop_signal = 0;   /* the one thing that may not be const: a handler has no other way */
+/* The one global that is not const: a handler has no other way to say something. */
+static volatile sig_atomic_t stop_signal = 0;
 
 static void on_signal(int number) {
     stop_signal = number;
@@ -739,7 +786,8 @@ static double training_memory(const Config *config, int threads) {
     Error ignored;
     objective(&method, example);
     model_size(config, &weights, &ignored);
-    const double bytes = (double)weights * sizeof(real) * (5 + GRADIENT_SLOTS) + 1.5 * (double)n.graph.bytes * threads;
+    const double bytes =
+        (double)weights * sizeof(real) * (5 + GRADIENT_SLOTS) + 1.5 * (double)n.graph.bytes * threads;
     arena_free(n.graph.arena);
     free(m.parameter);
     return bytes;
@@ -748,8 +796,10 @@ static double training_memory(const Config *config, int threads) {
 static int memory_check(const Config *config, int threads, Error *error) {
     const double gib = 1024.0 * 1024 * 1024, need = training_memory(config, threads);
     const double have = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-    return need < have ? 0 : fail(error, "this model needs about %.1f GiB of memory to train, the machine has %.1f GiB",
-                                  need / gib, have / gib);
+    return need < have
+               ? 0
+               : fail(error, "this model needs about %.1f GiB of memory to train, the machine has %.1f GiB",
+                      need / gib, have / gib);
 }
 
 typedef struct {
@@ -772,8 +822,8 @@ static void path_in(const char *directory, const char *name, char path[TEXT_SIZE
     snprintf(path, TEXT_SIZE, "%.*s/%.60s", TEXT_SIZE - 64, directory, name);
 }
 
-/* A resumed training goes on with the settings of its checkpoint, `saved`. What was said on the command line must agree,
- * or be something that may change on the way: then it is said. */
+/* A resumed training goes on with the settings of its checkpoint, `saved`. What was said on the command
+ * line must agree, or be something that may change on the way: then it is said. */
 static int resume_settings(TrainOptions *o, const Option *options, Settings *saved, Error *error) {
     Option theirs[SETTINGS];
     char mine[TEXT_SIZE], was[TEXT_SIZE];
@@ -784,8 +834,8 @@ static int resume_settings(TrainOptions *o, const Option *options, Settings *sav
         if (!options[i].given || strcmp(mine, was) == 0)
             continue;
         if (i < FIXED_SETTINGS)
-            return fail(error, "%s: was trained with --%s %.60s, not %.60s; another --out starts anew", o->out,
-                        options[i].name, was, mine);
+            return fail(error, "%s: was trained with --%s %.60s, not %.60s; another --out starts anew",
+                        o->out, options[i].name, was, mine);
         fprintf(stderr, "diffenc: --%s changes from %s to %s\n", options[i].name, was, mine);
         if (option_set(&theirs[i], mine, error))
             return -1;
@@ -809,9 +859,11 @@ static int directory_lock(const char *directory, Error *error) {
     return 0;
 }
 
-/* A training that was killed while it wrote left temporary files (file_replace); the lock says that no one is at them. */
+/* A training that was killed while it wrote left temporary files (file_replace); the lock says that no one
+ * is at them. */
 static void remove_leftovers(const char *directory) {
-    static const char *const names[4] = {"checkpoint.safetensors.tmp.", "log.csv.tmp.", "loss.png.tmp.", "samples-"};
+    static const char *const names[4] = {"checkpoint.safetensors.tmp.", "log.csv.tmp.", "loss.png.tmp.",
+                                         "samples-"};
     DIR *listing = opendir(directory);
     for (struct dirent *entry; listing && (entry = readdir(listing)) != NULL;)
         for (int i = 0; i < 4; i++)
@@ -832,10 +884,12 @@ static void progress(Training *t, const StepReport *r) {
     if (!last && done > 1 && now - t->last_line < (terminal ? 0.1 : 10))
         return;
     t->last_line = now;
-    fprintf(stderr, "%sstep %llu/%d  %.4f bpd (recon %.4f  latent %.4f  diffusion %.4f)  %.1f images/s  %d:%02d:%02d left%s",
-            terminal ? "\r" : "", (unsigned long long)t->model.step, o->steps, r->total, r->recon, r->latent, r->diffusion,
-            o->settings.batch / per_step, (int)(left / 3600), (int)(left / 60) % 60, (int)left % 60,
-            terminal ? "  " : "\n");
+    fprintf(stderr,
+            "%sstep %llu/%d  %.4f bpd (recon %.4f  latent %.4f  diffusion %.4f)  %.1f images/s  %d:%02d:%02d "
+            "left%s",
+            terminal ? "\r" : "", (unsigned long long)t->model.step, o->steps, r->total, r->recon, r->latent,
+            r->diffusion, o->settings.batch / per_step, (int)(left / 3600), (int)(left / 60) % 60,
+            (int)left % 60, terminal ? "  " : "\n");
     if (terminal && last)
         fputc('\n', stderr);
     fflush(stderr);
@@ -848,7 +902,8 @@ static int weights_check(Model *m, Error *error) {
         const Parameter *p = &m->parameter[i % m->parameter_count];
         const real *values = vector_of(m, vector) + p->offset;
         if (!isfinite(dot(values, values, p->count)))
-            return fail(error, "step %llu: %s.%s is not finite any more", (unsigned long long)m->step, VECTORS[vector], p->name);
+            return fail(error, "step %llu: %s.%s is not finite any more", (unsigned long long)m->step,
+                        VECTORS[vector], p->name);
     }
     return 0;
 }
@@ -898,22 +953,25 @@ static int train_loop(Training *t, Error *error) {
         for (int i = 0; i < s->batch; i++) {
             const uint64_t n = t->model.step * (uint64_t)s->batch + (uint64_t)i;
             const uint32_t position = (uint32_t)(n % t->data.count), epoch = (uint32_t)(n / t->data.count);
-            dataset_image(&t->data, dataset_shuffle(s->seed, epoch, position, t->data.count), images + (size_t)i * d);
+            dataset_image(&t->data, dataset_shuffle(s->seed, epoch, position, t->data.count),
+                          images + (size_t)i * d);
         }
         StepReport r;
-        if ((status = training_step(&t->model, &t->workers, &s->optimizer, images, s->batch, s->seed, &r, error)) != 0)
+        if ((status = training_step(&t->model, &t->workers, &s->optimizer, images, s->batch, s->seed, &r,
+                                    error)) != 0)
             break;
         const uint64_t step = t->model.step;
         log_point(&t->log, (double)step, r.recon, r.latent, r.diffusion);
-        fprintf(t->log.csv, "%llu,%.6f,%.6f,%.6f,%.6f,%.6f,", (unsigned long long)step, r.total, r.recon, r.latent, r.diffusion,
-                r.gradient_norm);
+        fprintf(t->log.csv, "%llu,%.6f,%.6f,%.6f,%.6f,%.6f,", (unsigned long long)step, r.total, r.recon,
+                r.latent, r.diffusion, r.gradient_norm);
         if (due(step, o->eval_every)) {
             double result[4][2];
-            const uint32_t limit = (uint32_t)o->eval_limit < t->test.count ? (uint32_t)o->eval_limit : t->test.count;
+            const uint32_t limit =
+                (uint32_t)o->eval_limit < t->test.count ? (uint32_t)o->eval_limit : t->test.count;
             evaluate(&t->model, &t->workers, &t->test, (int)limit, s->seed, result, NULL);
             fprintf(t->log.csv, "%.6f", result[3][0]);
-            printf("step %llu: test %.4f +- %.4f bpd on %u images\n", (unsigned long long)step, result[3][0], result[3][1],
-                   (unsigned)limit);
+            printf("step %llu: test %.4f +- %.4f bpd on %u images\n", (unsigned long long)step, result[3][0],
+                   result[3][1], (unsigned)limit);
         }
         fprintf(t->log.csv, ",%.3f\n", seconds_now() - t->started);
         fflush(t->log.csv);
@@ -938,20 +996,25 @@ static int train_prepare(Training *t, const Option *options, Error *error) {
     if (o->resume && !exists)
         return fail(error, "%s: there is no checkpoint to resume", path);
     if (!o->resume && exists)
-        return fail(error, "%s: there is a checkpoint already; --resume goes on with it, another --out starts anew", path);
+        return fail(error,
+                    "%s: there is a checkpoint already; --resume goes on with it, another --out starts anew",
+                    path);
     if (o->resume) {   /* locked before it is read: what another training writes meanwhile would be lost */
         Settings saved;
-        if (directory_lock(o->out, error) || checkpoint_read(path, LOAD_ALL, &t->model, &saved, error) || resume_settings(o, options, &saved, error))
+        if (directory_lock(o->out, error) || checkpoint_read(path, LOAD_ALL, &t->model, &saved, error) ||
+            resume_settings(o, options, &saved, error))
             return -1;
     }
     if (dataset_open(&t->data, s->data, SPLIT_TRAIN, s->seed, error) ||
         (o->eval_every && dataset_open(&t->test, s->data, SPLIT_TEST, s->seed, error)))
         return -1;
-    if (o->resume && (t->data.height != c->height || t->data.width != c->width || t->data.channels != c->image_channels))
-        return fail(error, "%s: images are %dx%dx%d, the checkpoint's model is for %dx%dx%d", s->data, t->data.height,
-                    t->data.width, t->data.channels, c->height, c->width, c->image_channels);
+    if (o->resume &&
+        (t->data.height != c->height || t->data.width != c->width || t->data.channels != c->image_channels))
+        return fail(error, "%s: images are %dx%dx%d, the checkpoint's model is for %dx%dx%d", s->data,
+                    t->data.height, t->data.width, t->data.channels, c->height, c->width, c->image_channels);
     c->height = t->data.height, c->width = t->data.width, c->image_channels = t->data.channels;
-    if (settings_check(s, error) || memory_check(c, o->threads, error) || (!o->resume && directory_lock(o->out, error)))
+    if (settings_check(s, error) || memory_check(c, o->threads, error) ||
+        (!o->resume && directory_lock(o->out, error)))
         return -1;
     remove_leftovers(o->out);
     if (o->resume)
@@ -967,17 +1030,27 @@ static void train_end(Training *t) {
 }
 
 static int train_command(int argc, char **argv) {
-    TrainOptions o = {.settings = settings_default(), .out = "run", .steps = 10000, .threads = default_threads(),
-                      .save_every = 500, .sample_steps = 100, .eval_limit = 256};
+    TrainOptions o = {.settings = settings_default(),
+                      .out = "run",
+                      .steps = 10000,
+                      .threads = default_threads(),
+                      .save_every = 500,
+                      .sample_steps = 100,
+                      .eval_limit = 256};
     Settings *s = &o.settings;
     Config *c = &s->config;
     const Option own[] = {
-        {"steps", OPTION_INT, &o.steps, 0, 2e9, "N", "steps in total, resumed or not; 0: initial checkpoint only", 0},
+        {"steps", OPTION_INT, &o.steps, 0, 2e9, "N",
+         "steps in total, resumed or not; 0: initial checkpoint only", 0},
         {"threads", OPTION_INT, &o.threads, 1, MAX_THREADS, "N", "threads; more than 16 bring nothing", 0},
-        {"save-every", OPTION_INT, &o.save_every, 0, 2e9, "N", "steps between checkpoints; 0: at the end only", 0},
-        {"sample-every", OPTION_INT, &o.sample_every, 0, 2e9, "N", "steps between sample grids; 0: at the end only", 0},
-        {"sample-steps", OPTION_INT, &o.sample_steps, 1, 1e6, "T", "sampler steps of a grid (continuous time)", 0},
-        {"eval-every", OPTION_INT, &o.eval_every, 0, 2e9, "N", "steps between evaluations on the test split; 0: none", 0},
+        {"save-every", OPTION_INT, &o.save_every, 0, 2e9, "N",
+         "steps between checkpoints; 0: at the end only", 0},
+        {"sample-every", OPTION_INT, &o.sample_every, 0, 2e9, "N",
+         "steps between sample grids; 0: at the end only", 0},
+        {"sample-steps", OPTION_INT, &o.sample_steps, 1, 1e6, "T",
+         "sampler steps of a grid (continuous time)", 0},
+        {"eval-every", OPTION_INT, &o.eval_every, 0, 2e9, "N",
+         "steps between evaluations on the test split; 0: none", 0},
         {"eval-limit", OPTION_INT, &o.eval_limit, 1, 1e9, "N", "test images of such an evaluation", 0},
         {"out", OPTION_TEXT, o.out, 0, 0, "DIR", "where checkpoint, log.csv, loss.png and samples go", 0},
         {"resume", OPTION_FLAG, &o.resume, 0, 1, "", "go on where the checkpoint in --out stands", 0},
@@ -1011,8 +1084,8 @@ static int train_command(int argc, char **argv) {
     char model[32];
     config_model_name(c, model);
     printf("%s: %zu weights, %s (%u images of %dx%dx%d), %d threads, from step %llu to %d, into %s\n", model,
-           t.model.weight_count, s->data, (unsigned)t.data.count, c->height, c->width, c->image_channels, o.threads,
-           (unsigned long long)t.model.step, o.steps, o.out);
+           t.model.weight_count, s->data, (unsigned)t.data.count, c->height, c->width, c->image_channels,
+           o.threads, (unsigned long long)t.model.step, o.steps, o.out);
     fflush(stdout);
     int status = train_loop(&t, &error);
     if (status == 0 && !stop_signal && t.model.step > 0)
@@ -1036,9 +1109,11 @@ static int sample_command(int argc, char **argv) {
     uint64_t seed = 1;
     Option options[] = {
         {"count", OPTION_INT, &count, 1, 65536, "N", "images", 0},
-        {"steps", OPTION_INT, &steps, 0, 1e6, "T", "steps of the sampler; 0: the model's T, or 250 in continuous time", 0},
+        {"steps", OPTION_INT, &steps, 0, 1e6, "T",
+         "steps of the sampler; 0: the model's T, or 250 in continuous time", 0},
         {"seed", OPTION_SEED, &seed, 0, 0, "N", "the same seed gives the same images", 0},
-        {"pixels", OPTION_CHOICE, &draw, 0, 0, "likely|drawn", "the most likely pixels given z_0, or drawn ones", 0},
+        {"pixels", OPTION_CHOICE, &draw, 0, 0, "likely|drawn",
+         "the most likely pixels given z_0, or drawn ones", 0},
         {"threads", OPTION_INT, &threads, 1, MAX_THREADS, "N", "threads", 0},
         {"out", OPTION_TEXT, out, 0, 0, "FILE", "a grid of the images: .png, .pgm or .ppm", 0},
     };
@@ -1075,33 +1150,38 @@ static int sample_command(int argc, char **argv) {
 /* ---- diffenc eval ---- */
 
 /* Open a split and check that its images are what the model was made for. */
-static int data_for_model(Dataset *data, const char *where, Split split, uint64_t seed, const Config *c, Error *error) {
+static int data_for_model(Dataset *data, const char *where, Split split, uint64_t seed, const Config *c,
+                          Error *error) {
     if (dataset_open(data, where, split, seed, error))
         return -1;
     if (data->height == c->height && data->width == c->width && data->channels == c->image_channels)
         return 0;
-    fail(error, "%s: images are %dx%dx%d, the model is for %dx%dx%d", where, data->height, data->width, data->channels,
-         c->height, c->width, c->image_channels);
+    fail(error, "%s: images are %dx%dx%d, the model is for %dx%dx%d", where, data->height, data->width,
+         data->channels, c->height, c->width, c->image_channels);
     dataset_close(data);
     return -1;
 }
 
 /* The bound with the best sigma_P^2 at each t beside that with sigma_P = sigma_Q:
  * w* = 1 / (1 + E||mu_P - mu_Q||^2 / (d sigma_Q^2)),  KL* = -(d/2) log w*. */
-static void print_optimal_variance(const double *distance, int count, int timesteps, size_t d, double others) {
+static void print_optimal_variance(const double *distance, int count, int timesteps, size_t d,
+                                   double others) {
     double plain = 0, best = 0;
     printf("   t        w*       KL* (bpd)   KL at w = 1\n");
     for (int step = 0; step < timesteps; step++) {
         double mean, standard_error;
         mean_and_error(distance + (size_t)step * count, count, 1, &mean, &standard_error);
-        const double w = 1 / (1 + mean / (double)d), kl = -0.5 * log(w) / LOG_2, kl_1 = 0.5 * mean / (double)d / LOG_2;
+        const double w = 1 / (1 + mean / (double)d), kl = -0.5 * log(w) / LOG_2,
+                     kl_1 = 0.5 * mean / (double)d / LOG_2;
         plain += kl_1;
         best += kl;
         if (timesteps <= 32 || step % (timesteps / 16) == 0 || step == timesteps - 1)
             printf("%8.5f  %8.6f  %10.6f  %10.6f\n", (step + 1.0) / timesteps, w, kl, kl_1);
     }
-    printf("diffusion, all %d steps: %.5f bpd with sigma_P = sigma_Q, %.5f with the best sigma_P\n", timesteps, plain, best);
-    printf("total: %.5f bpd with sigma_P = sigma_Q, %.5f with the best sigma_P\n", others + plain, others + best);
+    printf("diffusion, all %d steps: %.5f bpd with sigma_P = sigma_Q, %.5f with the best sigma_P\n",
+           timesteps, plain, best);
+    printf("total: %.5f bpd with sigma_P = sigma_Q, %.5f with the best sigma_P\n", others + plain,
+           others + best);
 }
 
 static int eval_command(int argc, char **argv) {
@@ -1110,16 +1190,19 @@ static int eval_command(int argc, char **argv) {
     int split = SPLIT_TEST, limit = 0, timesteps = -1, threads = default_threads();
     uint64_t seed = 1;
     Option options[] = {
-        {"data", OPTION_TEXT, where, 0, 0, "DIR|digits", "as for train; without it the data the model was trained on", 0},
+        {"data", OPTION_TEXT, where, 0, 0, "DIR|digits",
+         "as for train; without it the data the model was trained on", 0},
         {"split", OPTION_CHOICE, &split, 0, 0, "train|test", "which images", 0},
         {"limit", OPTION_INT, &limit, 0, 1e9, "N", "only the first N images; 0: all", 0},
-        {"timesteps", OPTION_INT, &timesteps, -1, 1e6, "T", "finite T; 0: continuous time; -1: as it was trained", 0},
-        {"variance-ratio", OPTION_TEXT, ratio, 0, 0, "W|optimal", "finite T only: sigma_Q^2/sigma_P^2, or the best at each t", 0},
+        {"timesteps", OPTION_INT, &timesteps, -1, 1e6, "T",
+         "finite T; 0: continuous time; -1: as it was trained", 0},
+        {"variance-ratio", OPTION_TEXT, ratio, 0, 0, "W|optimal",
+         "finite T only: sigma_Q^2/sigma_P^2, or the best at each t", 0},
         {"seed", OPTION_SEED, &seed, 0, 0, "N", "of times and noise", 0},
         {"threads", OPTION_INT, &threads, 1, MAX_THREADS, "N", "threads", 0},
     };
-    const int parsed = parse_options(argc, argv, options, sizeof options / sizeof options[0], "eval CHECKPOINT [options]",
-                                     &checkpoint);
+    const int parsed = parse_options(argc, argv, options, sizeof options / sizeof options[0],
+                                     "eval CHECKPOINT [options]", &checkpoint);
     if (parsed)
         return parsed < 0 ? OK : parsed;
     Error error;
@@ -1202,7 +1285,8 @@ static void show_example(Network *n, int i, void *context) {
         Tensor *rate = exact_counterterm(&m, e, gamma_at(&m, t));
         unsigned char *out = s->images + ((size_t)i * SHOW_ROWS * SHOW_TIMES + column) * d;
         to_pixels(e.x_t, 1, out);
-        to_pixels(e.y ? e.y : constant(m.graph, c->height, c->width, c->image_channels, NULL), 1, out + SHOW_TIMES * d);
+        to_pixels(e.y ? e.y : constant(m.graph, c->height, c->width, c->image_channels, NULL), 1,
+                  out + SHOW_TIMES * d);
         to_pixels(rate, 0.25, out + 2 * SHOW_TIMES * d);
     }
 }
@@ -1212,10 +1296,12 @@ static int show_command(int argc, char **argv) {
     char where[TEXT_SIZE] = "", out[TEXT_SIZE] = "";
     int count = 4, threads = default_threads();
     Option options[] = {
-        {"data", OPTION_TEXT, where, 0, 0, "DIR|digits", "as for train; without it the data the model was trained on", 0},
+        {"data", OPTION_TEXT, where, 0, 0, "DIR|digits",
+         "as for train; without it the data the model was trained on", 0},
         {"count", OPTION_INT, &count, 1, 64, "N", "test images", 0},
         {"threads", OPTION_INT, &threads, 1, MAX_THREADS, "N", "threads", 0},
-        {"out", OPTION_TEXT, out, 0, 0, "FILE", "for each image three rows over t = 0..1: x_t, y, dx_t/dlambda", 0},
+        {"out", OPTION_TEXT, out, 0, 0, "FILE",
+         "for each image three rows over t = 0..1: x_t, y, dx_t/dlambda", 0},
     };
     const int parsed = parse_options(argc, argv, options, sizeof options / sizeof options[0],
                                      "show CHECKPOINT --out FILE [options]", &checkpoint);
@@ -1237,14 +1323,16 @@ static int show_command(int argc, char **argv) {
     Show show = {&model, &data, allocate((size_t)count * SHOW_ROWS * SHOW_TIMES, image_size(&model.config))};
     workers_new(&workers, &model, threads);
     workers_run(&workers, model.ema, 0, count, show_example, &show);
-    const int status = grid_write(out, show.images, count * SHOW_ROWS * SHOW_TIMES, SHOW_TIMES, &model.config, &error);
+    const int status =
+        grid_write(out, show.images, count * SHOW_ROWS * SHOW_TIMES, SHOW_TIMES, &model.config, &error);
     free(show.images);
     workers_free(&workers);
     model_free(&model);
     dataset_close(&data);
     if (status)
         return report(&error);
-    printf("%s: rows x_t, y, dx_t/dlambda (grey: 0, white: 0.25) of %d images, columns t = 0..1\n", out, count);
+    printf("%s: rows x_t, y, dx_t/dlambda (grey: 0, white: 0.25) of %d images, columns t = 0..1\n", out,
+           count);
     return OK;
 }
 
@@ -1281,33 +1369,38 @@ static int batch_read(const char *path, const Config *c, GivenBatch *b, Error *e
     if (!images || !t || !eps || !eps_0)
         status = fail(error, "%s: holds no tensor '%s', which a batch needs", path,
                       !images ? "images" : !t ? "t" : !eps ? "eps" : "eps0");
-    else if (images->type != TYPE_U8 || images->rank != 4 || images->shape[1] != c->height || images->shape[2] != c->width ||
-             images->shape[3] != c->image_channels || images->shape[0] < 1 || images->shape[0] > MAX_BATCH)
-        status = fail(error, "%s: images: expected U8 [B,%d,%d,%d] with B from 1 to %d", path, c->height, c->width,
-                      c->image_channels, MAX_BATCH);
+    else if (images->type != TYPE_U8 || images->rank != 4 || images->shape[1] != c->height ||
+             images->shape[2] != c->width || images->shape[3] != c->image_channels || images->shape[0] < 1 ||
+             images->shape[0] > MAX_BATCH)
+        status = fail(error, "%s: images: expected U8 [B,%d,%d,%d] with B from 1 to %d", path, c->height,
+                      c->width, c->image_channels, MAX_BATCH);
     if (status == 0) {
         const int64_t shape[4] = {images->shape[0], c->height, c->width, c->image_channels};
         b->batch = (int)shape[0];
-        real *times = allocate((size_t)b->batch, sizeof(real)), *noises = allocate(2 * b->batch * d, sizeof(real));
+        real *times = allocate((size_t)b->batch, sizeof(real)),
+             *noises = allocate(2 * b->batch * d, sizeof(real));
         unsigned char *pixels = allocate((size_t)b->batch, d);
         b->t = times, b->eps = noises, b->eps_0 = noises + b->batch * d, b->images = pixels;
         memcpy(pixels, images->data, b->batch * d);
-        status = tensors_copy(t, path, 1, shape, times, error) || tensors_copy(eps, path, 4, shape, noises, error) ||
+        status = tensors_copy(t, path, 1, shape, times, error) ||
+                 tensors_copy(eps, path, 4, shape, noises, error) ||
                  tensors_copy(eps_0, path, 4, shape, noises + b->batch * d, error);
         for (int i = 0; i < b->batch && status == 0; i++) {
             const double steps = (double)times[i] * c->timesteps;
             if (!(times[i] >= 0 && times[i] <= 1))
-                status = fail(error, "%s: t[%d] is %g, expected a time from 0 to 1", path, i, (double)times[i]);
+                status =
+                    fail(error, "%s: t[%d] is %g, expected a time from 0 to 1", path, i, (double)times[i]);
             else if (c->timesteps && (fabs(steps - floor(steps + 0.5)) > 1e-6 * c->timesteps || steps < 0.5))
-                status = fail(error, "%s: t[%d] is %g, expected a multiple of 1/%d above 0", path, i, (double)times[i],
-                              c->timesteps);
+                status = fail(error, "%s: t[%d] is %g, expected a multiple of 1/%d above 0", path, i,
+                              (double)times[i], c->timesteps);
         }
     }
     tensors_free(&f);
     return status ? -1 : 0;
 }
 
-static int gradient_write(const char *path, const Model *m, const GivenBatch *b, const real *gradient, Error *error) {
+static int gradient_write(const char *path, const Model *m, const GivenBatch *b, const real *gradient,
+                          Error *error) {
     const int count = m->parameter_count + 4;
     TensorOut *out = allocate_zeroed((size_t)count, sizeof *out);
     char(*names)[NAME_SIZE] = allocate((size_t)count, sizeof *names);
@@ -1337,8 +1430,10 @@ static int grad_command(int argc, char **argv) {
     char batch_path[TEXT_SIZE] = "", out[TEXT_SIZE] = "";
     int threads = default_threads();
     Option options[] = {
-        {"batch", OPTION_TEXT, batch_path, 0, 0, "FILE", "safetensors: images U8 [B,H,W,C], t [B], eps, eps0 [B,H,W,C]", 0},
-        {"out", OPTION_TEXT, out, 0, 0, "FILE", "safetensors: loss.recon|latent|diffusion [B] in nats, bpd [1], grad.NAME", 0},
+        {"batch", OPTION_TEXT, batch_path, 0, 0, "FILE",
+         "safetensors: images U8 [B,H,W,C], t [B], eps, eps0 [B,H,W,C]", 0},
+        {"out", OPTION_TEXT, out, 0, 0, "FILE",
+         "safetensors: loss.recon|latent|diffusion [B] in nats, bpd [1], grad.NAME", 0},
         {"threads", OPTION_INT, &threads, 1, MAX_THREADS, "N", "threads", 0},
     };
     const int parsed = parse_options(argc, argv, options, sizeof options / sizeof options[0],
@@ -1391,7 +1486,7 @@ static const Command COMMANDS[] = {
 
 int main(int argc, char **argv) {
     const int count = sizeof COMMANDS / sizeof COMMANDS[0];
-    signal(SIGXFSZ, SIG_IGN);   /* a write beyond a limit on file sizes then fails and is reported like a full disk */
+    signal(SIGXFSZ, SIG_IGN);   /* a write beyond the limit on file sizes then fails, and is reported */
     for (int i = 0; argc > 1 && i < count; i++)
         if (strcmp(argv[1], COMMANDS[i].name) == 0) {
             int status = COMMANDS[i].run(argc - 1, argv + 1);
@@ -1407,7 +1502,8 @@ int main(int argc, char **argv) {
         return USAGE;
     }
     FILE *to = help ? stdout : stderr;
-    fprintf(to, "DiffEnc: variational diffusion with a learned encoder\n\nusage: diffenc COMMAND [options]\n\n");
+    fprintf(to,
+            "DiffEnc: variational diffusion with a learned encoder\n\nusage: diffenc COMMAND [options]\n\n");
     for (int i = 0; i < count; i++)
         fprintf(to, "  %-8s %s\n", COMMANDS[i].name, COMMANDS[i].help);
     fprintf(to, "\ndiffenc COMMAND --help names every option with its default.\n");

@@ -1,7 +1,8 @@
 /* nn.c - floor 3: layers, the score network, the encoder, parameters, batches on threads, AdamW and EMA.
  *
- * A layer is a function from tensor to tensor that takes its parameters from the network by name. The first time a
- * network is run it has no weights and only declares them; there is no second place where shapes are listed. */
+ * A layer is a function from tensor to tensor that takes its parameters from the network by name. The
+ * first time a network is run it has no weights and only declares them; there is no second place where
+ * shapes are listed. */
 
 #include "diffenc.h"
 
@@ -20,9 +21,21 @@
 enum { MAX_BLOCKS = 256, MAX_SIDE = 4096, MAX_CHANNELS = 1024 };
 
 Config config_default(void) {
-    Config c = {.kind = DIFFENC, .score_blocks = 4, .encoder_blocks = 2, .net = NET_FLAT, .channels = 32,
-                .encoder_channels = 16, .height = 28, .width = 28, .image_channels = 1, .prediction = PREDICT_V,
-                .schedule = SCHEDULE_FIXED, .gamma_min = -13.3, .gamma_max = 5, .timesteps = 0, .variance_ratio = 1,
+    Config c = {.kind = DIFFENC,
+                .score_blocks = 4,
+                .encoder_blocks = 2,
+                .net = NET_FLAT,
+                .channels = 32,
+                .encoder_channels = 16,
+                .height = 28,
+                .width = 28,
+                .image_channels = 1,
+                .prediction = PREDICT_V,
+                .schedule = SCHEDULE_FIXED,
+                .gamma_min = -13.3,
+                .gamma_max = 5,
+                .timesteps = 0,
+                .variance_ratio = 1,
                 .dropout = 0.1};
     return c;
 }
@@ -57,8 +70,8 @@ int config_parse_model(Config *config, const char *name, Error *error) {
                 return 0;
         }
     }
-    return fail(error, "model '%.40s': expected vdm-L, diffenc-L-nt or diffenc-L-E with L and E from 1 to %d", name,
-                MAX_BLOCKS);
+    return fail(error, "model '%.40s': expected vdm-L, diffenc-L-nt or diffenc-L-E with L and E from 1 to %d",
+                name, MAX_BLOCKS);
 }
 
 void config_model_name(const Config *config, char name[32]) {
@@ -90,10 +103,11 @@ static int check_channels(const char *option, int channels, int levels, Error *e
     for (int level = 0; level < levels; level++) {
         const int64_t width = (int64_t)channels << level;
         if (2 * width > 2 * MAX_CHANNELS)
-            return fail(error, "%s %d: level %d of the U-Net would have %lld channels, %d are the most", option, channels,
-                        level, (long long)width, MAX_CHANNELS);
+            return fail(error, "%s %d: level %d of the U-Net would have %lld channels, %d are the most",
+                        option, channels, level, (long long)width, MAX_CHANNELS);
         if (!group_count((int)width) || !group_count((int)(2 * width)))
-            return fail(error, "%s %d: %lld channels do not divide into 32 groups", option, channels, (long long)width);
+            return fail(error, "%s %d: %lld channels do not divide into 32 groups", option, channels,
+                        (long long)width);
     }
     return 0;
 }
@@ -101,8 +115,8 @@ static int check_channels(const char *option, int channels, int levels, Error *e
 static int check_unet(const char *what, int blocks, const Config *c, Error *error) {
     const int levels = unet_levels(blocks, c->height);
     if (c->height % (1 << levels) || c->width % (1 << levels))
-        return fail(error, "%s: a U-Net of %d blocks halves the image %d times, which %dx%d does not allow", what, blocks,
-                    levels, c->height, c->width);
+        return fail(error, "%s: a U-Net of %d blocks halves the image %d times, which %dx%d does not allow",
+                    what, blocks, levels, c->height, c->width);
     return 0;
 }
 
@@ -113,25 +127,30 @@ int config_check(const Config *c, Error *error) {
         return fail(error, "image channels %d: must be 1 or 3", c->image_channels);
     if (c->score_blocks < 1 || c->score_blocks > MAX_BLOCKS || c->encoder_blocks < (c->kind == DIFFENC) ||
         c->encoder_blocks > MAX_BLOCKS)
-        return fail(error, "model: L %d and E %d must be from 1 to %d", c->score_blocks, c->encoder_blocks, MAX_BLOCKS);
+        return fail(error, "model: L %d and E %d must be from 1 to %d", c->score_blocks, c->encoder_blocks,
+                    MAX_BLOCKS);
     if (c->net == NET_UNET && check_unet("net unet", c->score_blocks, c, error))
         return -1;
     if (c->kind == DIFFENC && check_unet("encoder", c->encoder_blocks, c, error))
         return -1;
-    if (check_channels("channels", c->channels, c->net == NET_UNET ? unet_levels(c->score_blocks, c->height) : 1, error))
+    if (check_channels("channels", c->channels,
+                       c->net == NET_UNET ? unet_levels(c->score_blocks, c->height) : 1, error))
         return -1;
-    if (c->kind == DIFFENC &&
-        check_channels("encoder-channels", c->encoder_channels, unet_levels(c->encoder_blocks, c->height), error))
+    if (c->kind == DIFFENC && check_channels("encoder-channels", c->encoder_channels,
+                                             unet_levels(c->encoder_blocks, c->height), error))
         return -1;
     if (!(c->gamma_min < c->gamma_max) || !(c->gamma_min >= -40) || !(c->gamma_max <= 40))
-        return fail(error, "gamma-min %g, gamma-max %g: must be ascending and within -40..40", c->gamma_min, c->gamma_max);
+        return fail(error, "gamma-min %g, gamma-max %g: must be ascending and within -40..40", c->gamma_min,
+                    c->gamma_max);
     if (c->timesteps < 0 || c->timesteps > 1000000)
         return fail(error, "timesteps %d: must be from 1 to 1000000, or 0 for continuous time", c->timesteps);
     if (!(c->variance_ratio > 0) || !(c->variance_ratio <= 1e6))
         return fail(error, "variance-ratio %g: must be greater than 0 and at most 1e6", c->variance_ratio);
     if (c->variance_ratio != 1 && c->timesteps == 0)
-        return fail(error, "variance-ratio %g: the bound diverges in continuous time unless it is 1; give --timesteps",
-                    c->variance_ratio);
+        return fail(
+            error,
+            "variance-ratio %g: the bound diverges in continuous time unless it is 1; give --timesteps",
+            c->variance_ratio);
     if (!(c->dropout >= 0) || !(c->dropout < 1))
         return fail(error, "dropout %g: must be at least 0 and less than 1", c->dropout);
     return 0;
@@ -176,8 +195,8 @@ static void declare(Network *n, const char *name, int rank, int taps, int in, in
         p->shape[i] = shape[4 - rank + i];
 }
 
-/* The next parameter, as a leaf of the graph: a vector [out] (rank 1), a matrix [in, out] (rank 2) or a kernel
- * [side, side, in, out] (rank 4). */
+/* The next parameter, as a leaf of the graph: a vector [out] (rank 1), a matrix [in, out] (rank 2) or a
+ * kernel [side, side, in, out] (rank 4). */
 static Tensor *take(Network *n, const char *name, int rank, int taps, int in, int out, Initial initial) {
     if (n->declaring) {
         declare(n, name, rank, taps, in, out, initial);
@@ -196,7 +215,8 @@ static Tensor *take(Network *n, const char *name, int rank, int taps, int in, in
 /* ---- layers ---- */
 
 /* 3x3 convolution (taps 9) or the same dense layer at every position (taps 1), with bias and residual. */
-static Tensor *linear(Network *n, const char *name, int taps, Tensor *x, int out, Initial initial, Tensor *residual) {
+static Tensor *linear(Network *n, const char *name, int taps, Tensor *x, int out, Initial initial,
+                      Tensor *residual) {
     const size_t scope = scope_enter(n, name, -1);
     Tensor *kernel = take(n, "kernel", taps == 1 ? 2 : 4, taps, x->channels, out, initial);
     Tensor *bias = take(n, "bias", 1, 1, 1, out, INIT_ZERO);
@@ -212,8 +232,9 @@ static Tensor *norm(Network *n, const char *name, Tensor *x, int kind) {
     return normalise(x, scale, bias, kind);
 }
 
-/* [1, 1, 4 channels]: sines and cosines of 1000 t at channels/2 frequencies, then two dense layers. Cycles instead of
- * radians, counted in double and without the whole ones: in float, 1000 t itself would be off by 6e-5. */
+/* [1, 1, 4 channels]: sines and cosines of 1000 t at channels/2 frequencies, then two dense layers. Cycles
+ * instead of radians, counted in double and without the whole ones: in float, 1000 t itself would be off
+ * by 6e-5. */
 static Tensor *time_embedding(Network *n, double t, Tensor *t_dot, int channels) {
     const int half = channels / 2;
     double frequency[MAX_CHANNELS / 2];
@@ -233,9 +254,9 @@ static Tensor *time_embedding(Network *n, double t, Tensor *t_dot, int channels)
     return h;
 }
 
-/* h = conv1(swish(GN(x))) + dense(time);  h = conv2(dropout(swish(GN(h))));  x + h, x through a 1x1 skip where the
- * channels differ. The time is added to conv1's bias, and x is where conv2 starts its sums: neither is a pass over
- * memory of its own. */
+/* h = conv1(swish(GN(x))) + dense(time);  h = conv2(dropout(swish(GN(h))));  x + h, x through a 1x1 skip
+ * where the channels differ. The time is added to conv1's bias, and x is where conv2 starts its sums:
+ * neither is a pass over memory of its own. */
 static Tensor *res_block(Network *n, const char *name, int index, Tensor *x, Tensor *time, int out) {
     const size_t scope = scope_enter(n, name, index);
     Tensor *h = norm(n, "norm1", x, NORM_SWISH);
@@ -331,15 +352,16 @@ Tensor *score_network(Network *n, Tensor *z, double t) {
     const Config *c = &n->model->config;
     n->next = 0;
     strcpy(n->scope, "score.");
-    return image_network(n, c->net, c->score_blocks, c->channels, fourier_features(z), t, NULL, z->channels, z);
+    return image_network(n, c->net, c->score_blocks, c->channels, fourier_features(z), t, NULL, z->channels,
+                         z);
 }
 
 Tensor *encoder_network(Network *n, Tensor *x, double t, Tensor *t_dot) {
     const Config *c = &n->model->config;
     n->next = n->model->encoder_first;
     strcpy(n->scope, "encoder.");
-    /* The same dropout mask at every time of an example: otherwise x_s - x_t would be the difference of two masks, which
-     * does not shrink with s - t, and T KL_T would grow with T instead of going to L_inf. */
+    /* The same dropout mask at every time of an example: otherwise x_s - x_t would be the difference of
+     * two masks, which does not shrink with s - t, and T KL_T would grow with T instead of going to L_inf. */
     n->graph.dropout_position = 0;
     return hyperbolic_tangent(
         image_network(n, NET_UNET, c->encoder_blocks, c->encoder_channels, x, t, t_dot, x->channels, NULL));
@@ -398,7 +420,8 @@ static double truncated_normal(RandomStream stream, uint32_t *position) {
 static void initialise(const Model *m, int index, uint64_t seed) {
     const Parameter *p = &m->parameter[index];
     real *w = m->params + p->offset;
-    /* 0.8796... is the standard deviation of a normal cut off at 2; dividing by it leaves the variance at 1/fan_in. */
+    /* 0.8796... is the standard deviation of a normal cut off at 2; dividing by it leaves the variance at
+     * 1/fan_in. */
     const double spread = sqrt(1.0 / ((double)p->taps * p->in)) / 0.87962566103423978;
     const RandomStream stream = random_stream(seed, RANDOM_WEIGHTS, 0, (uint32_t)index);
     uint32_t position = 0;
@@ -501,7 +524,8 @@ static int thread_index(void) {
 #endif
 }
 
-void workers_run(Workers *w, const real *weights, int with_gradients, int count, ExampleWork work, void *context) {
+void workers_run(Workers *w, const real *weights, int with_gradients, int count, ExampleWork work,
+                 void *context) {
     const int tasks = with_gradients && count > GRADIENT_SLOTS ? GRADIENT_SLOTS : count;
     for (int i = 0; with_gradients && i < GRADIENT_SLOTS; i++)
         if (!w->slot[i])
@@ -551,7 +575,8 @@ static int is_bias(const char *name) {
 
 double optimizer_step(Model *m, const Optimizer *o, const real *gradient, int threads) {
     (void)threads;
-    /* AdamW squares the gradient: an overflow there would stay in adam_v for good. In double, squared once more. */
+    /* AdamW squares the gradient: an overflow there would stay in adam_v for good. In double, squared once
+     * more. */
     const double largest = sizeof(real) == sizeof(float) ? 1e19 : 1e75;
     const double norm = sqrt(dot(gradient, gradient, m->weight_count));
     if (!isfinite(norm) || (o->clip > 0 && norm > o->clip ? o->clip : norm) > largest)
@@ -562,7 +587,8 @@ double optimizer_step(Model *m, const Optimizer *o, const real *gradient, int th
     const double average = (1 + step) / (10 + step) < o->ema ? (1 + step) / (10 + step) : o->ema;
     const real b1 = (real)o->beta1, b2 = (real)o->beta2, epsilon = (real)o->epsilon, keep = (real)average;
     /* m / (1 - beta1^step) and v / (1 - beta2^step) undo the moments' start at zero. */
-    const real m_scale = (real)(1 / (1 - pow(o->beta1, step))), v_scale = (real)(1 / (1 - pow(o->beta2, step)));
+    const real m_scale = (real)(1 / (1 - pow(o->beta1, step))),
+               v_scale = (real)(1 / (1 - pow(o->beta2, step)));
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int i = 0; i < m->parameter_count; i++) {
         const Parameter *p = &m->parameter[i];

@@ -1,7 +1,8 @@
 /* tensor.c - floor 1: errors, memory, random numbers, and the loops that do the arithmetic.
  *
- * Nothing here knows of graphs, networks or diffusion. The loops are plain C: constant bounds innermost, so that
- * the compiler keeps them in vector registers. There are no intrinsics and no assembly, and there will be none. */
+ * Nothing here knows of graphs, networks or diffusion. The loops are plain C: constant bounds innermost,
+ * so that the compiler keeps them in vector registers. There are no intrinsics and no assembly, and there
+ * will be none. */
 
 #define _POSIX_C_SOURCE 200809L
 
@@ -136,8 +137,9 @@ size_t arena_capacity(const Arena *arena) {
 /* ---- random numbers ---- */
 
 enum { PHILOX_ROUNDS = 10, PHILOX_LANES = 16 };
-static const uint32_t PHILOX_M0 = 0xD2511F53u, PHILOX_M1 = 0xCD9E8D57u;   /* multipliers of the paper's table 2 */
-static const uint32_t PHILOX_W0 = 0x9E3779B9u, PHILOX_W1 = 0xBB67AE85u;   /* the key's steps: golden ratio, sqrt 3 - 1 */
+/* The multipliers of the paper's table 2, and the key's steps: golden ratio, sqrt 3 - 1. */
+static const uint32_t PHILOX_M0 = 0xD2511F53u, PHILOX_M1 = 0xCD9E8D57u;
+static const uint32_t PHILOX_W0 = 0x9E3779B9u, PHILOX_W1 = 0xBB67AE85u;
 
 void philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
     uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3], k0 = key[0], k1 = key[1];
@@ -194,8 +196,8 @@ void random_normal(RandomStream stream, real *out, size_t count) {
 }
 
 void random_dropout(RandomStream s, uint32_t first, size_t count, double rate, real *keep) {
-    /* Two 16-bit numbers a word, eight a block. PHILOX_LANES blocks are made at a time, lane by lane in the inner
-     * loops, so that the rounds run in vector registers: philox4x32 above, transposed. */
+    /* Two 16-bit numbers a word, eight a block. PHILOX_LANES blocks are made at a time, lane by lane in
+     * the inner loops, so that the rounds run in vector registers: philox4x32 above, transposed. */
     const uint32_t threshold = (uint32_t)(rate * 65536 + 0.5);
     const real factor = (real)(65536.0 / (65536.0 - threshold));
     assert(first % DROPOUT_RUN == 0 && DROPOUT_RUN == 8 * PHILOX_LANES);
@@ -220,7 +222,7 @@ void random_dropout(RandomStream s, uint32_t first, size_t count, double rate, r
                 made[2 * w + 1][l] = (c[w][l] >> 16) < threshold ? 0 : factor;
             }
         size_t left = count - done < 8 * PHILOX_LANES ? count - done : 8 * PHILOX_LANES;
-        memcpy(keep + done, made, left * sizeof(real));   /* the order within a run of 128 is a matter of taste */
+        memcpy(keep + done, made, left * sizeof(real));   /* the order within a run is a matter of taste */
     }
 }
 
@@ -232,9 +234,9 @@ real fast_exp(real x) {
 }
 #define exp_inline exp
 #else
-/* exp(x) = 2^n exp(r), n the integer nearest to x/log 2, |r| <= log(2)/2, exp(r) by a polynomial of degree 6
- * (Cephes' coefficients). Adding and subtracting 1.5 * 2^23 rounds to an integer without a call, and leaves n in the
- * low bits of the sum, from where it is shifted into an exponent. */
+/* exp(x) = 2^n exp(r), n the integer nearest to x/log 2, |r| <= log(2)/2, exp(r) by a polynomial of degree
+ * 6 (Cephes' coefficients). Adding and subtracting 1.5 * 2^23 rounds to an integer without a call, and
+ * leaves n in the low bits of the sum, from where it is shifted into an exponent. */
 static inline float exp_inline(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;
@@ -267,9 +269,9 @@ static inline real sigmoid(real x) {
 
 /* ---- the product ---- */
 
-/* The block of c held in registers: BLOCK_ROWS rows of two vectors of LANES numbers each. Twelve rows make 24
- * accumulators of AVX-512's 32 registers, six rows 12 of AVX's or SSE's 16. Other machines (NEON: 32 registers of
- * 16 bytes) get the last choice too. */
+/* The block of c held in registers: BLOCK_ROWS rows of two vectors of LANES numbers each. Twelve rows make
+ * 24 accumulators of AVX-512's 32 registers, six rows 12 of AVX's or SSE's 16. Other machines (NEON: 32
+ * registers of 16 bytes) get the last choice too. */
 #if defined __AVX512F__
 enum { LANES = 64 / sizeof(real), BLOCK_ROWS = 12 };
 #elif defined __AVX__
@@ -278,14 +280,15 @@ enum { LANES = 32 / sizeof(real), BLOCK_ROWS = 6 };
 enum { LANES = 16 / sizeof(real), BLOCK_ROWS = 6 };
 #endif
 
-/* One block: R rows x N columns, of which `width` are stored. R and N are constants where this is called; it must be
- * inlined there, so that each pair gets a copy of the loops with the sums in registers, and gcc wants to be told. a, b, c,
- * start and bias point to the block's own first element. */
+/* One block: R rows x N columns, of which `width` are stored. R and N are constants where this is called;
+ * it must be inlined there, so that each pair gets a copy of the loops with the sums in registers, and gcc
+ * wants to be told. a, b, c, start and bias point to the block's own first element. */
 #ifdef __GNUC__
 __attribute__((always_inline))
 #endif
-static inline void block_product(const int R, const int N, int width, const Product *p, const real *a, const real *b,
-                                 ptrdiff_t b_segment, ptrdiff_t b_row, const real *bias, const real *start, real *c) {
+static inline void block_product(const int R, const int N, int width, const Product *p, const real *a,
+                                 const real *b, ptrdiff_t b_segment, ptrdiff_t b_row, const real *bias,
+                                 const real *start, real *c) {
     real sum[BLOCK_ROWS][2 * LANES];
     for (int r = 0; r < R; r++)
 #pragma omp simd
@@ -295,9 +298,9 @@ static inline void block_product(const int R, const int N, int width, const Prod
     for (int s = 0; s < p->segments; s++) {
         const real *ak = a + s * p->a_segment, *bk = b + s * b_segment;
         for (int k = 0; k < p->inner; k++, ak += a_inner, bk += b_row)
-            for (int r = 0; r < R; r++)
+            for (int r = 0; r < R; r++)   /* simd: else gcc takes so short a loop apart */
 #pragma omp simd
-                for (int n = 0; n < N; n++)   /* simd: gcc would take a loop this short apart before vectorising it */
+                for (int n = 0; n < N; n++)
                     sum[r][n] += ak[r * a_row] * bk[n];
     }
     for (int r = 0; r < R; r++) {
@@ -312,7 +315,8 @@ static inline void block_product(const int R, const int N, int width, const Prod
     }
 }
 
-/* R rows: choose the copy of the loop. A width below LANES computes a whole vector and stores a part of it. */
+/* R rows: choose the copy of the loop. A width below LANES computes a whole vector and stores a part of
+ * it. */
 static void block_rows(int R, int width, const Product *p, const real *a, const real *b,
                        ptrdiff_t b_segment, ptrdiff_t b_row, const real *bias, const real *start, real *c) {
 #define CASE(r)                                                                         \
@@ -334,14 +338,17 @@ static void block_rows(int R, int width, const Product *p, const real *a, const 
 }
 
 void product(const Product *p, Arena *scratch) {
-    const int blocks = (p->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;   /* of nearly equal height: 28 = 10 + 9 + 9 */
+    const int blocks = (p->rows + BLOCK_ROWS - 1) / BLOCK_ROWS; /* of nearly equal height: 28 = 10 + 9 + 9 */
     const ArenaMark mark = arena_mark(scratch);
     for (int j = 0; j < p->columns;) {
-        int width = p->columns - j >= 2 * LANES ? 2 * LANES : p->columns - j >= LANES ? LANES : p->columns - j;
+        int width = p->columns - j >= 2 * LANES ? 2 * LANES
+                    : p->columns - j >= LANES   ? LANES
+                                                : p->columns - j;
         const real *b = p->b + j;
         ptrdiff_t b_segment = p->b_segment, b_row = p->b_row;
         if (width < LANES) {   /* the last columns: a copy of them in whole vectors, zeros behind */
-            real *packed = arena_allocate(scratch, (size_t)p->segments * p->inner * LANES, sizeof(real)), *to = packed;
+            real *packed = arena_allocate(scratch, (size_t)p->segments * p->inner * LANES, sizeof(real)),
+                 *to = packed;
             for (int s = 0; s < p->segments; s++)
                 for (int k = 0; k < p->inner; k++, to += LANES)
                     for (int n = 0; n < LANES; n++)
@@ -391,8 +398,8 @@ void transpose(const real *a, int rows, int columns, real *out) {
 
 /* ---- convolution ---- */
 
-/* x [h, w, c] within a border of zeros, one wide: [h+2, w+2, c]. Then the 3 x c inputs under one line of a kernel,
- * at every position, are one contiguous run. */
+/* x [h, w, c] within a border of zeros, one wide: [h+2, w+2, c]. Then the 3 x c inputs under one line of a
+ * kernel, at every position, are one contiguous run. */
 static real *with_border(int h, int w, int c, const real *x, Arena *scratch) {
     const size_t line = (size_t)w * c, padded_line = line + 2 * (size_t)c;
     real *padded = arena_allocate(scratch, (h + 2) * padded_line, sizeof(real));
@@ -409,8 +416,8 @@ static real *with_border(int h, int w, int c, const real *x, Arena *scratch) {
 
 void convolve3x3(int h, int w, int in, int out, const real *x, const real *kernel, const real *bias,
                  const real *start, real *y, Arena *scratch) {
-    /* y[i][j][o] = sum over ky, kx, c of padded[i+ky][j+kx][c] kernel[ky][kx][c][o]: a segment is one line of the
-     * kernel, 3*in numbers long; the next one lies a line of the padded image further down. */
+    /* y[i][j][o] = sum over ky, kx, c of padded[i+ky][j+kx][c] kernel[ky][kx][c][o]: a segment is one line
+     * of the kernel, 3*in numbers long; the next one lies a line of the padded image further down. */
     const ArenaMark mark = arena_mark(scratch);
     const Product p = {.lines = h, .rows = w, .columns = out, .segments = 3, .inner = 3 * in,
                        .a = with_border(h, w, in, x, scratch), .a_line = (ptrdiff_t)(w + 2) * in, .a_row = in,
@@ -428,8 +435,9 @@ void flip_kernel(int taps, int in, int out, const real *kernel, real *flipped) {
 
 void convolve3x3_by_kernel(int h, int w, int in, int out, const real *x, const real *dy, real *dkernel,
                            Arena *scratch) {
-    /* dkernel[ky][kx][c][o] += sum over i, j of padded[i+ky][j+kx][c] dy[i][j][o]: the same product with the roles
-     * changed. A row is one (kx, c), a line one ky, and the sum runs over the pixels, a segment being a line. */
+    /* dkernel[ky][kx][c][o] += sum over i, j of padded[i+ky][j+kx][c] dy[i][j][o]: the same product with
+     * the roles changed. A row is one (kx, c), a line one ky, and the sum runs over the pixels, a segment
+     * being a line. */
     const ArenaMark mark = arena_mark(scratch);
     const Product p = {.lines = 3, .rows = 3 * in, .columns = out, .segments = h, .inner = w,
                        .a = with_border(h, w, in, x, scratch), .a_line = (ptrdiff_t)(w + 2) * in, .a_row = 1,
@@ -445,10 +453,12 @@ void convolve3x3_by_kernel(int h, int w, int in, int out, const real *x, const r
 static const double GROUP_NORM_EPS = 1e-6;
 enum { MAX_CHANNELS = 4096 };   /* of one tensor; nn.c refuses models beyond it */
 
-/* The loops that matter take channels LANES at a time and walk down the positions with them, so that what belongs to a
- * channel stays in registers; N is the constant LANES for whole blocks and what is left for the last one. */
+/* The loops that matter take channels LANES at a time and walk down the positions with them, so that what
+ * belongs to a channel stays in registers; N is the constant LANES for whole blocks and what is left for
+ * the last one. */
 
-/* per[channels] = the value of each channel's group, so that inner loops run over channels without a division. */
+/* per[channels] = the value of each channel's group, so that inner loops run over channels without a
+ * division. */
 static void spread(const GroupNorm *n, const real *group, real *per) {
     assert(n->channels > 0 && n->channels <= MAX_CHANNELS);
     for (int c = 0; c < n->channels; c++)
@@ -474,10 +484,10 @@ static inline real swish_curve(real u, real s) {
     return s * (1 - s) * (2 + u * (1 - 2 * s));
 }
 
-/* For N channels: sum[n] = sum of u and sum_product[n] = sum of u (w - shift) over all positions. Four partial sums, so
- * that an addition need not wait for the one before. */
-static inline void paired_sums_block(const int N, int positions, int C, const real *u, const real *u_shift, const real *w,
-                                     const real *w_shift, real *sum, real *sum_product) {
+/* For N channels: sum[n] = sum of u and sum_product[n] = sum of u (w - shift) over all positions. Four
+ * partial sums, so that an addition need not wait for the one before. */
+static inline void paired_sums_block(const int N, int positions, int C, const real *u, const real *u_shift,
+                                     const real *w, const real *w_shift, real *sum, real *sum_product) {
     enum { PARTS = 4 };
     real s[PARTS][LANES] = {{0}}, p[PARTS][LANES] = {{0}};
     int i = 0;
@@ -503,15 +513,18 @@ static inline void paired_sums_block(const int N, int positions, int C, const re
     }
 }
 
-/* Per channel: sum = sum of (u - u_shift), sum_product = sum of (u - u_shift)(w - w_shift), over all positions. */
-static void paired_sums(const GroupNorm *n, const real *u, const real *u_shift, const real *w, const real *w_shift,
-                        real *sum, real *sum_product) {
+/* Per channel: sum = sum of (u - u_shift), sum_product = sum of (u - u_shift)(w - w_shift), over all
+ * positions. */
+static void paired_sums(const GroupNorm *n, const real *u, const real *u_shift, const real *w,
+                        const real *w_shift, real *sum, real *sum_product) {
     const int C = n->channels;
     for (int c = 0; c < C; c += LANES)
         if (C - c >= LANES)
-            paired_sums_block(LANES, n->positions, C, u + c, u_shift + c, w + c, w_shift + c, sum + c, sum_product + c);
+            paired_sums_block(LANES, n->positions, C, u + c, u_shift + c, w + c, w_shift + c, sum + c,
+                              sum_product + c);
         else
-            paired_sums_block(C - c, n->positions, C, u + c, u_shift + c, w + c, w_shift + c, sum + c, sum_product + c);
+            paired_sums_block(C - c, n->positions, C, u + c, u_shift + c, w + c, w_shift + c, sum + c,
+                              sum_product + c);
 }
 
 /* n = gain x + offset, per channel. */
@@ -524,8 +537,9 @@ static void gain_and_offset(const GroupNorm *n, real *gain, real *offset) {
     }
 }
 
-/* Mean and variance in one pass, of the distances to the mean of a few positions spread over the image: close to the mean
- * of all, so that no digits are lost in the difference of large sums. One position alone could be the outlier. */
+/* Mean and variance in one pass, of the distances to the mean of a few positions spread over the image:
+ * close to the mean of all, so that no digits are lost in the difference of large sums. One position alone
+ * could be the outlier. */
 static void group_statistics(const GroupNorm *n, const real *x) {
     enum { SAMPLES = 16 };
     const int C = n->channels, width = C / n->groups;
@@ -550,8 +564,8 @@ static void group_statistics(const GroupNorm *n, const real *x) {
     }
 }
 
-static inline void normalise_block(const int N, int positions, int C, int swish, const real *x, const real *gain,
-                                   const real *offset, real *y) {
+static inline void normalise_block(const int N, int positions, int C, int swish, const real *x,
+                                   const real *gain, const real *offset, real *y) {
     for (int i = 0; i < positions; i++, x += C, y += C)
         if (swish) {
 #pragma omp simd
@@ -581,10 +595,11 @@ void group_norm(const GroupNorm *n, const real *x, real *y) {
 /* The reverse of normalisation alone: for dn [positions, channels], the gradient by n,
  *     dscale += sum dn xhat,  dbias += sum dn,
  *     dx = start + rstd (g - mean(g) - xhat mean(g xhat)),  g = scale dn, means over the group. */
-static void normalise_backward(const GroupNorm *n, const real *x, const real *dn, const real *start, real *dx, real *dscale,
-                               real *dbias) {
+static void normalise_backward(const GroupNorm *n, const real *x, const real *dn, const real *start, real *dx,
+                               real *dscale, real *dbias) {
     const int C = n->channels;
-    real mean[MAX_CHANNELS], rstd[MAX_CHANNELS], sum[MAX_CHANNELS], sum_xhat[MAX_CHANNELS], zero[MAX_CHANNELS];
+    real mean[MAX_CHANNELS], rstd[MAX_CHANNELS], sum[MAX_CHANNELS], sum_xhat[MAX_CHANNELS],
+        zero[MAX_CHANNELS];
     spread(n, n->mean, mean);
     spread(n, n->rstd, rstd);
     memset(zero, 0, C * sizeof(real));
@@ -632,8 +647,8 @@ static inline void swish_backward_block(const int N, int positions, int C, const
         }
 }
 
-void group_norm_backward(const GroupNorm *n, const real *x, const real *dy, const real *start, real *dx, real *dscale,
-                         real *dbias, Arena *scratch) {
+void group_norm_backward(const GroupNorm *n, const real *x, const real *dy, const real *start, real *dx,
+                         real *dscale, real *dbias, Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
     const int C = n->channels;
     const size_t count = (size_t)n->positions * C;
@@ -652,11 +667,13 @@ void group_norm_backward(const GroupNorm *n, const real *x, const real *dy, cons
     arena_release(scratch, mark);
 }
 
-/* xhat_dot = rstd (v - mean(v) - xhat mean(xhat v)), the tangent of xhat for a tangent v of x. The same linear, symmetric
- * map J takes tangents forward and gradients back. Returns in inner[groups] mean(xhat v). */
+/* xhat_dot = rstd (v - mean(v) - xhat mean(xhat v)), the tangent of xhat for a tangent v of x. The same
+ * linear, symmetric map J takes tangents forward and gradients back. Returns in inner[groups] mean(xhat
+ * v). */
 static void normalise_tangent(const GroupNorm *n, const real *x, const real *v, real *out, real *inner) {
     const int C = n->channels;
-    real mean[MAX_CHANNELS], rstd[MAX_CHANNELS], sum[MAX_CHANNELS], sum_xhat[MAX_CHANNELS], zero[MAX_CHANNELS];
+    real mean[MAX_CHANNELS], rstd[MAX_CHANNELS], sum[MAX_CHANNELS], sum_xhat[MAX_CHANNELS],
+        zero[MAX_CHANNELS];
     spread(n, n->mean, mean);
     spread(n, n->rstd, rstd);
     memset(zero, 0, C * sizeof(real));
@@ -690,19 +707,23 @@ void group_norm_tangent(const GroupNorm *n, const real *x, const real *x_dot, re
         y_dot[i] *= n->keep[i];
 }
 
-void group_norm_tangent_backward(const GroupNorm *n, const real *x, const real *x_dot, const real *dy_dot, real *dx,
-                                 real *dx_dot, real *dscale, real *dbias, Arena *scratch) {
-    /* y_dot = keep swish'(n) n_dot with n_dot = scale xhat_dot. Two gradients flow back: dn through swish'(n), which
-     * is the plain reverse mode, and g = scale dn_dot through the map xhat_dot = J(x) x_dot, for which
+void group_norm_tangent_backward(const GroupNorm *n, const real *x, const real *x_dot, const real *dy_dot,
+                                 real *dx, real *dx_dot, real *dscale, real *dbias, Arena *scratch) {
+    /* y_dot = keep swish'(n) n_dot with n_dot = scale xhat_dot. Two gradients flow back: dn through
+     * swish'(n), which is the plain reverse mode, and g = scale dn_dot through the map xhat_dot = J(x)
+     * x_dot, for which
      *     dx_dot = J g
      *     dx     = -rstd [ xhat mean(g xhat_dot) + mean(xhat x_dot) J g + mean(xhat g) xhat_dot ]
      * because d xhat = J dx and d rstd = -rstd^2 mean(xhat dx). */
     const ArenaMark mark = arena_mark(scratch);
     const int C = n->channels;
     const size_t count = (size_t)n->positions * C;
-    real *xhat_dot = arena_allocate(scratch, count, sizeof(real)), *g = arena_allocate(scratch, count, sizeof(real));
-    real *dn = arena_allocate(scratch, count, sizeof(real)), *Jg = arena_allocate(scratch, count, sizeof(real));
-    real mean[MAX_CHANNELS], rstd[MAX_CHANNELS], x_inner[MAX_CHANNELS], g_inner[MAX_CHANNELS], group[MAX_CHANNELS];
+    real *xhat_dot = arena_allocate(scratch, count, sizeof(real)),
+         *g = arena_allocate(scratch, count, sizeof(real));
+    real *dn = arena_allocate(scratch, count, sizeof(real)),
+         *Jg = arena_allocate(scratch, count, sizeof(real));
+    real mean[MAX_CHANNELS], rstd[MAX_CHANNELS], x_inner[MAX_CHANNELS], g_inner[MAX_CHANNELS],
+        group[MAX_CHANNELS];
     real gain[MAX_CHANNELS], offset[MAX_CHANNELS], sum[MAX_CHANNELS], mixed[MAX_CHANNELS], zero[MAX_CHANNELS];
     spread(n, n->mean, mean);
     spread(n, n->rstd, rstd);
@@ -713,7 +734,8 @@ void group_norm_tangent_backward(const GroupNorm *n, const real *x, const real *
     for (int i = 0; i < n->positions; i++)
         for (int c = 0; c < C; c++) {
             const size_t at = (size_t)i * C + c;
-            const real u = x[at] * gain[c] + offset[c], s = sigmoid(u), d = dy_dot[at] * (n->keep ? n->keep[at] : 1);
+            const real u = x[at] * gain[c] + offset[c], s = sigmoid(u),
+                       d = dy_dot[at] * (n->keep ? n->keep[at] : 1);
             dn[at] = n->swish ? d * swish_curve(u, s) * n->scale[c] * xhat_dot[at] : 0;
             g[at] = n->swish ? d * swish_slope(u, s) : d;
         }
@@ -777,10 +799,26 @@ void softmax_rows(real *s, int rows, int columns) {
     }
 }
 
+/* sum of x[j] y[j] over a row, in real: twice as fast as dot, and rows of a softmax are no place for
+ * cancellation. */
+static real row_dot(const real *x, const real *y, int columns) {
+    real lane[LANES] = {0}, total = 0;
+    int j = 0;
+    for (; j + LANES <= columns; j += LANES)
+#pragma omp simd
+        for (int l = 0; l < LANES; l++)
+            lane[l] += x[j + l] * y[j + l];
+    for (; j < columns; j++)
+        total += x[j] * y[j];
+    for (int l = 0; l < LANES; l++)
+        total += lane[l];
+    return total;
+}
+
 /* dp -> p (dp - sum(p dp)), row by row. */
 void softmax_rows_backward(const real *p, real *dp, int rows, int columns) {
     for (int i = 0; i < rows; i++, p += columns, dp += columns) {
-        const real inner = (real)dot(p, dp, columns);
+        const real inner = row_dot(p, dp, columns);
         for (int j = 0; j < columns; j++)
             dp[j] = p[j] * (dp[j] - inner);
     }
@@ -830,7 +868,8 @@ double level_softmax(size_t count, const double *u, const unsigned char *k, doub
     const real h = (real)(precision / 2), spacing = (real)2 / LEVELS;
     double total = 0, by_h = 0;
     for (size_t i = 0; i < count; i++) {
-        /* Distances are taken from the nearest level, where they are small and exact: x(c) = x(c*) + spacing j. */
+        /* Distances are taken from the nearest level, where they are small and exact: x(c) = x(c*) +
+         * spacing j. */
         const int nearest = nearest_level(u[i]);
         const real d = (real)(u[i] - level_value(nearest));
         real weight[LANES] = {0}, first[LANES] = {0}, second[LANES] = {0};
@@ -846,7 +885,8 @@ double level_softmax(size_t count, const double *u, const unsigned char *k, doub
         double w = 0, w1 = 0, w2 = 0;
         for (int l = 0; l < LANES; l++)
             w += weight[l], w1 += first[l], w2 += second[l];
-        const double step_k = (double)spacing * (k[i] - nearest), excess_k = step_k * (step_k - 2 * (double)d);
+        const double step_k = (double)spacing * (k[i] - nearest),
+                     excess_k = step_k * (step_k - 2 * (double)d);
         total += h * excess_k + log(w);
         du[i] = (real)(2 * (double)h * (w1 / w - step_k));
         by_h += excess_k - w2 / w;

@@ -503,7 +503,8 @@ static int bench_steps(const Job *all) {
         small.batch = SMALL_BATCH, small.runs = 1;
         single.threads = 1, single.runs = (all->runs + 1) / 2;
         if (in_child(measure_model, &job, &step) || in_child(measure_model, &small, &step_small) ||
-            in_child(measure_model, &single, &step_single) || in_child(measure_profile, &job, &profile))
+            in_child(measure_profile, &job, &profile) ||
+            (job.threads > 1 && in_child(measure_model, &single, &step_single)))
             return FAILURE;
         const Timing t = step.seconds;
         double operations = 0;
@@ -516,8 +517,9 @@ static int bench_steps(const Job *all) {
                operations / t.median / 1e9, 100 * operations / t.median / t.peak);
         printf("  peak memory  %.1f MB; at batch %d %.1f MB\n", step.bytes / 1e6, small.batch,
                step_small.bytes / 1e6);
-        printf("  %d threads    %.2f times as fast as one (%.3f s)\n", job.threads,
-               step_single.seconds.median / t.median, step_single.seconds.median);
+        if (job.threads > 1)
+            printf("  %d threads    %.2f times as fast as one (%.3f s)\n", job.threads,
+                   step_single.seconds.median / t.median, step_single.seconds.median);
         printf("  takes        %.2f times as long as %s\n", t.median / first_median, MODELS[0]);
         print_profile(&profile);
     }
@@ -546,7 +548,7 @@ static int bench_sampling(const Job *all) {
 
 static const char *compiler(void) {
 #if defined __clang__
-    return "clang " __clang_version__;
+    return __VERSION__;
 #elif defined __GNUC__
     return "gcc " __VERSION__;
 #else

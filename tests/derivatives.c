@@ -8,8 +8,8 @@
 
 /* ---- differences ---- */
 
-/* Steps FIRST_STEP * scale, and each half of the one before. With n of them the error of the extrapolation is of
- * order step^(2n); that of rounding is the roundoff of the values divided by the last step. */
+/* Steps FIRST_STEP * scale, and each half of the one before. With n of them the error of the extrapolation is
+ * of order step^(2n); that of rounding is the roundoff of the values divided by the last step. */
 #ifdef DIFFENC_DOUBLE
 enum { STEPS = 4 };
 static const double FIRST_STEP = 1.0 / 16;
@@ -24,16 +24,18 @@ double derivative_limit(void) {
     return IS_DOUBLE ? 1e-7 : 3e-2;
 }
 
-/* The result F of a network carries a roundoff of about 1e-14 F (1e-6 F in float), which division by the last step raises
- * to 1e-12 F (1e-5 F). A derivative below this much of F can therefore not be compared to within the limit. */
+/* The result F of a network carries a roundoff of about 1e-14 F (1e-6 F in float), which division by the last
+ * step raises to 1e-12 F (1e-5 F). A derivative below this much of F can therefore not be compared to within
+ * the limit. */
 double derivative_floor(void) {
     return IS_DOUBLE ? 1e-4 : 1e-2;
 }
 
-/* Derivatives from steps first, first/2, ... extrapolated to zero, and their errors: how far the last two orders are
- * apart, and the roundoff of the path's values divided by the last step. Returns for how many the former is the trouble,
- * which shorter steps may cure. */
-static size_t extrapolate(Path path, void *context, size_t count, double first, double *derivative, double *error) {
+/* Derivatives from steps first, first/2, ... extrapolated to zero, and their errors: how far the last two
+ * orders are apart, and the roundoff of the path's values divided by the last step. Returns for how many the
+ * former is the trouble, which shorter steps may cure. */
+static size_t extrapolate(Path path, void *context, size_t count, double first, double *derivative,
+                          double *error) {
     const double roundoff = IS_DOUBLE ? 1e-14 : 1e-6;
     double *at[STEPS], *minus = allocate(count, sizeof(double)), square = 0;
     size_t apart = 0;
@@ -65,12 +67,13 @@ static size_t extrapolate(Path path, void *context, size_t count, double first, 
     return apart;
 }
 
-/* Where the path has a kink near by - the largest of four pixels changes - the orders disagree, and shorter steps are
- * tried. Each number keeps the value with the smallest error. */
+/* Where the path has a kink near by - the largest of four pixels changes - the orders disagree, and shorter
+ * steps are tried. Each number keeps the value with the smallest error. */
 void differentiate(Path path, void *context, size_t count, double scale, double *derivative, double *error) {
     enum { SHORTER = 8 };
     const int attempts = IS_DOUBLE ? 5 : 1;   /* float has no digits to spare for shorter steps */
-    double *other = allocate(2 * count, sizeof(double)), *other_error = other + count, step = FIRST_STEP * scale;
+    double *other = allocate(2 * count, sizeof(double)), *other_error = other + count;
+    double step = FIRST_STEP * scale;
     size_t apart = extrapolate(path, context, count, step, derivative, error);
     for (int attempt = 1; attempt < attempts && apart > 0; attempt++) {
         apart = extrapolate(path, context, count, step /= SHORTER, other, other_error);
@@ -104,7 +107,7 @@ typedef struct {
     real *gradient;                /* [count] */
     double *direction;             /* [count] */
     real *projection;              /* [result]: a random functional that makes a number of the result */
-    double size;                   /* the Euclidean norm of its terms */
+    double size;                   /* the larger of that number and the Euclidean norm of its terms */
     size_t result;                 /* elements of the result */
     int of_tangent;                /* it is the tangent of the result that is looked at */
     double worst, errors, derivatives;   /* comparisons: the largest error, and sums of squares */
@@ -179,7 +182,8 @@ static void add_segments(Probe *p) {
     const int parameters = p->network ? p->network->model->parameter_count : 0;
     p->segment = allocate((size_t)(2 * MAX_LEAVES + parameters), sizeof *p->segment);
     for (; p->leaves < MAX_LEAVES && s->leaf[p->leaves][HEIGHT] > 0; p->leaves++)
-        add_segment(p, leaf_size(s->leaf[p->leaves]), s->leaf[p->leaves][SCALE], 0, s->leaf[p->leaves][TANGENT] > 1);
+        add_segment(p, leaf_size(s->leaf[p->leaves]), s->leaf[p->leaves][SCALE], 0,
+                    s->leaf[p->leaves][TANGENT] > 1);
     p->values = p->count;
     for (int i = 0; i < p->leaves; i++)
         if (s->leaf[i][TANGENT])
@@ -215,7 +219,7 @@ static void set_projection(Probe *p, uint64_t seed) {
     p->size = 0;
     for (size_t i = 0; i < p->result; i++)
         p->size += pow((double)p->projection[i] * (double)y->value[i], 2);
-    p->size = sqrt(p->size);
+    p->size = fmax(sqrt(p->size), fabs(dot(p->projection, y->value, p->result)));
 }
 
 static void set_gradient(Probe *p) {
@@ -256,8 +260,8 @@ static double larger(double a, double b) {
     return a > b || isnan(a) ? a : b;   /* what is not a number is the largest error of all */
 }
 
-/* The comparisons made so far. In double the worst one counts; in float, where differences leave a few digits, the
- * Euclidean norm of all errors relative to that of all derivatives. */
+/* The comparisons made so far. In double the worst one counts; in float, where differences leave a few
+ * digits, the Euclidean norm of all errors relative to that of all derivatives. */
 static void clear(Probe *p) {
     p->worst = p->errors = p->derivatives = 0;
 }
@@ -266,9 +270,9 @@ static double result_of(const Probe *p) {
     return IS_DOUBLE ? p->worst : sqrt(p->errors / larger(p->derivatives, 1e-300));
 }
 
-/* One comparison, relative to the largest of |measured| and `least`. Returns 0 and leaves it out where the measurement
- * itself is not good to a third of the limit, because of a kink too near; that is judged without looking at what is
- * claimed. */
+/* One comparison, relative to the largest of |measured| and `least`. Returns 0 and leaves it out where the
+ * measurement itself is not good to a third of the limit, because of a kink too near; that is judged without
+ * looking at what is claimed. */
 static int compare(Probe *p, double claimed, double measured, double measurement_error, double least) {
     const double size = larger(larger(fabs(measured), least), 1e-300), error = fabs(claimed - measured);
     if (IS_DOUBLE && measurement_error > derivative_limit() / 3 * size)
@@ -290,14 +294,16 @@ static int compare_along(Probe *p, double typical) {
 
 /* A segment's part of a random direction, whose length is the segment's scale. */
 static void choose_direction(Probe *p, const Segment *s, RandomStream stream) {
+    const double length = s->is_silent ? 0 : s->scale * sqrt(12.0 / (double)s->count);
     for (size_t i = 0; i < s->count; i++)
-        p->direction[s->first + i] = s->is_silent ? 0 : (random_uniform(stream, (uint32_t)i) - 0.5) * s->scale * sqrt(12.0 / (double)s->count);
+        p->direction[s->first + i] = length * (random_uniform(stream, (uint32_t)i) - 0.5);
 }
 
-/* Some elements of one segment, then random directions within it until one can be measured. Returns how many could. */
+/* Some elements of one segment, then random directions within it until one can be measured. Returns how many
+ * could. */
 static int compare_segment(Probe *p, const Segment *s, int samples, RandomStream stream) {
     const double norm = sqrt(dot(p->gradient + s->first, p->gradient + s->first, s->count));
-    const double typical = s->scale * norm / sqrt((double)s->count);   /* the root mean square of a derivative */
+    const double typical = s->scale * norm / sqrt((double)s->count);   /* root mean square */
     const int all = s->count <= (size_t)samples;
     int known = 0, done = 0;
     memset(p->direction, 0, p->count * sizeof(double));
@@ -329,20 +335,23 @@ static double gradient_error(Probe *p, int samples, uint64_t seed) {
     }
     for (int k = 0; k < DIRECTIONS && !done; k++) {
         for (int i = 0; i < p->segments; i++)
-            choose_direction(p, &p->segment[i], random_stream(seed, RANDOM_CHECK, 200 + (uint32_t)k, (uint32_t)i));
+            choose_direction(p, &p->segment[i],
+                             random_stream(seed, RANDOM_CHECK, 200 + (uint32_t)k, (uint32_t)i));
         done = compare_along(p, 0);
     }
     return done ? result_of(p) : INFINITY;
 }
 
-/* Every element of the result's tangent against the difference of the result along the tangents of the leaves. */
+/* Every element of the result's tangent against the difference of the result along the tangents of the
+ * leaves. */
 static double tangent_error(Probe *p) {
     double scale = 1, mean_square = 0;
     int known = 0;
     const Tensor *y = evaluate(p, p->point, NULL);
     if (!y->tangent)
         return -1;
-    double *tangent = allocate(3 * p->result, sizeof(double)), *measured = tangent + p->result, *error = measured + p->result;
+    double *tangent = allocate(3 * p->result, sizeof(double));
+    double *measured = tangent + p->result, *error = measured + p->result;
     for (size_t i = 0; i < p->result; i++)
         tangent[i] = (double)y->tangent->value[i];
     memset(p->direction, 0, p->count * sizeof(double));
@@ -379,11 +388,11 @@ DerivativeErrors derivative_errors(const Subject *subject, int samples, uint64_t
 /* ---- every operator ---- */
 
 enum {
-    ADD, SUB, MUL, MUL_ITSELF, AFFINE, EXP, EXPM1, SOFTPLUS, LOG, RECIPROCAL, SQRT, ABS, LOGISTIC, TANH, SWISH, SINE, COSINE, TOTAL,
-    SQUARED_NORM, TANGENT_REPLACED, CONVOLVE, CONVOLVE_BIAS, CONVOLVE_RESIDUAL, CONVOLVE_ALL, CONVOLVE_ITSELF, UPSAMPLE,
-    UPSAMPLE_BIAS, MATRIX_MULTIPLY, MATRIX_MULTIPLY_ITSELF, OUTER_PRODUCT, OUTER_PRODUCT_ITSELF, NORMALISE,
-    NORMALISE_SWISH, NORMALISE_DROPOUT, ATTENTION, ATTENTION_ITSELF, CONCATENATE, CONCATENATE_ITSELF, SPREAD, OUTER_SCALE,
-    MAX_POOL, LIKELIHOOD
+    ADD, SUB, MUL, MUL_ITSELF, AFFINE, EXP, EXPM1, SOFTPLUS, LOG, RECIPROCAL, SQRT, ABS, LOGISTIC, TANH,
+    SWISH, SINE, COSINE, TOTAL, SQUARED_NORM, TANGENT_REPLACED, CONVOLVE, CONVOLVE_BIAS, CONVOLVE_RESIDUAL,
+    CONVOLVE_ALL, CONVOLVE_ITSELF, UPSAMPLE, UPSAMPLE_BIAS, MATRIX_MULTIPLY, MATRIX_MULTIPLY_ITSELF,
+    OUTER_PRODUCT, OUTER_PRODUCT_ITSELF, NORMALISE, NORMALISE_SWISH, NORMALISE_DROPOUT, ATTENTION,
+    ATTENTION_ITSELF, CONCATENATE, CONCATENATE_ITSELF, SPREAD, OUTER_SCALE, MAX_POOL, LIKELIHOOD
 };
 
 /* a^2 with a tangent given by hand. */
@@ -455,8 +464,8 @@ static Tensor *build_operator(const Subject *s, Graph *graph, Tensor **a) {
     }
 }
 
-/* Leaves are {height, width, channels, tangent, low, high, scale}. Where two inputs may carry a tangent, the rows are:
- * the first alone, the second alone, both. */
+/* Leaves are {height, width, channels, tangent, low, high, scale}. Where two inputs may carry a tangent, the
+ * rows are: the first alone, the second alone, both. */
 static const Row ROWS[] = {
     {"add", ADD, {{3, 5, 7, 1}, {3, 5, 7}}},
     {"add", ADD, {{3, 5, 7}, {3, 5, 7, 1}}},
@@ -542,7 +551,9 @@ static const Row ROWS[] = {
     {"max pool", MAX_POOL, {{4, 6, 5, 1, 0, 0, 0.01}}},
     {"a tangent replaced", TANGENT_REPLACED, {{3, 1, 4, 1}}},
     {"level likelihood", LIKELIHOOD, {{3, 2, 3, 0, -0.3, -0.1, 0.03}, {1, 1, 1, 0, -6, -4, 0.5}}},
-    {"level likelihood, sharp", LIKELIHOOD, {{3, 2, 3, 0, -0.225, -0.20, 3e-4}, {1, 1, 1, 0, -13.3, -13, 0.03}}},
+    {"level likelihood, sharp",
+     LIKELIHOOD,
+     {{3, 2, 3, 0, -0.225, -0.20, 3e-4}, {1, 1, 1, 0, -13.3, -13, 0.03}}},
 };
 
 int operator_count(void) {

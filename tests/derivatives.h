@@ -1,20 +1,24 @@
-/* derivatives.h - proving derivatives: reverse mode, tangents, and gradients through tangents, against differences.
+/* derivatives.h - proving derivatives: reverse mode, tangents, and gradients through tangents, against
+ * differences.
  *
- * A subject is a function of graph tensors. Its point is one long vector: the values of its leaves, then the tangents
- * of those that carry one, then the weights of a network if it has any. Three things are compared with central
- * differences of its values: the gradient of the result, the tangent of the result, and the gradient of that
- * tangent - by values, by tangents and by weights, which is the second derivative that learning with dy/dlambda needs.
+ * A subject is a function of graph tensors. Its point is one long vector: the values of its leaves, then the
+ * tangents of those that carry one, then the weights of a network if it has any. Three things are compared
+ * with central differences of its values: the gradient of the result, the tangent of the result, and the
+ * gradient of that tangent - by values, by tangents and by weights, which is the second derivative that
+ * learning with dy/dlambda needs.
  *
- * Differences are taken at four step sizes, each half of the one before, and extrapolated to step zero (Romberg); in
- * double that leaves about 1e-12 of the size of the result. None of it looks at the derivative to be proven. */
+ * Differences are taken at four step sizes, each half of the one before, and extrapolated to step zero
+ * (Romberg); in double that leaves about 1e-12 of the size of the result. None of it looks at the derivative
+ * to be proven. */
 
 #ifndef DERIVATIVES_H
 #define DERIVATIVES_H
 
 #include "diffenc.h"
 
-/* An input of a subject: its shape, 1 if it carries a tangent, the range from which it is drawn evenly (both 0: from
- * -1.5 to 1.5), and the length over which the result changes much (0: 1), to which steps are proportional. */
+/* An input of a subject: its shape, 1 if it carries a tangent, the range from which it is drawn evenly (both
+ * 0: from -1.5 to 1.5), and the length over which the result changes much (0: 1), to which steps are
+ * proportional. */
 enum { TANGENT_ONLY = 2 };   /* it carries a tangent and gradients by that, but none flow to its value */
 enum { HEIGHT, WIDTH, CHANNELS, TANGENT, LOW, HIGH, SCALE, LEAF_NUMBERS };
 typedef double Leaf[LEAF_NUMBERS];
@@ -30,28 +34,30 @@ struct Subject {
     double weight_scale;       /* the scale of its weights */
 };
 
-/* The largest errors found; -1 where there is nothing to compare (a result without a tangent), INFINITY where kinks are
- * too near to measure anything. Each element is compared relative to itself, to the root mean square of its leaf or
- * parameter, or to derivative_floor() times the size of the result, whichever is largest. */
+/* The largest errors found; -1 where there is nothing to compare (a result without a tangent), INFINITY where
+ * kinks are too near to measure anything. Each element is compared relative to itself, to the root mean
+ * square of its leaf or parameter, or to derivative_floor() times the size of the result, whichever is
+ * largest. */
 typedef struct {
     double gradient, tangent, through_tangent;
 } DerivativeErrors;
 
-/* Up to `samples` elements of every leaf and parameter, every one in a random direction, and all of them at once in
- * a random direction. */
+/* Up to `samples` elements of every leaf and parameter, every one in a random direction, and all of them at
+ * once in a random direction. */
 DerivativeErrors derivative_errors(const Subject *subject, int samples, uint64_t seed);
 
-/* What rounding leaves of a comparison in this build's precision: the limit for the errors above, and the floor. */
+/* What rounding leaves of a comparison in this build's precision: the limit for the errors above, and the
+ * floor. */
 double derivative_limit(void);
 double derivative_floor(void);
 
-/* d path(e)/de at e = 0 for a path of `count` numbers that changes over a length of about `scale`; and an upper bound for
- * its error. */
+/* d path(e)/de at e = 0 for a path of `count` numbers that changes over a length of about `scale`; and an
+ * upper bound for its error. */
 typedef void (*Path)(void *context, double e, double *value);
 void differentiate(Path path, void *context, size_t count, double scale, double *derivative, double *error);
 
-/* Every operator and layer of autograd.h, 0 <= index < operator_count(): in many shapes, odd ones among them, and in
- * all combinations of inputs with and without tangents. */
+/* Every operator and layer of autograd.h, 0 <= index < operator_count(): in many shapes, odd ones among them,
+ * and in all combinations of inputs with and without tangents. */
 int operator_count(void);
 const char *operator_title(int index);
 Subject operator_subject(int index);

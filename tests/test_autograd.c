@@ -1,9 +1,10 @@
-/* test_autograd.c - every function of autograd.c: its value against the plainest loop that says the same, and its
- * gradient, tangent and gradient through the tangent against differences (derivatives.c).
+/* test_autograd.c - every function of autograd.c: its value against the plainest loop that says the same, and
+ * its gradient, tangent and gradient through the tangent against differences (derivatives.c).
  *
- * Tolerances. EPS is the distance from 1 to the next real. A sum of n products is within n EPS times the sum of their
- * magnitudes, twice the textbook bound. Elementwise functions are computed in double and rounded once: 2 EPS, and 4 EPS
- * where libm's own error counts, in double. Another tolerance has its reason beside it. */
+ * Tolerances. EPS is the distance from 1 to the next real. A sum of n products is within n EPS times the sum
+ * of their magnitudes, twice the textbook bound. Elementwise functions are computed in double and rounded
+ * once: 2 EPS, and 4 EPS where libm's own error counts, in double. Another tolerance has its reason beside
+ * it. */
 
 #include "derivatives.h"
 #include "test.h"
@@ -59,45 +60,53 @@ static int has_shape(const Tensor *t, int height, int width, int channels) {
 
 /* Whether `got` is within `tolerance` of `want`; what is not a number is not. */
 static void check_near(double got, double want, double tolerance, const char *what, size_t index) {
-    CHECK(fabs(got - want) <= tolerance, "%s: element %zu is %.17g, should be %.17g +- %g", what, index, got, want, tolerance);
+    CHECK(fabs(got - want) <= tolerance, "%s: element %zu is %.17g, should be %.17g +- %g", what, index, got,
+          want, tolerance);
 }
 
 /* ---- leaves ---- */
 
 static void test_leaves(void) {
-    /* A number keeps its value in double too: gamma is one, and its roundoff would be multiplied by 2 pi 128. */
     Desk *desk = desk_new();
     const real values[6] = {1, -2, 3, -4, 5, -6};
     const unsigned char bytes[3] = {0, 128, 255};
     real gradient[6] = {0};
     Tensor *t = constant(&desk->graph, 1, 2, 3, values), *zeros = constant(&desk->graph, 1, 2, 3, NULL);
-    CHECK(has_shape(t, 1, 2, 3) && element_count(t) == 6 && !t->needs_gradient && !t->tangent, "a constant's fields");
+    CHECK(has_shape(t, 1, 2, 3) && element_count(t) == 6 && !t->needs_gradient && !t->tangent,
+          "a constant's fields");
     CHECK(t->value != values && memcmp(t->value, values, sizeof values) == 0, "a constant is a copy");
     for (size_t i = 0; i < 6; i++)
         check_near(at(zeros, i), 0, 0, "constant of NULL", i);
-    CHECK(has_shape(number(&desk->graph, 0.25), 1, 1, 1) && at(number(&desk->graph, 0.25), 0) == 0.25, "a number");
+    CHECK(has_shape(number(&desk->graph, 0.25), 1, 1, 1) && at(number(&desk->graph, 0.25), 0) == 0.25,
+          "a number");
+    /* gamma is a number, and its roundoff would be multiplied by 2 pi 128 in the Fourier features. */
     const Tensor *third = affine(1.0 / 3, number(&desk->graph, 1), 0);
-    CHECK(third->number_value == 1.0 / 3 && at(third, 0) == (double)(real)(1.0 / 3), "a number is kept in double");
+    CHECK(third->number_value == 1.0 / 3 && at(third, 0) == (double)(real)(1.0 / 3),
+          "a number is kept in double");
     t = from_bytes(&desk->graph, 1, 1, 3, bytes, 2.0 / 256, 1.0 / 256 - 1);
     for (size_t i = 0; i < 3; i++)
         check_near(at(t, i), 2 * (bytes[i] + 0.5) / 256 - 1, EPS, "from_bytes", i);
     t = parameter(&desk->graph, 1, 2, 3, values, NULL, gradient);
     CHECK(t->value == values && t->gradient == gradient && t->needs_gradient, "a parameter lives elsewhere");
-    CHECK(!parameter(&desk->graph, 1, 2, 3, values, NULL, NULL)->needs_gradient, "a parameter without gradient is a constant");
+    CHECK(!parameter(&desk->graph, 1, 2, 3, values, NULL, NULL)->needs_gradient,
+          "a parameter without gradient is a constant");
     desk_free(desk);
 }
 
 /* ---- elementwise ---- */
 
 static void test_arithmetic(void) {
-    const int shapes[4][2][3] = {{{2, 3, 5}, {2, 3, 5}}, {{2, 3, 5}, {1, 1, 1}}, {{1, 1, 1}, {2, 3, 5}}, {{1, 1, 1}, {1, 1, 1}}};
+    const int shapes[4][2][3] = {
+        {{2, 3, 5}, {2, 3, 5}}, {{2, 3, 5}, {1, 1, 1}}, {{1, 1, 1}, {2, 3, 5}}, {{1, 1, 1}, {1, 1, 1}}};
     for (int s = 0; s < 4; s++) {
         Desk *desk = desk_new();
         Tensor *a = normal(desk, shapes[s][0][0], shapes[s][0][1], shapes[s][0][2]);
         Tensor *b = normal(desk, shapes[s][1][0], shapes[s][1][1], shapes[s][1][2]);
-        const Tensor *sum = add(a, b), *difference = sub(a, b), *product_of = mul(a, b), *scaled = affine(-1.5, a, 0.25);
+        const Tensor *sum = add(a, b), *difference = sub(a, b), *product_of = mul(a, b),
+                     *scaled = affine(-1.5, a, 0.25);
         const size_t count = s < 3 ? 30 : 1;
-        CHECK(element_count(sum) == count && element_count(difference) == count && element_count(product_of) == count,
+        CHECK(element_count(sum) == count && element_count(difference) == count
+                  && element_count(product_of) == count,
               "the result has the shape of the larger operand, case %d", s);
         for (size_t i = 0; i < count; i++) {
             const double x = at(a, element_count(a) > 1 ? i : 0), y = at(b, element_count(b) > 1 ? i : 0);
@@ -106,7 +115,8 @@ static void test_arithmetic(void) {
             check_near(at(product_of, i), x * y, EPS * fabs(x * y), "mul", i);
         }
         for (size_t i = 0; i < element_count(a); i++)
-            check_near(at(scaled, i), -1.5 * at(a, i) + 0.25, EPS * (1.5 * fabs(at(a, i)) + 0.25), "affine", i);
+            check_near(at(scaled, i), -1.5 * at(a, i) + 0.25, EPS * (1.5 * fabs(at(a, i)) + 0.25), "affine",
+                       i);
         desk_free(desk);
     }
 }
@@ -137,16 +147,23 @@ static void test_functions(void) {
         double (*theirs)(double);
         int positive_only;
     } functions[] = {
-        {"exponential", exponential, exp, 0}, {"exponential_minus_1", exponential_minus_1, expm1, 0},
-        {"logarithm", logarithm, log, 1}, {"reciprocal", reciprocal, reciprocal_of, 1}, {"square_root", square_root, sqrt, 1},
-        {"absolute", absolute, fabs, 0}, {"logistic", logistic, logistic_of, 0}, {"softplus", softplus, softplus_of, 0},
-        {"hyperbolic_tangent", hyperbolic_tangent, tanh, 0}, {"swish", swish, swish_of, 0},
+        {"exponential", exponential, exp, 0},
+        {"exponential_minus_1", exponential_minus_1, expm1, 0},
+        {"logarithm", logarithm, log, 1},
+        {"reciprocal", reciprocal, reciprocal_of, 1},
+        {"square_root", square_root, sqrt, 1},
+        {"absolute", absolute, fabs, 0},
+        {"logistic", logistic, logistic_of, 0},
+        {"softplus", softplus, softplus_of, 0},
+        {"hyperbolic_tangent", hyperbolic_tangent, tanh, 0},
+        {"swish", swish, swish_of, 0},
     };
-    const real inputs[] = {(real)-80, (real)-13.3, (real)-2, (real)-0.5, (real)-1e-6, (real)1e-6, (real)0.5, (real)1, (real)3,
-                           (real)13.3, (real)80};
+    const real inputs[] = {(real)-80, (real)-13.3, (real)-2, (real)-0.5, (real)-1e-6, (real)1e-6,
+                           (real)0.5, (real)1,     (real)3,  (real)13.3, (real)80};
     enum { COUNT = sizeof inputs / sizeof inputs[0] };
     Desk *desk = desk_new();
-    Tensor *all = constant(&desk->graph, 1, COUNT, 1, inputs), *positive = constant(&desk->graph, 1, COUNT - 5, 1, inputs + 5);
+    Tensor *all = constant(&desk->graph, 1, COUNT, 1, inputs),
+           *positive = constant(&desk->graph, 1, COUNT - 5, 1, inputs + 5);
     for (size_t f = 0; f < sizeof functions / sizeof functions[0]; f++) {
         Tensor *x = functions[f].positive_only ? positive : all;
         const Tensor *y = functions[f].ours(x);
@@ -172,14 +189,16 @@ static void test_numbers(void) {
     const unsigned char k = 100;
     Tensor *a = number(&desk->graph, 1.0 / 3), *b = number(&desk->graph, 0.7), *image = normal(desk, 2, 2, 4);
     const Tensor *results[] = {
-        add(a, b), sub(a, b), mul(a, b), affine(0.1, a, 1.0 / 7), with_tangent(a, b), exponential(a), exponential_minus_1(a),
-        logarithm(a), reciprocal(a), square_root(a), absolute(a), logistic(a), softplus(a), hyperbolic_tangent(a), swish(a),
-        sine(a), cosine(a), total(image), squared_norm(image), total(a), squared_norm(a), level_likelihood(a, b, &k),
+        add(a, b), sub(a, b), mul(a, b), affine(0.1, a, 1.0 / 7), with_tangent(a, b), exponential(a),
+        exponential_minus_1(a), logarithm(a), reciprocal(a), square_root(a), absolute(a), logistic(a),
+        softplus(a), hyperbolic_tangent(a), swish(a), sine(a), cosine(a), total(image), squared_norm(image),
+        total(a), squared_norm(a), level_likelihood(a, b, &k),
     };
     for (size_t i = 0; i < sizeof results / sizeof results[0]; i++)
-        CHECK((real)results[i]->number_value == results[i]->value[0], "number %zu is %.17g, in double %.17g", i,
-              at(results[i], 0), results[i]->number_value);
-    CHECK(sub(a, b)->number_value == 1.0 / 3 - 0.7 && logarithm(a)->number_value == log(1.0 / 3), "digits beyond real's");
+        CHECK((real)results[i]->number_value == results[i]->value[0], "number %zu is %.17g, in double %.17g",
+              i, at(results[i], 0), results[i]->number_value);
+    CHECK(sub(a, b)->number_value == 1.0 / 3 - 0.7 && logarithm(a)->number_value == log(1.0 / 3),
+          "digits beyond real's");
     desk_free(desk);
 }
 
@@ -190,33 +209,39 @@ static void test_sums(void) {
     for (size_t i = 0; i < element_count(x); i++)
         sum += at(x, i), magnitude += fabs(at(x, i)), squares += at(x, i) * at(x, i);
     /* Sums are kept in double: one rounding, and in double as many as there are terms. */
-    check_near(at(total(x), 0), sum, (double)element_count(x) * DBL_EPSILON * magnitude + EPS * fabs(sum), "total", 0);
-    check_near(at(squared_norm(x), 0), squares, ((double)element_count(x) * DBL_EPSILON + EPS) * squares, "squared_norm", 0);
+    check_near(at(total(x), 0), sum, (double)element_count(x) * DBL_EPSILON * magnitude + EPS * fabs(sum),
+               "total", 0);
+    check_near(at(squared_norm(x), 0), squares, ((double)element_count(x) * DBL_EPSILON + EPS) * squares,
+               "squared_norm", 0);
     desk_free(desk);
 }
 
 /* ---- linear maps ---- */
 
-/* y[i][j][o] = bias[o] + residual[i][j][o] + sum over a, b, c of x[i+a-1][j+b-1][c] kernel[a][b][c][o], or without
- * neighbours for one tap. */
+/* y[i][j][o] = bias[o] + residual[i][j][o] + sum over a, b, c of x[i+a-1][j+b-1][c] kernel[a][b][c][o], or
+ * without neighbours for one tap. */
 static void check_convolve(int h, int w, int in, int out, int taps, int with_bias, int with_residual) {
     Desk *desk = desk_new();
     const int side = taps == 9 ? 3 : 1;
     Tensor *x = normal(desk, h, w, in), *kernel = normal(desk, taps, in, out);
-    Tensor *bias = with_bias ? normal(desk, 1, 1, out) : NULL, *residual = with_residual ? normal(desk, h, w, out) : NULL;
+    Tensor *bias = with_bias ? normal(desk, 1, 1, out) : NULL,
+           *residual = with_residual ? normal(desk, h, w, out) : NULL;
     const Tensor *y = convolve(x, kernel, bias, residual);
     CHECK(has_shape(y, h, w, out), "shape of a convolution %dx%d, %d to %d, %d taps", h, w, in, out, taps);
     for (int i = 0; i < h; i++)
         for (int j = 0; j < w; j++)
             for (int o = 0; o < out; o++) {
-                double sum = (bias ? at(bias, (size_t)o) : 0) + (residual ? pixel(residual, i, j, o) : 0), magnitude = 2;
+                double sum = (bias ? at(bias, (size_t)o) : 0) + (residual ? pixel(residual, i, j, o) : 0),
+                       magnitude = 2;
                 for (int a = 0; a < side; a++)
                     for (int b = 0; b < side; b++)
                         for (int c = 0; c < in; c++) {
-                            const double term = pixel(x, i + a - side / 2, j + b - side / 2, c) * pixel(kernel, side * a + b, c, o);
+                            const double term = pixel(x, i + a - side / 2, j + b - side / 2, c)
+                                                * pixel(kernel, side * a + b, c, o);
                             sum += term, magnitude += fabs(term);
                         }
-                check_near(pixel(y, i, j, o), sum, (taps * in + 2) * EPS * magnitude, "convolve", ((size_t)i * w + j) * out + o);
+                check_near(pixel(y, i, j, o), sum, (taps * in + 2) * EPS * magnitude, "convolve",
+                           ((size_t)i * w + j) * out + o);
             }
     desk_free(desk);
 }
@@ -234,7 +259,8 @@ static void test_convolve(void) {
 /* y[2i+a][2j+b] = x[i][j] kernel[a][b] + bias */
 static void check_upsample(int h, int w, int in, int out, int with_bias) {
     Desk *desk = desk_new();
-    Tensor *x = normal(desk, h, w, in), *kernel = normal(desk, 4, in, out), *bias = with_bias ? normal(desk, 1, 1, out) : NULL;
+    Tensor *x = normal(desk, h, w, in), *kernel = normal(desk, 4, in, out),
+           *bias = with_bias ? normal(desk, 1, 1, out) : NULL;
     const Tensor *y = upsample(x, kernel, bias);
     CHECK(has_shape(y, 2 * h, 2 * w, out), "shape of an upsampling");
     for (int i = 0; i < 2 * h; i++)
@@ -245,7 +271,8 @@ static void check_upsample(int h, int w, int in, int out, int with_bias) {
                     const double term = pixel(x, i / 2, j / 2, c) * pixel(kernel, 2 * (i % 2) + j % 2, c, o);
                     sum += term, magnitude += fabs(term);
                 }
-                check_near(pixel(y, i, j, o), sum, (in + 1) * EPS * magnitude, "upsample", ((size_t)i * 2 * w + j) * out + o);
+                check_near(pixel(y, i, j, o), sum, (in + 1) * EPS * magnitude, "upsample",
+                           ((size_t)i * 2 * w + j) * out + o);
             }
     desk_free(desk);
 }
@@ -255,8 +282,10 @@ static void test_matrices(void) {
     Desk *desk = desk_new();
     const int rows = 6, n = 7, m = 5;
     Tensor *a = normal(desk, 3, 2, n), *b = normal(desk, n, 1, m), *bt = normal(desk, 5, 1, n);
-    const Tensor *ab = matrix_multiply(a, b), *outer = outer_product(0.3, a, bt), *p = attention_weights(a, bt);
-    CHECK(has_shape(ab, 3, 2, m) && has_shape(outer, 3, 2, 5) && has_shape(p, 3, 2, 5), "shapes of matrix products");
+    const Tensor *ab = matrix_multiply(a, b), *outer = outer_product(0.3, a, bt),
+                 *p = attention_weights(a, bt);
+    CHECK(has_shape(ab, 3, 2, m) && has_shape(outer, 3, 2, 5) && has_shape(p, 3, 2, 5),
+          "shapes of matrix products");
     for (int i = 0; i < rows; i++) {
         double weight[5], sum_of_weights = 0;
         for (int j = 0; j < m; j++) {
@@ -264,14 +293,18 @@ static void test_matrices(void) {
             for (int k = 0; k < n; k++) {
                 sum += at(a, (size_t)i * n + k) * at(b, (size_t)k * m + j);
                 outer_sum += at(a, (size_t)i * n + k) * at(bt, (size_t)j * n + k);
-                magnitude += fabs(at(a, (size_t)i * n + k)) * (fabs(at(b, (size_t)k * m + j)) + fabs(at(bt, (size_t)j * n + k)));
+                magnitude += fabs(at(a, (size_t)i * n + k))
+                             * (fabs(at(b, (size_t)k * m + j)) + fabs(at(bt, (size_t)j * n + k)));
             }
-            check_near(at(ab, (size_t)i * m + j), sum, n * EPS * magnitude, "matrix_multiply", (size_t)i * m + j);
-            check_near(at(outer, (size_t)i * 5 + j), 0.3 * outer_sum, n * EPS * magnitude, "outer_product", (size_t)i * 5 + j);
+            check_near(at(ab, (size_t)i * m + j), sum, n * EPS * magnitude, "matrix_multiply",
+                       (size_t)i * m + j);
+            check_near(at(outer, (size_t)i * 5 + j), 0.3 * outer_sum, n * EPS * magnitude, "outer_product",
+                       (size_t)i * 5 + j);
             sum_of_weights += weight[j] = exp(outer_sum / sqrt(n));
         }
-        for (int j = 0; j < m; j++)   /* exponents up to about 5 carry n EPS each, and so do their exponentials */
-            check_near(at(p, (size_t)i * 5 + j), weight[j] / sum_of_weights, 8 * n * EPS, "attention_weights", (size_t)i * 5 + j);
+        for (int j = 0; j < m; j++)   /* exponents up to about 5 carry n EPS each, and so do exponentials */
+            check_near(at(p, (size_t)i * 5 + j), weight[j] / sum_of_weights, 8 * n * EPS, "attention_weights",
+                       (size_t)i * 5 + j);
     }
     desk_free(desk);
 }
@@ -297,7 +330,8 @@ static void check_normalise(int h, int w, int channels, int kind) {
     desk->graph.dropout = 0.25;
     desk->graph.dropout_stream = random_stream(5, RANDOM_DROPOUT, 3, 2);
     desk->graph.dropout_position = DROPOUT_RUN;
-    Tensor *x = normal(desk, h, w, channels), *scale = normal(desk, 1, 1, channels), *bias = normal(desk, 1, 1, channels);
+    Tensor *x = normal(desk, h, w, channels), *scale = normal(desk, 1, 1, channels),
+           *bias = normal(desk, 1, 1, channels);
     const Tensor *y = normalise(x, scale, bias, kind);
     const int groups = group_count(channels), width = channels / groups;
     real *keep = allocate(element_count(x), sizeof(real));
@@ -311,19 +345,22 @@ static void check_normalise(int h, int w, int channels, int kind) {
             double want = kind == NORM_ONLY ? n : swish_of(n);
             if (kind == NORM_SWISH_DROPOUT)
                 want *= (double)keep[index];
-            /* A dozen roundings on numbers of size |x - mean| rstd |scale| + |bias|; the slope of swish is below 1.1, the
-             * factor of dropout 4/3; and a mean of positions * width numbers. */
-            const double size = fabs((at(x, index) - mean) * rstd * at(scale, (size_t)c)) + fabs(at(bias, (size_t)c)) + 1;
+            /* A dozen roundings on numbers of size |x - mean| rstd |scale| + |bias|; the slope of swish is
+             * below 1.1, the factor of dropout 4/3; and a mean of positions * width numbers. */
+            const double size = fabs((at(x, index) - mean) * rstd * at(scale, (size_t)c))
+                                + fabs(at(bias, (size_t)c)) + 1;
             check_near(at(y, index), want, (20 + h * w * width / 4.0) * EPS * size, "normalise", index);
         }
     const size_t used = desk->graph.dropout_position - DROPOUT_RUN;
-    CHECK(kind == NORM_SWISH_DROPOUT ? used >= element_count(x) : used == 0, "kind %d took %zu numbers for dropout", kind, used);
+    CHECK(kind == NORM_SWISH_DROPOUT ? used >= element_count(x) : used == 0,
+          "kind %d took %zu numbers for dropout", kind, used);
     free(keep);
     desk_free(desk);
 }
 
 static void test_normalise(void) {
-    CHECK(group_count(4) == 1 && group_count(20) == 5 && group_count(128) == 32 && group_count(256) == 32, "group counts");
+    CHECK(group_count(4) == 1 && group_count(20) == 5 && group_count(128) == 32 && group_count(256) == 32,
+          "group counts");
     CHECK(group_count(132) == 0 && group_count(3) == 0, "group counts that do not come out even");
     for (int kind = NORM_ONLY; kind <= NORM_SWISH_DROPOUT; kind++) {
         check_normalise(1, 1, 4, kind);
@@ -337,11 +374,13 @@ static void test_shapes(void) {
     Desk *desk = desk_new();
     Tensor *a = normal(desk, 3, 2, 4), *b = normal(desk, 3, 2, 7), *v = normal(desk, 1, 1, 5);
     const double factors[3] = {64, -0.5, 128};
-    const Tensor *joined = concatenate(a, b), *spread = spread_over(v, 3, 2), *scaled = outer_scale(a, factors, 3);
+    const Tensor *joined = concatenate(a, b), *spread = spread_over(v, 3, 2),
+                 *scaled = outer_scale(a, factors, 3);
     CHECK(has_shape(joined, 3, 2, 11) && has_shape(spread, 3, 2, 5) && has_shape(scaled, 3, 2, 12), "shapes");
     for (size_t i = 0; i < 6; i++) {
         for (size_t c = 0; c < 11; c++)
-            check_near(at(joined, 11 * i + c), c < 4 ? at(a, 4 * i + c) : at(b, 7 * i + c - 4), 0, "concatenate", 11 * i + c);
+            check_near(at(joined, 11 * i + c), c < 4 ? at(a, 4 * i + c) : at(b, 7 * i + c - 4), 0,
+                       "concatenate", 11 * i + c);
         for (size_t c = 0; c < 5; c++)
             check_near(at(spread, 5 * i + c), at(v, c), 0, "spread_over", 5 * i + c);
         for (size_t c = 0; c < 12; c++) {
@@ -355,8 +394,9 @@ static void test_shapes(void) {
     for (int i = 0; i < 2; i++)
         for (int j = 0; j < 3; j++)
             for (int c = 0; c < 3; c++)
-                check_near(pixel(pooled, i, j, c), fmax(fmax(pixel(x, 2 * i, 2 * j, c), pixel(x, 2 * i, 2 * j + 1, c)),
-                                                        fmax(pixel(x, 2 * i + 1, 2 * j, c), pixel(x, 2 * i + 1, 2 * j + 1, c))),
+                check_near(pixel(pooled, i, j, c),
+                           fmax(fmax(pixel(x, 2 * i, 2 * j, c), pixel(x, 2 * i, 2 * j + 1, c)),
+                                fmax(pixel(x, 2 * i + 1, 2 * j, c), pixel(x, 2 * i + 1, 2 * j + 1, c))),
                            0, "max_pool", (size_t)(3 * i + j) * 3 + c);
     const real equal[4] = {2, 2, 2, 2};   /* the first of equals gets the gradient */
     real gradient[4] = {0};
@@ -384,7 +424,8 @@ static void test_likelihood(void) {
             x->value[i] = (real)level(k[i]);
             uniform[i] = (i + 0.5) / COUNT;
         }
-        Tensor *u = add(x, affine(exp(log_variances[v] / 2), noise, 0)), *log_variance = number(&desk->graph, log_variances[v]);
+        Tensor *u = add(x, affine(exp(log_variances[v] / 2), noise, 0)),
+               *log_variance = number(&desk->graph, log_variances[v]);
         const double precision = exp(-log_variances[v]);
         level_choose(u, log_variance, NULL, likely);
         level_choose(u, log_variance, uniform, drawn);
@@ -398,14 +439,17 @@ static void test_likelihood(void) {
             for (int c = 0; c < 256; c++)
                 sum += exp(logit[c] - logit[k[i]]);
             want += log(sum);
-            CHECK(likely[i] == best, "level_choose: %d is likeliest at %g, not %d", best, at(u, (size_t)i), likely[i]);
+            CHECK(likely[i] == best, "level_choose: %d is likeliest at %g, not %d", best, at(u, (size_t)i),
+                  likely[i]);
             for (int c = 0; c < drawn[i]; c++)
                 below += exp(logit[c] - logit[k[i]]) / sum;
-            CHECK(below <= uniform[i] + 1e-9 && below + exp(logit[drawn[i]] - logit[k[i]]) / sum >= uniform[i] - 1e-9,
+            CHECK(below <= uniform[i] + 1e-9
+                      && below + exp(logit[drawn[i]] - logit[k[i]]) / sum >= uniform[i] - 1e-9,
                   "level_choose: %d is not what %g draws", drawn[i], uniform[i]);
         }
-        /* A logit is up to 1/2 at some distance from u, where rounding u moves it by EPS sqrt(precision) |u|. */
-        check_near(at(level_likelihood(u, log_variance, k), 0), want, COUNT * 4 * EPS * (sqrt(precision) + 8), "level_likelihood", 0);
+        /* A logit is about 1/2 at some distance from u, where rounding u moves it by EPS sqrt(precision). */
+        check_near(at(level_likelihood(u, log_variance, k), 0), want, COUNT * 4 * EPS * (sqrt(precision) + 8),
+                   "level_likelihood", 0);
         desk_free(desk);
     }
 }
@@ -415,12 +459,14 @@ static void test_likelihood(void) {
 static void test_tangents(void) {
     Desk *desk = desk_new();
     Tensor *a = normal(desk, 2, 2, 4), *a_dot = normal(desk, 2, 2, 4), *carrier = with_tangent(a, a_dot);
-    CHECK(carrier->tangent == a_dot && memcmp(carrier->value, a->value, 16 * sizeof(real)) == 0, "with_tangent");
+    CHECK(carrier->tangent == a_dot && memcmp(carrier->value, a->value, 16 * sizeof(real)) == 0,
+          "with_tangent");
     CHECK(with_tangent(carrier, NULL)->tangent == NULL, "with_tangent of NULL takes it off");
     CHECK(swish(a)->tangent == NULL && add(a, a_dot)->tangent == NULL, "no tangent comes of none");
     const Tensor *y = swish(mul(carrier, carrier));
     CHECK(y->tangent && !y->tangent->tangent, "a tangent has no tangent of its own");
-    CHECK(!mul(carrier, with_tangent(carrier, NULL))->tangent->needs_gradient, "constants need no gradient, nor their tangents");
+    CHECK(!mul(carrier, with_tangent(carrier, NULL))->tangent->needs_gradient,
+          "constants need no gradient, nor their tangents");
     desk_free(desk);
 }
 
@@ -430,9 +476,11 @@ static void test_backward(void) {
     real gradient[3] = {10, 20, 30};
     Tensor *p = parameter(&desk->graph, 1, 1, 3, values, NULL, gradient);
     backward(squared_norm(p), 0.5);
-    CHECK(gradient[0] == 11 && gradient[1] == 22 && gradient[2] == 33, "backward adds weight times the gradient");
+    CHECK(gradient[0] == 11 && gradient[1] == 22 && gradient[2] == 33,
+          "backward adds weight times the gradient");
     backward(total(p), 2);
-    CHECK(gradient[0] == 13 && gradient[1] == 24 && gradient[2] == 35, "a second backward in the same graph adds again");
+    CHECK(gradient[0] == 13 && gradient[1] == 24 && gradient[2] == 35,
+          "a second backward in the same graph adds again");
     backward(total(normal(desk, 1, 1, 3)), 1);   /* nothing to do, and no harm */
     Tensor *used_often = affine(1, p, 0), *sum = used_often;
     for (int i = 0; i < 99; i++)
@@ -451,13 +499,15 @@ static void test_memory(void) {
     for (int i = 0; i < LENGTH; i++)
         x = affine(1, x, 0.5);
     Tensor *result = total(x);
-    CHECK(desk->graph.bytes == ((size_t)LENGTH * COUNT + 1) * sizeof(real), "a graph knows how many bytes its values take");
+    CHECK(desk->graph.bytes == ((size_t)LENGTH * COUNT + 1) * sizeof(real),
+          "a graph knows how many bytes its values take");
     const ArenaMark before = arena_mark(desk->arena);
     backward(result, 1);
     const ArenaMark after = arena_mark(desk->arena);
     CHECK(before.block == after.block && after.used - before.used <= 4 * COUNT * sizeof(real),
           "the sweep of a chain takes the memory of a few gradients");
-    CHECK(gradient[0] == 1 && gradient[COUNT - 1] == 1, "the gradient of a long chain is %g", (double)gradient[0]);
+    CHECK(gradient[0] == 1 && gradient[COUNT - 1] == 1, "the gradient of a long chain is %g",
+          (double)gradient[0]);
     free(values);
     free(gradient);
     desk_free(desk);
@@ -467,10 +517,13 @@ static void test_shapes_only(void) {
     Desk *desk = desk_new();
     desk->graph.shapes_only = 1;
     graph_begin(&desk->graph, desk->arena);
-    Tensor *x = constant(&desk->graph, 1024, 1024, 64, NULL), *kernel = parameter(&desk->graph, 9, 64, 8, NULL, NULL, NULL);
+    Tensor *x = constant(&desk->graph, 1024, 1024, 64, NULL),
+           *kernel = parameter(&desk->graph, 9, 64, 8, NULL, NULL, NULL);
     Tensor *y = with_tangent(convolve(x, kernel, NULL, NULL), constant(&desk->graph, 1024, 1024, 8, NULL));
-    y = max_pool(normalise(y, constant(&desk->graph, 1, 1, 8, NULL), constant(&desk->graph, 1, 1, 8, NULL), NORM_SWISH));
-    CHECK(has_shape(y, 512, 512, 8) && y->value == NULL && has_shape(y->tangent, 512, 512, 8), "shapes without values");
+    y = max_pool(normalise(y, constant(&desk->graph, 1, 1, 8, NULL), constant(&desk->graph, 1, 1, 8, NULL),
+                           NORM_SWISH));
+    CHECK(has_shape(y, 512, 512, 8) && y->value == NULL && has_shape(y->tangent, 512, 512, 8),
+          "shapes without values");
     CHECK(arena_capacity(desk->arena) < 8 << 20, "shapes take no memory for values");
     desk_free(desk);
 }
@@ -486,7 +539,8 @@ static void test_clock(void) {
         named += operator_name(i) != NULL;
     }
     CHECK(spent > 0 && named > 15, "time is counted by operator: %g s, %d operators", spent, named);
-    CHECK(operator_name(-1) == NULL && operator_name(named) == NULL && operator_name(OPERATOR_COUNT) == NULL, "no more names");
+    CHECK(operator_name(-1) == NULL && operator_name(named) == NULL && operator_name(OPERATOR_COUNT) == NULL,
+          "no more names");
     desk_free(desk);
 }
 
@@ -496,10 +550,12 @@ static void test_derivatives(void) {
     for (int i = 0; i < operator_count(); i++) {
         const Subject s = operator_subject(i);
         const DerivativeErrors e = derivative_errors(&s, 200, 1000 + (uint64_t)i);
-        CHECK(e.gradient <= derivative_limit(), "%s (row %d): gradient off by %g", operator_title(i), i, e.gradient);
-        CHECK(e.tangent <= derivative_limit(), "%s (row %d): tangent off by %g", operator_title(i), i, e.tangent);
-        CHECK(e.through_tangent <= derivative_limit(), "%s (row %d): gradient through the tangent off by %g", operator_title(i),
-              i, e.through_tangent);
+        CHECK(e.gradient <= derivative_limit(), "%s (row %d): gradient off by %g", operator_title(i), i,
+              e.gradient);
+        CHECK(e.tangent <= derivative_limit(), "%s (row %d): tangent off by %g", operator_title(i), i,
+              e.tangent);
+        CHECK(e.through_tangent <= derivative_limit(), "%s (row %d): gradient through the tangent off by %g",
+              operator_title(i), i, e.through_tangent);
     }
 }
 

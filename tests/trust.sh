@@ -1,8 +1,8 @@
 #!/bin/sh
 # trust.sh - what takes too long for every day: the same bits from every build, valgrind, threads, many kills.
 #
-# Run from the top of the source tree; a quarter of an hour on two cores. Each step prints one line, ok or FAILED (then with
-# the end of what it said); the last line is the sum. What the machine has no tool for is skipped, and said.
+# Three minutes on two cores. Each step prints one line, ok or FAILED (then with the end of what it said); the last
+# line is the sum. What the machine has no tool for is skipped, and said.
 
 cd "$(dirname "$0")/.." || exit 1
 work=$(mktemp -d) || exit 1
