@@ -38,8 +38,8 @@ Tensor *scale_pixels(const Method *m, const unsigned char *k) {
                       1.0 / 256 - 1);
 }
 
-/* gamma(t) = b + |w| t; b = gamma_min, |w| = gamma_max - gamma_min when the schedule is fixed. [VDM eq. 3;
- * DiffEnc 2.1] */
+/* gamma(t) = b + |w| t; b = gamma_min, |w| = gamma_max - gamma_min when the schedule is fixed. [VDM,
+ * noise schedule] */
 Tensor *gamma_at(const Method *m, double t) {
     return add(m->gamma_min, affine(t, m->gamma_range, 0));
 }
@@ -65,7 +65,7 @@ Tensor *time_by_lambda(const Method *m) {
 
 /* VDM          x_t = x
  * DiffEnc-nt   x_t = alpha_t^2 x
- * DiffEnc      x_t = alpha_t^2 x + sigma_t^2 y(x, lambda_t)     [DiffEnc eq. 18]
+ * DiffEnc      x_t = alpha_t^2 x + sigma_t^2 y(x, lambda_t)     [DiffEnc, parameterization of the encoder]
  *
  * For dy/dlambda, the time enters the encoder with its derivative by lambda, and y comes out with it. */
 Encoded encode(const Method *m, Tensor *x, double t, int with_derivative) {
@@ -84,7 +84,7 @@ Encoded encode(const Method *m, Tensor *x, double t, int with_derivative) {
 }
 
 /* dx_t/dlambda = sigma_t^2 (x_t - y + dy/dlambda), for which the generative model has sigma_t^2 x^; y = 0
- * for nt, and VDM's x does not move.  [DiffEnc eq. 17] */
+ * for nt, and VDM's x does not move. [DiffEnc, same] */
 Tensor *exact_counterterm(const Method *m, Encoded e, Tensor *gamma_t) {
     if (m->config->kind == VDM)
         return affine(0, e.x_t, 0);
@@ -94,7 +94,7 @@ Tensor *exact_counterterm(const Method *m, Encoded e, Tensor *gamma_t) {
 
 /* ---- forward process ---- */
 
-/* z_t = alpha_t x_t + sigma_t eps, a draw from q(z_t | x) = N(alpha_t x_t, sigma_t^2 I).  [DiffEnc eq. 3] */
+/* z_t = alpha_t x_t + sigma_t eps, a draw from q(z_t | x) = N(alpha_t x_t, sigma_t^2 I). */
 Tensor *diffuse(Tensor *x_t, Tensor *gamma_t, Tensor *eps) {
     return add(mul(alpha_of(gamma_t), x_t), mul(sigma_of(gamma_t), eps));
 }
@@ -136,7 +136,7 @@ static Tensor *drift_gap(const Method *m, Encoded e, Predicted p) {
     return m->config->kind == DIFFENC ? add(gap, sub(e.y, e.y_dot)) : gap;
 }
 
-/* v:    r = v_t - v^   + sigma_t gap                             [DiffEnc eq. 23; VDM without the gap]
+/* v:    r = v_t - v^   + sigma_t gap                             [DiffEnc, v-parameterization; VDM: no gap]
  * eps:  r = eps - eps^ + alpha_t sigma_t gap
  * x:    r = x^ - x_t   + sigma_t^2 gap */
 Tensor *continuous_residual(const Method *m, Encoded e, Predicted p, Tensor *gamma_t, Tensor *eps) {
@@ -157,8 +157,8 @@ Tensor *continuous_residual(const Method *m, Encoded e, Predicted p, Tensor *gam
     return m->config->kind == VDM ? r : add(r, mul(gap_factor, drift_gap(m, e, p)));
 }
 
-/* L_inf at one t: 1/2 gamma'(t) weight ||r||^2, weight = alpha_t^2 (v), 1 (eps), SNR (x).  [DiffEnc eq.
- * 13, 22] */
+/* L_inf at one t: 1/2 gamma'(t) weight ||r||^2, weight = alpha_t^2 (v), 1 (eps), SNR (x). [DiffEnc,
+ * infinite depth; VDM, continuous-time model] */
 Tensor *continuous_loss(const Method *m, Tensor *r, Tensor *gamma_t) {
     Tensor *loss = affine(0.5, mul(m->gamma_range, squared_norm(r)), 0);
     switch (m->config->prediction) {
@@ -177,20 +177,20 @@ static Tensor *noise_share(const Method *m, double s, double t) {
     return affine(-1, exponential_minus_1(gamma_difference(m, s, t)), 0);
 }
 
-/* sigma_Q^2 = sigma_s^2 rho, the variance of q(z_s | z_t, x).  [VDM eq. 25] */
+/* sigma_Q^2 = sigma_s^2 rho, the variance of q(z_s | z_t, x). [VDM, appendix A] */
 static Tensor *posterior_variance(const Method *m, double s, double t) {
     return mul(sigma_squared(gamma_at(m, s)), noise_share(m, s, t));
 }
 
-/* (lambda_s - lambda_t) sigma_t^2: the generative model's stand-in for the encoder's change is this times x^.
- * [DiffEnc eq. 19] */
+/* (lambda_s - lambda_t) sigma_t^2: the generative model's stand-in for the encoder's change is this
+ * times x^. [DiffEnc, parameterization of the generative model] */
 static Tensor *counterterm_factor(const Method *m, double s, double t) {
     return mul(affine(-1, gamma_difference(m, s, t), 0), sigma_squared(gamma_at(m, t)));
 }
 
 /* ||mu_P - mu_Q||^2 / sigma_Q^2, where z_t cancels:
  *     mu_P - mu_Q = alpha_s [rho (x^ - x_t) + (lambda_s - lambda_t) sigma_t^2 x^ - (x_s - x_t)]
- * (VDM: the first term only).  [DiffEnc eq. 8 and 20] */
+ * (VDM: the first term only). [DiffEnc, finite depth] */
 Tensor *step_distance(const Method *m, Encoded at_s, Encoded at_t, Predicted p, double s, double t) {
     Tensor *difference = mul(noise_share(m, s, t), sub(p.x_hat, at_t.x_t));
     if (m->config->kind != VDM) {
@@ -217,7 +217,7 @@ Tensor *step_kl(const Method *m, Tensor *distance, double w) {
 /* ---- the other two terms ---- */
 
 /* -log p(k | z_0): per value a softmax over the 256 levels c of -(z_0/alpha_0 - x(c))^2 / (2
- * exp(gamma_0)), with z_0/alpha_0 = x_0 + exp(gamma_0/2) eps_0.  [VDM eq. 29] */
+ * exp(gamma_0)), with z_0/alpha_0 = x_0 + exp(gamma_0/2) eps_0. */
 Tensor *reconstruction_loss(const Method *m, const unsigned char *k, Tensor *x_0, Tensor *eps_0) {
     Tensor *gamma_0 = gamma_at(m, 0);
     Tensor *z_over_alpha = add(x_0, mul(exponential(affine(0.5, gamma_0, 0)), eps_0));
@@ -234,7 +234,8 @@ Tensor *latent_loss(const Method *m, Tensor *x_1) {
 
 /* ---- the objective ---- */
 
-/* -log p(x) <= recon + latent + diffusion, estimated at one t and one eps.  [DiffEnc eq. 6] */
+/* -log p(x) <= recon + latent + diffusion, estimated at one t and one eps. [VDM,
+ * variational lower bound] */
 LossTerms objective(const Method *m, Example e) {
     const Config *c = m->config;
     const int h = c->height, w = c->width, channels = c->image_channels;
@@ -265,7 +266,8 @@ Tensor *bits_per_dimension(const Method *m, LossTerms terms) {
     return affine(1 / (dimension(m) * log(2)), sum, 0);
 }
 
-/* t_i = (u + i/B) mod 1; with finite T rounded up to the next multiple of 1/T.  [VDM, appendix I.1] */
+/* t_i = (u + i/B) mod 1; with finite T rounded up to the next multiple of 1/T. [VDM,
+ * low-discrepancy sampler] */
 double example_time(double u, int example, int batch, int timesteps) {
     const double t = fmod(u + (double)example / batch, 1);
     if (timesteps == 0)
@@ -276,8 +278,8 @@ double example_time(double u, int example, int batch, int timesteps) {
 
 /* ---- sampling ---- */
 
-/* mu_P = alpha_ts (sigma_s^2/sigma_t^2) z_t + alpha_s rho x^                          [VDM eq. 32]
- *        + alpha_s (lambda_s - lambda_t) sigma_t^2 x^   for DiffEnc, nt and trained   [DiffEnc eq. 19] */
+/* mu_P = alpha_ts (sigma_s^2/sigma_t^2) z_t + alpha_s rho x^                          [VDM]
+ *        + alpha_s (lambda_s - lambda_t) sigma_t^2 x^   for DiffEnc, nt and trained   [DiffEnc] */
 Tensor *generative_mean(const Method *m, Tensor *z_t, Tensor *x_hat, double s, double t) {
     Tensor *gamma_s = gamma_at(m, s), *gamma_t = gamma_at(m, t), *alpha_s = alpha_of(gamma_s);
     Tensor *alpha_ts = mul(alpha_of(gamma_t), reciprocal(alpha_s));

@@ -484,7 +484,7 @@ void network_begin(Network *network);
 
 /* The score network's output for z [h, w, c] at t; v, eps or x as the prediction says. The networks see
  * the normalised time (gamma - gamma_min)/(gamma_max - gamma_min), which for gamma(t) linear in t is t
- * itself, whatever its end points. [DiffEnc, appendix on architectures; VDM, appendix B] */
+ * itself, whatever its end points. */
 Tensor *score_network(Network *network, Tensor *z, double t);
 
 /* y(x, lambda) in (-1, 1), [h, w, c]. With t_dot, the derivative of the normalised time by lambda (a
@@ -563,7 +563,7 @@ typedef struct {
 
 Method method_begin(Network *network);
 
-/* ---- pixels and schedule  [VDM 3.2; DiffEnc 2] ---- */
+/* ---- pixels and schedule  [VDM, noise schedule] ---- */
 
 Tensor *scale_pixels(const Method *m, const unsigned char *k);   /* x = 2 (k + 1/2)/256 - 1 */
 Tensor *gamma_at(const Method *m, double t);                     /* gamma = -lambda = -log SNR */
@@ -574,7 +574,7 @@ Tensor *sigma_of(Tensor *gamma);
 Tensor *snr_of(Tensor *gamma);
 Tensor *time_by_lambda(const Method *m);                         /* d normalised time / d lambda */
 
-/* ---- the encoder  [DiffEnc 3 and 4] ---- */
+/* ---- the encoder  [DiffEnc, parameterization of the encoder and generative model] ---- */
 
 typedef struct {
     Tensor *x_t;
@@ -631,7 +631,8 @@ LossTerms objective(const Method *m, Example example);
 Tensor *bits_per_dimension(const Method *m, LossTerms terms);
 
 /* t_i of example i of B from the one uniform u of a step: VDM's low-discrepancy times, rounded up to the
- * next multiple of 1/T if T is finite (timesteps > 0).  [VDM, appendix I.1] */
+ * next multiple of 1/T if T is finite (timesteps > 0). [VDM, low-discrepancy
+ * sampler] */
 double example_time(double u, int example, int batch, int timesteps);
 
 /* ---- sampling ---- */

@@ -290,7 +290,8 @@ static Tensor *middle(Network *n, Tensor *h, Tensor *time) {
     return res_block(n, "mid", 1, h, time, h->channels);
 }
 
-/* [z | sin(2^f 2 pi z) | cos(2^f 2 pi z)], f = 6, 7: [h, w, c] -> [h, w, 5c].  [VDM, appendix C] */
+/* [z | sin(2^f 2 pi z) | cos(2^f 2 pi z)], f = 6, 7: [h, w, c] -> [h, w, 5c]. [VDM,
+ * Fourier features] */
 static Tensor *fourier_features(Tensor *z) {
     const double frequency[2] = {64, 128};
     Tensor *cycles = outer_scale(z, frequency, 2);
