@@ -541,8 +541,8 @@ static void test_noise(void) {
     double first[3] = {0}, second[3] = {0}, both[3] = {0};
     succeed("mkdir $W/one");
     write_idx("one/train-images-idx3-ubyte", 0x803, 1, 12, 8, 12 * 8);
-    succeed("for n in 1 2; do $D train $TINY --data $W/one --timesteps 1 --dropout 0 --lr 0 --batch $n --steps 2"
-            " --out $W/of$n || exit 1; done");
+    succeed("for n in 1 2; do $D train $TINY --data $W/one --timesteps 1 --dropout 0 --lr 0 --batch $n"
+            " --steps 2 --out $W/of$n || exit 1; done");
     logged("of1", 1, first);
     logged("of1", 2, second);
     logged("of2", 1, both);
