@@ -62,7 +62,7 @@ static int exit_status(int status) {
 }
 
 /* Begin a shell command with its output in $W/NAME.out and $W/NAME.error. The shell becomes the program where
- * the command says exec, so that a signal reaches it. Nothing here may take two minutes: an alarm ends what
+ * the command says exec, so that a signal reaches it. Nothing here may take ten minutes: an alarm ends what
  * hangs. */
 static pid_t begin(const char *command, const char *name) {
     fflush(stdout);
@@ -70,7 +70,7 @@ static pid_t begin(const char *command, const char *name) {
     if (child == 0) {
         char line[TEXT];
         snprintf(line, sizeof line, "exec >$W/%s.out 2>$W/%s.error </dev/null\n%s", name, name, command);
-        alarm(120);
+        alarm(600);
         execl("/bin/sh", "sh", "-c", line, (char *)NULL);
         _exit(127);
     }
