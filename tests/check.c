@@ -447,9 +447,9 @@ static void prove_moments(Report *r, int variant, uint64_t seed) {
         Tensor *x_t = encode(&m, scale_pixels(&m, lab.k), t, 0).x_t;
         const Tensor *z = diffuse(x_t, gamma_at(&m, t), normal_image(&m, seed, (uint32_t)draw));
         double before = 0;
-        for (int i = 0; i < pixels(&m); i++, n++) {
+        for (int i = 0; i < pixels(&m); i++) {
             const double u = ((double)z->value[i] - at.alpha * (double)x_t->value[i]) / at.sigma;
-            sum += u, squares += u * u - 1, products += u * before;
+            sum += u, squares += u * u - 1, products += u * before, n += 1;
             before = u;
         }
     }

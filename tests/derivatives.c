@@ -180,7 +180,7 @@ static void add_segment(Probe *p, size_t count, double scale, int is_tangent, in
 static void add_segments(Probe *p) {
     const Subject *s = p->subject;
     const int parameters = p->network ? p->network->model->parameter_count : 0;
-    p->segment = allocate((size_t)(2 * MAX_LEAVES + parameters), sizeof *p->segment);
+    p->segment = allocate(2 * MAX_LEAVES + (size_t)parameters, sizeof *p->segment);
     for (; p->leaves < MAX_LEAVES && s->leaf[p->leaves][HEIGHT] > 0; p->leaves++)
         add_segment(p, leaf_size(s->leaf[p->leaves]), s->leaf[p->leaves][SCALE], 0,
                     s->leaf[p->leaves][TANGENT] > 1);

@@ -2,7 +2,7 @@
 # mutants.sh - prove that the proofs can fail. A copy of the sources gets one deliberate fault after the other,
 # each of a kind that is easily made and hard to see in a loss curve; `diffenc check`, or else a test, must turn red.
 #
-#   sh tests/mutants.sh            all of them, two minutes on two cores
+#   sh tests/mutants.sh            all of them, a few minutes on two cores
 #   sh tests/mutants.sh WORD       those whose description contains WORD
 #
 # A fault is the replacement of a piece of text that occurs exactly once in its file. If it does not, the source

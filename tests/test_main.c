@@ -67,6 +67,10 @@ static int exit_status(int status) {
 static pid_t begin(const char *command, const char *name) {
     fflush(stdout);
     const pid_t child = fork();
+    if (child < 0) {   /* and -1 must never reach kill(), which would take it for everybody */
+        perror("fork");
+        exit(1);
+    }
     if (child == 0) {
         char line[TEXT];
         snprintf(line, sizeof line, "exec >$W/%s.out 2>$W/%s.error </dev/null\n%s", name, name, command);
