@@ -429,30 +429,32 @@ static void bias_backward(Tensor *bias, const Tensor *y) {
 
 static void convolve_forward(Tensor *y) {
     const Tensor *x = y->input[0], *kernel = y->input[1];
+    const int h = x->height, w = x->width, in = x->channels, out = y->channels;
     const real *bias = y->input[2] ? y->input[2]->value : NULL,
                *start = y->input[3] ? y->input[3]->value : NULL;
-    if (kernel->height == 9)
-        convolve3x3(x->height, x->width, x->channels, y->channels, x->value, kernel->value, bias, start,
-                    y->value, y->graph->arena);
+    Arena *scratch = y->graph->arena;
+    if (kernel->height != 9)
+        matrix_product(h * w, in, out, x->value, kernel->value, bias, start, y->value, scratch);
+    else if (y->graph->plain_sums)
+        convolve3x3(h, w, in, out, x->value, kernel->value, bias, start, y->value, scratch);
     else
-        matrix_product(positions(x), x->channels, y->channels, x->value, kernel->value, bias, start, y->value,
-                       y->graph->arena);
+        convolve3x3_fast(h, w, in, out, x->value, kernel->value, bias, start, y->value, scratch);
 }
 
 static void convolve_backward(Tensor *y) {
     Tensor *x = y->input[0], *kernel = y->input[1], *residual = y->input[3];
-    const int in = x->channels, out = y->channels;
+    const int h = x->height, w = x->width, in = x->channels, out = y->channels;
     Arena *scratch = y->graph->arena;
     const real *start;
     real *dx = gradient_to_write(x, &start), *dkernel = gradient_to_add(kernel);
     if (dx && kernel->height == 9)
-        convolve3x3(x->height, x->width, out, in, y->gradient, flipped(kernel), NULL, start, dx, scratch);
+        convolve3x3_fast(h, w, out, in, y->gradient, flipped(kernel), NULL, start, dx, scratch);
     else if (dx)
-        matrix_product(positions(x), out, in, y->gradient, flipped(kernel), NULL, start, dx, scratch);
+        matrix_product(h * w, out, in, y->gradient, flipped(kernel), NULL, start, dx, scratch);
     if (dkernel && kernel->height == 9)
-        convolve3x3_by_kernel(x->height, x->width, in, out, x->value, y->gradient, dkernel, scratch);
+        convolve3x3_by_kernel_fast(h, w, in, out, x->value, y->gradient, dkernel, scratch);
     else if (dkernel)
-        matrix_product_transposed(positions(x), in, out, x->value, y->gradient, dkernel, scratch);
+        matrix_product_transposed(h * w, in, out, x->value, y->gradient, dkernel, scratch);
     bias_backward(y->input[2], y);
     if (residual)
         add_gradient(residual, y->gradient, element_count(y), 1);

@@ -92,17 +92,13 @@ int unet_levels(int blocks, int height) {
     return blocks;
 }
 
-static int unet_blocks_per_level(int blocks, int height) {
-    return blocks / unet_levels(blocks, height);
-}
-
 /* `what` has n channels at its first level; every group normalisation in it must come out even. */
 static int check_channels(const char *option, int channels, int levels, Error *error) {
     if (channels < 4 || channels > MAX_CHANNELS || channels % 4)
         return fail(error, "%s %d: must be a multiple of 4 from 4 to %d", option, channels, MAX_CHANNELS);
     for (int level = 0; level < levels; level++) {
         const int64_t width = (int64_t)channels << level;
-        if (2 * width > 2 * MAX_CHANNELS)
+        if (width > MAX_CHANNELS)
             return fail(error, "%s %d: level %d of the U-Net would have %lld channels, %d are the most",
                         option, channels, level, (long long)width, MAX_CHANNELS);
         if (!group_count((int)width) || !group_count((int)(2 * width)))
@@ -315,7 +311,7 @@ static Tensor *flat_body(Network *n, Tensor *h, Tensor *time, int blocks) {
 /* Down and up through levels of halved resolution and doubled channels. */
 static Tensor *unet_body(Network *n, Tensor *h, Tensor *time, int blocks) {
     const int channels = h->channels, levels = unet_levels(blocks, h->height);
-    const int per_level = unet_blocks_per_level(blocks, h->height);
+    const int per_level = blocks / levels;
     Tensor *kept[MAX_BLOCKS];
     for (int level = 0; level < levels; level++) {
         const size_t scope = scope_enter(n, "down", level);
@@ -327,7 +323,8 @@ static Tensor *unet_body(Network *n, Tensor *h, Tensor *time, int blocks) {
         h = max_pool(h);
     }
     h = middle(n, h, time);
-    for (int step = 0, level = levels - 1; level >= 0; step++, level--) {
+    for (int step = 0; step < levels; step++) {
+        const int level = levels - 1 - step;
         const size_t scope = scope_enter(n, "up", step);
         Tensor *kernel = take(n, "upsample.kernel", 4, 4, h->channels, channels << level, INIT_LECUN);
         Tensor *bias = take(n, "upsample.bias", 1, 1, 1, channels << level, INIT_ZERO);
@@ -364,8 +361,12 @@ Tensor *encoder_network(Network *n, Tensor *x, double t, Tensor *t_dot) {
     /* The same dropout mask at every time of an example: otherwise x_s - x_t would be the difference of
      * two masks, which does not shrink with s - t, and T KL_T would grow with T instead of going to L_inf. */
     n->graph.dropout_position = 0;
-    return hyperbolic_tangent(
+    /* y reaches the score network through sin(2 pi 128 z), which magnifies its rounding 800 times. */
+    n->graph.plain_sums = 1;
+    Tensor *y = hyperbolic_tangent(
         image_network(n, NET_UNET, c->encoder_blocks, c->encoder_channels, x, t, t_dot, x->channels, NULL));
+    n->graph.plain_sums = 0;
+    return y;
 }
 
 void schedule_parameters(Network *n, Tensor **b, Tensor **w) {

@@ -280,13 +280,17 @@ enum { LANES = 32 / sizeof(real), BLOCK_ROWS = 6 };
 enum { LANES = 16 / sizeof(real), BLOCK_ROWS = 6 };
 #endif
 
-/* One block: R rows x N columns, of which `width` are stored. R and N are constants where this is called;
- * it must be inlined there, so that each pair gets a copy of the loops with the sums in registers, and gcc
- * wants to be told. a, b, c, start and bias point to the block's own first element. */
+/* A function whose loops are fast only with the constants of its call: gcc wants to be told to inline it. */
 #ifdef __GNUC__
-__attribute__((always_inline))
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
 #endif
-static inline void block_product(const int R, const int N, int width, const Product *p, const real *a,
+
+/* One block: R rows x N columns, of which `width` are stored. R and N are constants where this is called;
+ * it must be inlined there, so that each pair gets a copy of the loops with the sums in registers. a, b, c,
+ * start and bias point to the block's own first element. */
+INLINE void block_product(const int R, const int N, int width, const Product *p, const real *a,
                                  const real *b, ptrdiff_t b_segment, ptrdiff_t b_row, const real *bias,
                                  const real *start, real *c) {
     real sum[BLOCK_ROWS][2 * LANES];
@@ -398,20 +402,25 @@ void transpose(const real *a, int rows, int columns, real *out) {
 
 /* ---- convolution ---- */
 
-/* x [h, w, c] within a border of zeros, one wide: [h+2, w+2, c]. Then the 3 x c inputs under one line of a
- * kernel, at every position, are one contiguous run. */
-static real *with_border(int h, int w, int c, const real *x, Arena *scratch) {
-    const size_t line = (size_t)w * c, padded_line = line + 2 * (size_t)c;
-    real *padded = arena_allocate(scratch, (h + 2) * padded_line, sizeof(real));
-    memset(padded, 0, padded_line * sizeof(real));
-    memset(padded + (h + 1) * padded_line, 0, padded_line * sizeof(real));
-    for (int y = 0; y < h; y++) {
-        real *to = padded + (y + 1) * padded_line;
-        memset(to, 0, c * sizeof(real));
-        memcpy(to + c, x + y * line, line * sizeof(real));
-        memset(to + c + line, 0, c * sizeof(real));
+/* x [h, w, c] in an image [rows, columns, c] of zeros, `border` from its upper left corner. */
+static real *in_zeros(int h, int w, int c, const real *x, int border, int rows, int columns, Arena *scratch) {
+    const size_t line = (size_t)columns * c, left = (size_t)border * c, filled = (size_t)w * c;
+    real *image = arena_allocate(scratch, rows * line, sizeof(real));
+    memset(image, 0, border * line * sizeof(real));
+    for (int i = 0; i < h; i++) {
+        real *to = image + (i + border) * line;
+        memset(to, 0, left * sizeof(real));
+        memcpy(to + left, x + i * filled, filled * sizeof(real));
+        memset(to + left + filled, 0, (line - left - filled) * sizeof(real));
     }
-    return padded;
+    memset(image + (h + border) * line, 0, (rows - h - border) * line * sizeof(real));
+    return image;
+}
+
+/* With a border one wide, the 3 x c inputs under one line of a kernel are one contiguous run at every
+ * position. */
+static real *with_border(int h, int w, int c, const real *x, Arena *scratch) {
+    return in_zeros(h, w, c, x, 1, h + 2, w + 2, scratch);
 }
 
 void convolve3x3(int h, int w, int in, int out, const real *x, const real *kernel, const real *bias,
@@ -448,6 +457,274 @@ void convolve3x3_by_kernel(int h, int w, int in, int out, const real *x, const r
     arena_release(scratch, mark);
 }
 
+/* ---- convolution by minimal filtering ---- */
+
+/* A tile of 4x4 outputs depends on 6x6 inputs. Winograd's minimal filtering F(4x4, 3x3) [Lavin and Gray,
+ * "Fast algorithms for convolutional neural networks", 2016] computes it with 36 multiplications a pair of
+ * channels instead of 144:
+ *
+ *     y = A^T [ sum over input channels of (G k G^T) o (B^T x B) ] A          o: element by element
+ *
+ *           4  0 -5  0  1  0             1/4    0     0
+ *           0 -4 -4  1  1  0            -1/6  -1/6  -1/6            1  1  1  1  1  0
+ *     B^T = 0  4 -4 -1  1  0        G = -1/6   1/6  -1/6      A^T = 0  1 -1  2 -2  0
+ *           0 -2 -1  2  1  0            1/24  1/12   1/6            0  1  1  4  4  0
+ *           0  2 -1 -2  1  0            1/24 -1/12   1/6            0  1 -1  8 -8  1
+ *           0  4  0 -5  0  1              0     0     1
+ *
+ * The sum over channels, for many tiles at once, is a matrix product of its own for each of the 36 places.
+ * The map is linear in the kernel; its transpose is the gradient, where the sum runs over the tiles:
+ *
+ *     dk = G^T [ sum over tiles of (B^T x B)^T o (A dy A^T) ] G */
+enum { TILE = 4, REACH = TILE + 2, PLACES = REACH * REACH };
+static const real SIXTH = (real)(1.0 / 6);
+
+/* One of these matrices times a line of numbers, `step` apart, for N channels at once. */
+typedef void LineTransform(int N, const real *from, ptrdiff_t step, real *to, ptrdiff_t to_step);
+
+static inline void transform_input(int N, const real *x, ptrdiff_t step, real *to, ptrdiff_t to_step) {
+#pragma omp simd
+    for (int n = 0; n < N; n++) {   /* B^T */
+        const real x0 = x[n], x1 = x[step + n], x2 = x[2 * step + n], x3 = x[3 * step + n],
+                   x4 = x[4 * step + n], x5 = x[5 * step + n];
+        const real even = x4 - 4 * x2, odd = x3 - 4 * x1, even2 = x4 - x2, odd2 = 2 * (x3 - x1);
+        to[n] = 4 * x0 - 5 * x2 + x4;
+        to[to_step + n] = even + odd;
+        to[2 * to_step + n] = even - odd;
+        to[3 * to_step + n] = even2 + odd2;
+        to[4 * to_step + n] = even2 - odd2;
+        to[5 * to_step + n] = 4 * x1 - 5 * x3 + x5;
+    }
+}
+
+static inline void transform_kernel(int N, const real *k, ptrdiff_t step, real *to, ptrdiff_t to_step) {
+#pragma omp simd
+    for (int n = 0; n < N; n++) {   /* G */
+        const real k0 = k[n], k1 = k[step + n], k2 = k[2 * step + n];
+        const real even = SIXTH * (k0 + k2), odd = SIXTH * k1, even2 = SIXTH * (k0 / 4 + k2),
+                   odd2 = SIXTH / 2 * k1;
+        to[n] = k0 / 4;
+        to[to_step + n] = -even - odd;
+        to[2 * to_step + n] = odd - even;
+        to[3 * to_step + n] = even2 + odd2;
+        to[4 * to_step + n] = even2 - odd2;
+        to[5 * to_step + n] = k2;
+    }
+}
+
+static inline void transform_output(int N, const real *m, ptrdiff_t step, real *to, ptrdiff_t to_step) {
+#pragma omp simd
+    for (int n = 0; n < N; n++) {   /* A^T */
+        const real m0 = m[n], m1 = m[step + n], m2 = m[2 * step + n], m3 = m[3 * step + n],
+                   m4 = m[4 * step + n], m5 = m[5 * step + n];
+        const real even = m1 + m2, odd = m1 - m2, even2 = m3 + m4, odd2 = m3 - m4;
+        to[n] = m0 + even + even2;
+        to[to_step + n] = odd + 2 * odd2;
+        to[2 * to_step + n] = even + 4 * even2;
+        to[3 * to_step + n] = odd + 8 * odd2 + m5;
+    }
+}
+
+static inline void transpose_output(int N, const real *y, ptrdiff_t step, real *to, ptrdiff_t to_step) {
+#pragma omp simd
+    for (int n = 0; n < N; n++) {   /* A */
+        const real y0 = y[n], y1 = y[step + n], y2 = y[2 * step + n], y3 = y[3 * step + n];
+        const real even = y0 + y2, odd = y1 + y3, even2 = y0 + 4 * y2, odd2 = 2 * y1 + 8 * y3;
+        to[n] = y0;
+        to[to_step + n] = even + odd;
+        to[2 * to_step + n] = even - odd;
+        to[3 * to_step + n] = even2 + odd2;
+        to[4 * to_step + n] = even2 - odd2;
+        to[5 * to_step + n] = y3;
+    }
+}
+
+static inline void transpose_kernel(int N, const real *u, ptrdiff_t step, real *to, ptrdiff_t to_step) {
+#pragma omp simd
+    for (int n = 0; n < N; n++) {   /* G^T */
+        const real u0 = u[n], u1 = u[step + n], u2 = u[2 * step + n], u3 = u[3 * step + n],
+                   u4 = u[4 * step + n], u5 = u[5 * step + n];
+        const real even = SIXTH * (u1 + u2), odd = SIXTH * (u2 - u1), even2 = SIXTH * (u3 + u4),
+                   odd2 = SIXTH / 2 * (u3 - u4);
+        to[n] = u0 / 4 - even + even2 / 4;
+        to[to_step + n] = odd + odd2;
+        to[2 * to_step + n] = even2 - even + u5;
+    }
+}
+
+/* A square of from_size numbers a side becomes one of to_size: the transform down its columns, then along
+ * its lines. N channels; y and x are the distances in each direction. */
+INLINE void transform_square(LineTransform transform, const int from_size, const int to_size, const int N,
+                             const real *from, ptrdiff_t from_y, ptrdiff_t from_x, real *to, ptrdiff_t to_y,
+                             ptrdiff_t to_x) {
+    real half[REACH][REACH][LANES];
+    for (int x = 0; x < from_size; x++)
+        transform(N, from + x * from_x, from_y, half[0][x], REACH * LANES);
+    for (int y = 0; y < to_size; y++)
+        transform(N, half[y][0], LANES, to + y * to_y, to_x);
+}
+
+/* The tiles of an image are taken some lines at a time, about TILES_AT_ONCE of them, so that what is made of
+ * them stays in the core's cache. Each of the 36 places of the transformed tiles is a plane
+ * [tiles, channels] of its own. */
+enum { TILES_AT_ONCE = 32 };
+
+typedef struct {
+    int lines, columns, lines_at_once;   /* of tiles */
+    ptrdiff_t tiles;                     /* at once */
+} Tiling;
+
+static Tiling tiling(int h, int w) {
+    Tiling t = {.lines = (h + TILE - 1) / TILE, .columns = (w + TILE - 1) / TILE};
+    t.lines_at_once = 1 + (TILES_AT_ONCE - 1) / t.columns;
+    t.lines_at_once = t.lines_at_once < t.lines ? t.lines_at_once : t.lines;
+    t.tiles = (ptrdiff_t)t.lines_at_once * t.columns;
+    return t;
+}
+
+/* Planes are one vector further apart than they are large: else all of them would meet in the same lines of
+ * the cache. */
+static ptrdiff_t plane(ptrdiff_t size) {
+    return size + LANES;
+}
+
+/* Some lines of tiles into planes: B^T x B of `size` 6 from an image with its border, where tiles overlap by
+ * two, and A dy A^T of `size` 4. The image is [.., width, channels], from the first tile's corner on. */
+INLINE void transform_tiles(LineTransform transform, const int size, const Tiling *t, int lines, int channels,
+                            int width, const real *image, real *planes) {
+    const ptrdiff_t apart = plane(t->tiles * channels), line = (ptrdiff_t)width * channels;
+    for (int i = 0; i < lines; i++)
+        for (int j = 0; j < t->columns; j++) {
+            const real *from = image + (ptrdiff_t)i * TILE * line + (ptrdiff_t)j * TILE * channels;
+            real *to = planes + ((ptrdiff_t)i * t->columns + j) * channels;
+            int c = 0;
+            for (; c + LANES <= channels; c += LANES)
+                transform_square(transform, size, REACH, LANES, from + c, line, channels, to + c,
+                                 REACH * apart, apart);
+            if (c < channels)
+                transform_square(transform, size, REACH, channels - c, from + c, line, channels, to + c,
+                                 REACH * apart, apart);
+        }
+}
+
+/* G k G^T of all pairs of channels, `size` of them, into planes; and its transpose, dk += G^T u G. */
+static void transform_kernels(ptrdiff_t size, const real *kernel, real *planes) {
+    const ptrdiff_t apart = plane(size);
+    ptrdiff_t c = 0;
+    for (; c + LANES <= size; c += LANES)
+        transform_square(transform_kernel, 3, REACH, LANES, kernel + c, 3 * size, size, planes + c,
+                         REACH * apart, apart);
+    if (c < size)
+        transform_square(transform_kernel, 3, REACH, (int)(size - c), kernel + c, 3 * size, size, planes + c,
+                         REACH * apart, apart);
+}
+
+static void add_kernels(ptrdiff_t size, const real *planes, real *dkernel) {
+    const ptrdiff_t apart = plane(size);
+    for (ptrdiff_t c = 0; c < size; c += LANES) {
+        const int N = size - c < LANES ? (int)(size - c) : LANES;
+        real made[9][LANES];
+        transform_square(transpose_kernel, REACH, 3, N, planes + c, REACH * apart, apart, made[0], 3 * LANES,
+                         LANES);
+        for (int tap = 0; tap < 9; tap++)
+            for (int n = 0; n < N; n++)
+                dkernel[tap * size + c + n] += made[tap][n];
+    }
+}
+
+/* N channels of one tile of outputs, of which rows x columns lie in the image: y = A^T m A + bias + start. */
+INLINE void write_tile(const int N, const real *m, ptrdiff_t apart, int rows, int columns, ptrdiff_t line,
+                       ptrdiff_t step, const real *bias, const real *start, real *y) {
+    real tile[TILE][TILE][LANES];
+    transform_square(transform_output, REACH, TILE, N, m, REACH * apart, apart, tile[0][0], TILE * LANES,
+                     LANES);
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < columns; j++) {
+            const ptrdiff_t at = i * line + j * step;
+#pragma omp simd
+            for (int n = 0; n < N; n++)
+                y[at + n] = tile[i][j][n] + (bias ? bias[n] : 0) + (start ? start[at + n] : 0);
+        }
+}
+
+/* Below these sizes the transforms cost more than they save. */
+static int filtering_pays(int h, int w, int in, int out) {
+    return in >= 16 && out >= 16 && h * w >= 196;
+}
+
+void convolve3x3_fast(int h, int w, int in, int out, const real *x, const real *kernel, const real *bias,
+                      const real *start, real *y, Arena *scratch) {
+    if (!filtering_pays(h, w, in, out)) {
+        convolve3x3(h, w, in, out, x, kernel, bias, start, y, scratch);
+        return;
+    }
+    const ArenaMark mark = arena_mark(scratch);
+    const Tiling t = tiling(h, w);
+    const int width = t.columns * TILE + 2;
+    const ptrdiff_t size = (ptrdiff_t)in * out, x_apart = plane(t.tiles * in), m_apart = plane(t.tiles * out);
+    const real *image = in_zeros(h, w, in, x, 1, t.lines * TILE + 2, width, scratch);
+    real *xs = arena_allocate(scratch, PLACES * x_apart, sizeof(real)),
+         *ms = arena_allocate(scratch, PLACES * m_apart, sizeof(real)),
+         *ks = arena_allocate(scratch, PLACES * plane(size), sizeof(real));
+    transform_kernels(size, kernel, ks);
+    for (int first = 0; first < t.lines; first += t.lines_at_once) {
+        const int lines = t.lines - first < t.lines_at_once ? t.lines - first : t.lines_at_once;
+        transform_tiles(transform_input, REACH, &t, lines, in, width,
+                        image + (ptrdiff_t)first * TILE * width * in, xs);
+        for (int place = 0; place < PLACES; place++)
+            matrix_product(lines * t.columns, in, out, xs + place * x_apart, ks + place * plane(size), NULL,
+                           NULL, ms + place * m_apart, scratch);
+        for (int i = 0; i < lines * t.columns; i++) {
+            const int row = (first + i / t.columns) * TILE, column = i % t.columns * TILE;
+            const int rows = h - row < TILE ? h - row : TILE, columns = w - column < TILE ? w - column : TILE;
+            for (int c = 0; c < out; c += LANES) {
+                const ptrdiff_t at = ((ptrdiff_t)row * w + column) * out + c, line = (ptrdiff_t)w * out;
+                const real *m = ms + (ptrdiff_t)i * out + c, *b = bias ? bias + c : NULL,
+                           *s = start ? start + at : NULL;
+                if (out - c >= LANES)
+                    write_tile(LANES, m, m_apart, rows, columns, line, out, b, s, y + at);
+                else
+                    write_tile(out - c, m, m_apart, rows, columns, line, out, b, s, y + at);
+            }
+        }
+    }
+    arena_release(scratch, mark);
+}
+
+void convolve3x3_by_kernel_fast(int h, int w, int in, int out, const real *x, const real *dy, real *dkernel,
+                                Arena *scratch) {
+    if (!filtering_pays(h, w, in, out)) {
+        convolve3x3_by_kernel(h, w, in, out, x, dy, dkernel, scratch);
+        return;
+    }
+    const ArenaMark mark = arena_mark(scratch);
+    const Tiling t = tiling(h, w);
+    const int width = t.columns * TILE;
+    const ptrdiff_t size = (ptrdiff_t)in * out, x_apart = plane(t.tiles * in), m_apart = plane(t.tiles * out);
+    const real *image = in_zeros(h, w, in, x, 1, t.lines * TILE + 2, width + 2, scratch), *dy_image = dy;
+    if (h % TILE || w % TILE)
+        dy_image = in_zeros(h, w, out, dy, 0, t.lines * TILE, width, scratch);
+    real *xs = arena_allocate(scratch, PLACES * x_apart, sizeof(real)),
+         *ms = arena_allocate(scratch, PLACES * m_apart, sizeof(real)),
+         *ks = arena_allocate(scratch, PLACES * plane(size), sizeof(real));
+    for (int first = 0; first < t.lines; first += t.lines_at_once) {
+        const int lines = t.lines - first < t.lines_at_once ? t.lines - first : t.lines_at_once;
+        transform_tiles(transform_input, REACH, &t, lines, in, width + 2,
+                        image + (ptrdiff_t)first * TILE * (width + 2) * in, xs);
+        transform_tiles(transpose_output, TILE, &t, lines, out, width,
+                        dy_image + (ptrdiff_t)first * TILE * width * out, ms);
+        for (int place = 0; place < PLACES; place++) {
+            real *k = ks + place * plane(size);
+            product(&(Product){.lines = 1, .rows = in, .columns = out, .segments = 1,
+                               .inner = lines * t.columns, .a = xs + place * x_apart, .a_row = 1,
+                               .a_inner = in, .b = ms + place * m_apart, .b_row = out, .c = k, .c_row = out,
+                               .start = first ? k : NULL}, scratch);
+        }
+    }
+    add_kernels(size, ks, dkernel);
+    arena_release(scratch, mark);
+}
+
 /* ---- group normalisation ---- */
 
 static const double GROUP_NORM_EPS = 1e-6;
@@ -457,20 +734,26 @@ enum { MAX_CHANNELS = 4096 };   /* of one tensor; nn.c refuses models beyond it 
  * belongs to a channel stays in registers; N is the constant LANES for whole blocks and what is left for
  * the last one. */
 
+static void check_norm(const GroupNorm *n) {
+    assert(n->groups > 0 && n->channels > 0 && n->channels <= MAX_CHANNELS && n->channels % n->groups == 0);
+}
+
 /* per[channels] = the value of each channel's group, so that inner loops run over channels without a
  * division. */
 static void spread(const GroupNorm *n, const real *group, real *per) {
-    assert(n->channels > 0 && n->channels <= MAX_CHANNELS);
+    check_norm(n);
     for (int c = 0; c < n->channels; c++)
         per[c] = group[c / (n->channels / n->groups)];
 }
 
 /* group[groups] = the mean over each group of per-channel sums. */
 static void group_means(const GroupNorm *n, const real *sum, real *group) {
+    check_norm(n);
     const int width = n->channels / n->groups;
     for (int g = 0; g < n->groups; g++) {
         double total = 0;
         for (int c = g * width; c < (g + 1) * width; c++)
+            /* NOLINTNEXTLINE(clang-analyzer-core.uninitialized.Assign): paired_sums fills all of it */
             total += sum[c];
         group[g] = (real)(total / ((double)n->positions * width));
     }
@@ -518,6 +801,7 @@ static inline void paired_sums_block(const int N, int positions, int C, const re
 static void paired_sums(const GroupNorm *n, const real *u, const real *u_shift, const real *w,
                         const real *w_shift, real *sum, real *sum_product) {
     const int C = n->channels;
+    check_norm(n);
     for (int c = 0; c < C; c += LANES)
         if (C - c >= LANES)
             paired_sums_block(LANES, n->positions, C, u + c, u_shift + c, w + c, w_shift + c, sum + c,
@@ -652,17 +936,23 @@ void group_norm_backward(const GroupNorm *n, const real *x, const real *dy, cons
     const ArenaMark mark = arena_mark(scratch);
     const int C = n->channels;
     const size_t count = (size_t)n->positions * C;
-    real gain[MAX_CHANNELS], offset[MAX_CHANNELS];
-    real *made = n->swish || n->keep ? arena_allocate(scratch, count, sizeof(real)) : NULL;
-    const real *dn = made ? made : dy;
-    gain_and_offset(n, gain, offset);
-    for (int c = 0; n->swish && c < C; c += LANES)
-        if (C - c >= LANES)
-            swish_backward_block(LANES, n->positions, C, x + c, gain + c, offset + c, dy + c, made + c);
-        else
-            swish_backward_block(C - c, n->positions, C, x + c, gain + c, offset + c, dy + c, made + c);
-    for (size_t i = 0; n->keep && i < count; i++)
-        made[i] = (n->swish ? made[i] : dy[i]) * n->keep[i];
+    const real *dn = dy;
+    if (n->swish) {
+        real gain[MAX_CHANNELS], offset[MAX_CHANNELS], *made = arena_allocate(scratch, count, sizeof(real));
+        gain_and_offset(n, gain, offset);
+        for (int c = 0; c < C; c += LANES)
+            if (C - c >= LANES)
+                swish_backward_block(LANES, n->positions, C, x + c, gain + c, offset + c, dy + c, made + c);
+            else
+                swish_backward_block(C - c, n->positions, C, x + c, gain + c, offset + c, dy + c, made + c);
+        dn = made;
+    }
+    if (n->keep) {
+        real *made = arena_allocate(scratch, count, sizeof(real));
+        for (size_t i = 0; i < count; i++)
+            made[i] = dn[i] * n->keep[i];
+        dn = made;
+    }
     normalise_backward(n, x, dn, start, dx, dscale, dbias);
     arena_release(scratch, mark);
 }

@@ -509,6 +509,7 @@ static const Row ROWS[] = {
     {"squared norm", SQUARED_NORM, {{3, 5, 2, 1}}},
     {"3x3", CONVOLVE, {{3, 5, 3, 1}, {9, 3, 5}}},
     {"3x3, one pixel", CONVOLVE, {{1, 1, 4, 1}, {9, 4, 3}}},
+    {"3x3, filtering", CONVOLVE_ALL, {{14, 15, 16, 1}, {9, 16, 17}, {1, 1, 17, 1}, {14, 15, 17, 1}}},
     {"3x3, one line", CONVOLVE_ALL, {{1, 9, 2, 1}, {9, 2, 1}, {1, 1, 1, 1}, {1, 9, 1, 1}}},
     {"3x3, wide", CONVOLVE_ALL, {{4, 13, 17, 1}, {9, 17, 41}, {1, 1, 41}, {4, 13, 41}}},
     {"3x3 + bias", CONVOLVE_BIAS, {{7, 4, 5, 1}, {9, 5, 9}, {1, 1, 9}}},

@@ -715,6 +715,17 @@ WIDE_CASES = {
                                                  predict="eps", encoder_channels=12, T=8, w=1.1),
     "wide-diffenc-unet-v-28": golden_case(5, [0.18, 0.66], model="diffenc-2-2", net="unet", predict="v",
                                           height=28, width=28, schedule="learned"),
+    # From 16 channels and 14x14 pixels on the program convolves by minimal filtering; 30x26 and 20 channels leave
+    # rests of tiles and vectors.
+    "wide-vdm-flat-v-28-32ch": golden_case(1, [0.2, 0.8], model="vdm-1", net="flat", predict="v", channels=32,
+                                           height=28, width=28),
+    "wide-nt-flat-v-30-20ch": golden_case(1, [0.1, 0.6], model="diffenc-1-nt", net="flat", predict="v",
+                                          channels=20, height=30, width=26),
+    "wide-diffenc-flat-v-28-16ch": golden_case(1, [0.35, 0.85], model="diffenc-1-1", net="flat", predict="v",
+                                               channels=16, encoder_channels=16, height=28, width=28),
+    "wide-diffenc-unet-x-32-16ch": golden_case(1, [0.15, 0.65], model="diffenc-1-2", net="unet", predict="x",
+                                               channels=16, encoder_channels=16, height=32, width=32,
+                                               image_channels=3, T=20),
 }
 
 ALL_CASES = {**GOLDEN_CASES, **WIDE_CASES}

@@ -254,6 +254,21 @@ static void test_convolve(void) {
     check_convolve(1, 1, 19, 7, 1, 1, 0);
     check_convolve(5, 3, 6, 33, 1, 1, 1);
     check_convolve(2, 9, 16, 16, 1, 0, 0);
+    check_convolve(14, 15, 20, 33, 9, 1, 1);
+
+    /* By minimal filtering unless the graph wants plain sums. */
+    Desk *desk = desk_new();
+    Tensor *x = normal(desk, 16, 16, 16), *kernel = normal(desk, 9, 16, 16);
+    real want[2][16 * 16 * 16];
+    convolve3x3_fast(16, 16, 16, 16, x->value, kernel->value, NULL, NULL, want[0], desk->graph.arena);
+    convolve3x3(16, 16, 16, 16, x->value, kernel->value, NULL, NULL, want[1], desk->graph.arena);
+    CHECK(memcmp(want[0], want[1], sizeof want[0]) != 0, "the two ways of convolving round differently");
+    for (int plain = 0; plain < 2; plain++) {
+        desk->graph.plain_sums = plain;
+        CHECK(memcmp(convolve(x, kernel, NULL, NULL)->value, want[plain], sizeof want[0]) == 0,
+              "plain_sums %d: which loop runs", plain);
+    }
+    desk_free(desk);
 }
 
 /* y[2i+a][2j+b] = x[i][j] kernel[a][b] + bias */

@@ -514,7 +514,8 @@ static double sum_error(const real *got, const double *want, const double *size,
     return worst;
 }
 
-static void check_convolution(int h, int w, int in, int out, int variant, Arena *scratch) {
+/* The plain sums, or minimal filtering, which has to keep within the same bound. */
+static void check_convolution(int fast, int h, int w, int in, int out, int variant, Arena *scratch) {
     Convolution c = convolution_new(h, w, in, out);
     real *y = normals(c.y_count, 44, 0, 1), *y_start = copy_of(y, c.y_count),
          *dx = normals(c.x_count, 45, 0, 1);
@@ -523,9 +524,11 @@ static void check_convolution(int h, int w, int in, int out, int variant, Arena 
     const real *bias = variant % 2 ? c.bias : NULL;
     const int start = variant / 2 % 3;   /* none, elsewhere, in place */
 
-    convolve3x3(h, w, in, out, c.x, c.kernel, bias, start == 0 ? NULL : start == 1 ? y_start : y, y, scratch);
+    (fast ? convolve3x3_fast : convolve3x3)(h, w, in, out, c.x, c.kernel, bias,
+                                            start == 0 ? NULL : start == 1 ? y_start : y, y, scratch);
     double worst = sum_error(y, c.y, c.y_size, c.y_count, 9 * in, start ? y_start : NULL, bias, out);
-    CHECK(worst <= 1, "convolve3x3 %dx%d, %d -> %d: %.3g tolerances", h, w, in, out, worst);
+    CHECK(worst <= 1, "convolve3x3%s %dx%d, %d -> %d: %.3g tolerances", fast ? "_fast" : "", h, w, in, out,
+          worst);
 
     flip_kernel(9, in, out, c.kernel, flipped);
     int right = 1;
@@ -534,11 +537,13 @@ static void check_convolution(int h, int w, int in, int out, int variant, Arena 
             for (int o = 0; o < out; o++)
                 right &= flipped[((8 - tap) * out + o) * in + k] == c.kernel[(tap * in + k) * out + o];
     CHECK(right, "flip_kernel %d -> %d", in, out);
-    convolve3x3(h, w, out, in, c.dy, flipped, NULL, start ? dx : NULL, dx, scratch);
+    (fast ? convolve3x3_fast : convolve3x3)(h, w, out, in, c.dy, flipped, NULL, start ? dx : NULL, dx,
+                                            scratch);
     worst = sum_error(dx, c.dx, c.dx_size, c.x_count, 9 * out, start ? dx_start : NULL, NULL, 1);
     CHECK(worst <= 1, "convolution by its input %dx%d, %d -> %d: %.3g tolerances", h, w, in, out, worst);
 
-    convolve3x3_by_kernel(h, w, in, out, c.x, c.dy, dkernel, scratch);
+    (fast ? convolve3x3_by_kernel_fast : convolve3x3_by_kernel)(h, w, in, out, c.x, c.dy, dkernel,
+                                                                scratch);
     worst = sum_error(dkernel, c.dkernel, c.dkernel_size, c.kernel_count, h * w, dkernel_start, NULL, 1);
     CHECK(worst <= 1, "convolution by its kernel %dx%d, %d -> %d: %.3g tolerances", h, w, in, out, worst);
     free(y), free(y_start), free(dx), free(dx_start), free(flipped), free(dkernel), free(dkernel_start);
@@ -550,11 +555,21 @@ static void test_convolution(Arena *scratch) {
     static const int outs[8] = {1, 3, 8, 16, 31, 32, 33, 70};
     int variant = 0;
     for (int shape = 0; shape < 4 * 4 * 7 * 8; shape++)
-        check_convolution(heights[shape / 224], widths[shape / 56 % 4], ins[shape / 8 % 7], outs[shape % 8],
+        check_convolution(0, heights[shape / 224], widths[shape / 56 % 4], ins[shape / 8 % 7], outs[shape % 8],
                           variant++, scratch);
-    check_convolution(28, 28, 32, 32, 1, scratch);
-    check_convolution(28, 28, 1, 16, 3, scratch);
-    check_convolution(14, 14, 64, 32, 5, scratch);
+    check_convolution(0, 28, 28, 32, 32, 1, scratch);
+    check_convolution(0, 28, 28, 1, 16, 3, scratch);
+    check_convolution(0, 14, 14, 64, 32, 5, scratch);
+
+    /* Whole tiles and parts of them, whole vectors and parts of them, images of one line of tiles and of
+     * many, and below the sizes from which on filtering pays. */
+    static const int sides[5][2] = {{14, 14}, {15, 21}, {4, 200}, {61, 17}, {12, 13}};
+    static const int channels[5][2] = {{16, 16}, {32, 48}, {17, 33}, {20, 16}, {15, 16}};
+    for (int side = 0; side < 5; side++)
+        for (int c = 0; c < 5; c++)
+            check_convolution(1, sides[side][0], sides[side][1], channels[c][0], channels[c][1], variant++,
+                              scratch);
+    check_convolution(1, 28, 28, 32, 32, 1, scratch);
 }
 
 /* ---- group normalisation ---- */
