@@ -165,8 +165,8 @@ mutant 'exact dx_t/dlambda: sign of dy/dlambda' diffenc.c \
 # ---- reverse mode and tangents ----
 
 mutant 'convolution: kernel not transposed for the input gradient' autograd.c \
-    'convolve3x3(x->height, x->width, out, in, y->gradient, flipped(kernel), NULL, start, dx, scratch);' \
-    'convolve3x3(x->height, x->width, out, in, y->gradient, kernel->value, NULL, start, dx, scratch);'
+    'convolve3x3_fast(h, w, out, in, y->gradient, flipped(kernel), NULL, start, dx, scratch);' \
+    'convolve3x3_fast(h, w, out, in, y->gradient, kernel->value, NULL, start, dx, scratch);'
 mutant 'convolution: forgotten gradient of the residual' autograd.c \
     '    if (residual)' \
     '    if (residual && 0)'
@@ -206,6 +206,24 @@ mutant 'second derivative of swish' autograd.c \
 mutant 'likelihood: sign of the gradient by log variance' autograd.c \
     'dlog_variance[0] -=' \
     'dlog_variance[0] +='
+
+# ---- minimal filtering ----
+
+mutant 'filtering: a sign in A^T' tensor.c \
+    'odd + 8 * odd2 + m5;' \
+    'odd + 8 * odd2 - m5;'
+mutant 'filtering: a sign in G' tensor.c \
+    '= -even - odd;' \
+    '= even - odd;'
+mutant 'filtering: a term missing in G^T' tensor.c \
+    'even2 - even + u5;' \
+    'even2 - even;'
+mutant 'filtering: the gradient of the last tiles alone' tensor.c \
+    '.start = first ? k : NULL}' \
+    '.start = NULL}'
+mutant 'filtering: no bias' tensor.c \
+    '(bias ? bias[n] : 0) + (start' \
+    '0 * (bias ? bias[n] : 0) + (start'
 
 # ---- group normalisation ----
 
