@@ -19,10 +19,11 @@ accepts = $(shell echo 'int main(void){return 0;}' | $(CC) $(1) -x c - -o /dev/n
 OPENMP := $(call accepts,-fopenmp)
 SIMD   := $(call accepts,-fopenmp-simd)
 ARCH   := $(call accepts,-march=$(MARCH)) $(call accepts,-mprefer-vector-width=512) \
-          $(call accepts,-fno-tree-loop-distribute-patterns)
+          $(call accepts,-fno-tree-loop-distribute-patterns) $(call accepts,-fno-thread-jumps)
 
 # -ffp-contract=fast: ISO mode forbids fused multiply-add otherwise, a third of the speed.
 # -fno-tree-loop-distribute-patterns: gcc would call memset for the sums that are to stay in registers.
+# -fno-thread-jumps: gcc would take the clamps of exp as three ways through what follows and compute all of them.
 # -fno-math-errno, -fno-trapping-math: square roots and selections may run in vector registers; values do not change.
 CFLAGS  = -O3 -g -Wall -Wextra -Wpedantic
 FLAGS   = -std=c99 $(CFLAGS) $(ARCH) -ffp-contract=fast -fno-math-errno -fno-trapping-math $(OPENMP) $(SIMD) \

@@ -850,14 +850,16 @@ static void group_statistics(const GroupNorm *n, const real *x) {
 
 static inline void normalise_block(const int N, int positions, int C, int swish, const real *x,
                                    const real *gain, const real *offset, real *y) {
-    for (int i = 0; i < positions; i++, x += C, y += C)
-        if (swish) {
+    if (swish)
+        for (int i = 0; i < positions; i++, x += C, y += C)
 #pragma omp simd
             for (int n = 0; n < N; n++) {
                 const real u = x[n] * gain[n] + offset[n];
                 y[n] = u * sigmoid(u);
             }
-        } else
+    else
+        for (int i = 0; i < positions; i++, x += C, y += C)
+#pragma omp simd
             for (int n = 0; n < N; n++)
                 y[n] = x[n] * gain[n] + offset[n];
 }
