@@ -23,7 +23,10 @@
 #include <omp.h>
 #endif
 
-enum { OK = 0, FAILURE = 1, USAGE = 2 };
+/* What a command returns: its exit status, or HELP after --help, which main() turns into OK. */
+enum { OK = 0, FAILURE = 1, USAGE = 2, HELP = 3 };
+
+enum { MAX_THREADS = 256, MAX_BATCH = 1 << 20 };
 
 static const double LOG_2 = 0.6931471805599453;
 
@@ -146,7 +149,7 @@ static void print_options(const Option *options, int count) {
 }
 
 /* Parse the arguments of a command; what is no option goes to `operand` (NULL: none is taken). Returns OK
- * to go on, USAGE after an error, or -1 after --help. */
+ * to go on, USAGE after an error, HELP after --help. */
 static int parse_options(int argc, char **argv, Option *options, int count, const char *usage,
                          const char **operand) {
     Error error;
@@ -156,7 +159,7 @@ static int parse_options(int argc, char **argv, Option *options, int count, cons
         if (strcmp(argument, "--help") == 0) {
             printf("usage: diffenc %s\n\n", usage);
             print_options(options, count);
-            return -1;
+            return HELP;
         }
         if (strncmp(argument, "--", 2) != 0 && operand && !*operand) {
             *operand = argument;
@@ -168,10 +171,9 @@ static int parse_options(int argc, char **argv, Option *options, int count, cons
             if (strncmp(argument, "--", 2) == 0 && strlen(options[j].name) + 2 == length &&
                 strncmp(options[j].name, argument + 2, length - 2) == 0)
                 o = &options[j];
-        int status;
+        int status = -1;
         if (!o)
-            status =
-                fail(&error, "unknown option or argument '%.60s' (see diffenc %s --help)", argument, command);
+            fail(&error, "unknown option or argument '%.60s' (see diffenc %s --help)", argument, command);
         else if (o->type == OPTION_FLAG)
             status = equals ? fail(&error, "--%s takes no value", o->name) : option_set(o, "1", &error);
         else if (!equals && i + 1 == argc)
@@ -187,21 +189,13 @@ static int parse_options(int argc, char **argv, Option *options, int count, cons
     return OK;
 }
 
-/* A command that cannot go on without something. */
-static int usage_error(const char *command, const char *expected) {
-    fprintf(stderr, "diffenc: %s: %s (see diffenc %s --help)\n", command, expected, command);
-    return USAGE;
-}
-
 static int default_threads(void) {
 #ifdef _OPENMP
-    return omp_get_max_threads() < 256 ? omp_get_max_threads() : 256;
+    return omp_get_max_threads() < MAX_THREADS ? omp_get_max_threads() : MAX_THREADS;
 #else
     return 1;
 #endif
 }
-
-enum { MAX_THREADS = 256, MAX_BATCH = 1 << 20 };
 
 /* ---- settings: what a training was told, and how that travels in a checkpoint ---- */
 
@@ -212,6 +206,7 @@ typedef struct {
     int batch;
     uint64_t seed;
     char data[TEXT_SIZE];
+    uint64_t images;                 /* how many there are in these data */
 } Settings;
 
 static Settings settings_default(void) {
@@ -229,7 +224,7 @@ static Settings settings_default(void) {
 /* The table of all settings: the command line, the metadata of a checkpoint and the comparison of the two
  * walk over it. The first FIXED_SETTINGS make the model and the data's order; a resumed training cannot
  * change them. */
-enum { SETTINGS = 19, FIXED_SETTINGS = 13, METADATA = SETTINGS + 6 };
+enum { SETTINGS = 19, FIXED_SETTINGS = 13 };
 
 static void settings_options(Settings *s, Option *list) {
     Config *c = &s->config;
@@ -280,36 +275,25 @@ static void metadata_key(const char *name, char key[32]) {
         *dash = '_';
 }
 
-typedef struct {
-    char key[32], value[TEXT_SIZE];
-} Metadata;
+/* All that a checkpoint says about itself besides the tensors and its format: the settings, and what only
+ * files know. */
+enum { FILE_OPTIONS = SETTINGS + 5 };
 
-/* Everything a checkpoint says about itself besides the tensors. */
-static void metadata_of(const Settings *s, uint64_t step, Metadata list[METADATA]) {
-    Option options[SETTINGS];
-    Settings copy = *s;
-    settings_options(&copy, options);
-    for (int i = 0; i < SETTINGS; i++) {
-        metadata_key(options[i].name, list[i].key);
-        option_text(&options[i], list[i].value);
-    }
-    const struct { const char *key; unsigned long long value;
-    } numbers[5] = {{"format_version", 1},
-                    {"step", step},
-                    {"height", (unsigned)s->config.height},
-                    {"width", (unsigned)s->config.width},
-                    {"image_channels", (unsigned)s->config.image_channels}};
-    for (int i = 0; i < 5; i++) {
-        snprintf(list[SETTINGS + i].key, sizeof list[0].key, "%s", numbers[i].key);
-        snprintf(list[SETTINGS + i].value, sizeof list[0].value, "%llu", numbers[i].value);
-    }
-    strcpy(list[SETTINGS + 5].key, "format");
-    strcpy(list[SETTINGS + 5].value, "diffenc");
+static void file_options(Settings *s, uint64_t *step, Option *list) {
+    const Option more[FILE_OPTIONS - SETTINGS] = {
+        {"step", OPTION_SEED, step, 0, 0, "", "", 0},
+        {"images", OPTION_SEED, &s->images, 0, 0, "", "", 0},
+        {"height", OPTION_INT, &s->config.height, 1, 1e6, "", "", 0},
+        {"width", OPTION_INT, &s->config.width, 1, 1e6, "", "", 0},
+        {"image-channels", OPTION_INT, &s->config.image_channels, 1, 3, "", "", 0},
+    };
+    settings_options(s, list);
+    memcpy(list + SETTINGS, more, sizeof more);
 }
 
 static int settings_read(const TensorFile *f, const char *path, Settings *s, uint64_t *step, Error *error) {
     const char *format = tensors_metadata(f, "format"), *version = tensors_metadata(f, "format_version");
-    Option options[SETTINGS + 4];
+    Option options[FILE_OPTIONS];
     Error inner;
     *s = settings_default();
     *step = 0;
@@ -318,13 +302,8 @@ static int settings_read(const TensorFile *f, const char *path, Settings *s, uin
     if (!version || strcmp(version, "1") != 0)
         return fail(error, "%s: format version %.20s, this program reads version 1", path,
                     version ? version : "missing");
-    settings_options(s, options);
-    const Option more[4] = {{"step", OPTION_SEED, step, 0, 0, "", "", 0},
-                            {"height", OPTION_INT, &s->config.height, 1, 1e6, "", "", 0},
-                            {"width", OPTION_INT, &s->config.width, 1, 1e6, "", "", 0},
-                            {"image_channels", OPTION_INT, &s->config.image_channels, 1, 3, "", "", 0}};
-    memcpy(options + SETTINGS, more, sizeof more);
-    for (int i = 0; i < SETTINGS + 4; i++) {
+    file_options(s, step, options);
+    for (int i = 0; i < FILE_OPTIONS; i++) {
         char key[32];
         metadata_key(options[i].name, key);
         const char *text = tensors_metadata(f, key);
@@ -348,39 +327,50 @@ static real *vector_of(Model *m, int index) {
     return vectors[index];
 }
 
+static const ElementType TYPE_OF_REAL = sizeof(real) == sizeof(double) ? TYPE_F64 : TYPE_F32;
+
 enum { NAME_SIZE = 80 };   /* "adam.m." and the name of a parameter */
 
 /* A parameter's part of a vector as a tensor of a file. `name` holds "PREFIX.NAME" as long as the result
  * is used. */
 static TensorOut tensor_out(const char *prefix, const Parameter *p, const real *vector,
                             char name[NAME_SIZE]) {
-    TensorOut out = {.name = name,
-                     .type = sizeof(real) == sizeof(double) ? TYPE_F64 : TYPE_F32,
-                     .rank = p->rank,
-                     .data = vector + p->offset};
+    TensorOut out = {.name = name, .type = TYPE_OF_REAL, .rank = p->rank, .data = vector + p->offset};
     snprintf(name, NAME_SIZE, "%s.%s", prefix, p->name);
     memcpy(out.shape, p->shape, sizeof p->shape);
     return out;
 }
 
+/* A checkpoint that could not be read again must not take the place of one that can: what is not finite is
+ * not written. */
 static int checkpoint_write(const char *path, Model *m, const Settings *s, Error *error) {
     const int count = 4 * m->parameter_count;
-    Metadata *list = allocate(METADATA, sizeof *list);
     TensorOut *out = allocate((size_t)count, sizeof *out);
     char(*names)[NAME_SIZE] = allocate((size_t)count, sizeof *names);
-    const char *metadata[2 * METADATA];
-    metadata_of(s, m->step, list);
-    for (int i = 0; i < METADATA; i++)
-        metadata[2 * i] = list[i].key, metadata[2 * i + 1] = list[i].value;
-    for (int i = 0; i < count; i++) {
-        const int vector = i / m->parameter_count;
-        out[i] = tensor_out(VECTORS[vector], &m->parameter[i % m->parameter_count], vector_of(m, vector),
-                            names[i]);
+    char(*text)[2][TEXT_SIZE] = allocate(FILE_OPTIONS, sizeof *text);   /* keys and values */
+    const char *metadata[2 * FILE_OPTIONS + 4] = {"format", "diffenc", "format_version", "1"};
+    Option options[FILE_OPTIONS];
+    Settings copy = *s;
+    int status = 0;
+    file_options(&copy, &m->step, options);
+    for (int i = 0; i < FILE_OPTIONS; i++) {
+        metadata_key(options[i].name, text[i][0]);
+        option_text(&options[i], text[i][1]);
+        metadata[2 * i + 4] = text[i][0], metadata[2 * i + 5] = text[i][1];
     }
-    const int status = tensors_write(path, out, count, metadata, METADATA, error);
+    for (int i = 0; i < count && status == 0; i++) {
+        const Parameter *p = &m->parameter[i % m->parameter_count];
+        const real *vector = vector_of(m, i / m->parameter_count);
+        out[i] = tensor_out(VECTORS[i / m->parameter_count], p, vector, names[i]);
+        if (!isfinite(dot(vector + p->offset, vector + p->offset, p->count)))
+            status = fail(error, "step %llu: diverged: %s is not finite any more",
+                          (unsigned long long)m->step, names[i]);
+    }
+    if (status == 0)
+        status = tensors_write(path, out, count, metadata, FILE_OPTIONS + 2, error);
+    free(text);
     free(names);
     free(out);
-    free(list);
     return status;
 }
 
@@ -428,6 +418,9 @@ static int checkpoint_read(const char *path, Load load, Model *m, Settings *s, E
         m->step = step;
         if ((status = checkpoint_load(&f, path, load, m, error)) != 0)
             model_free(m);
+        else if (load == LOAD_ALL && f.tensors[0].type != TYPE_OF_REAL)
+            fprintf(stderr, "diffenc: %s: was written in another precision, goes on in %s\n", path,
+                    TYPE_OF_REAL == TYPE_F64 ? "double" : "single");
     }
     tensors_free(&f);
     return status;
@@ -454,10 +447,23 @@ static real *noise(Network *n, RandomStream stream, size_t count) {
     return eps;
 }
 
+static Tensor *image_of(const Method *m, const real *values) {
+    const Config *c = m->config;
+    return constant(m->graph, c->height, c->width, c->image_channels, values);
+}
+
 static void terms_of(LossTerms terms, double out[3]) {
     out[0] = terms.recon->number_value;
     out[1] = terms.latent->number_value;
     out[2] = terms.diffusion->number_value;
+}
+
+/* One example's part of the loss and of the gradient of a batch. */
+static void learn(Network *n, Example example, int batch, double terms_out[3]) {
+    const Method m = method_begin(n);
+    const LossTerms terms = objective(&m, example);
+    terms_of(terms, terms_out);
+    backward(bits_per_dimension(&m, terms), 1.0 / batch);
 }
 
 static void training_example(Network *n, int i, void *context) {
@@ -471,10 +477,7 @@ static void training_example(Network *n, int i, void *context) {
                              .t = example_time(b->u, i, b->batch, c->timesteps),
                              .eps = noise(n, random_stream(b->seed, RANDOM_NOISE, step, index), d),
                              .eps_0 = noise(n, random_stream(b->seed, RANDOM_NOISE_0, step, index), d)};
-    const Method m = method_begin(n);
-    const LossTerms terms = objective(&m, example);
-    terms_of(terms, b->terms[i]);
-    backward(bits_per_dimension(&m, terms), 1.0 / b->batch);
+    learn(n, example, b->batch, b->terms[i]);
 }
 
 /* The parameter with the largest gradient, or the first one whose gradient is not finite; *norm is that
@@ -494,6 +497,19 @@ static const Parameter *steepest(const Model *m, const real *gradient, double *n
 
 static const char *const TERMS[3] = {"recon", "latent", "diffusion"};
 
+/* Why a step cannot be taken: the first term of the loss that is not finite, or the largest one, and the same
+ * of the gradient by parameter. A NaN may have a sign, which means nothing. */
+static int diverged(const Model *m, const double mean[3], const real *gradient, Error *error) {
+    double norm;
+    const Parameter *p = steepest(m, gradient, &norm);
+    int term = 0;
+    for (int i = 1; i < 3 && isfinite(mean[term]); i++)
+        if (!(mean[i] <= mean[term]))
+            term = i;
+    return fail(error, "step %llu: diverged: the %s loss is %g, the gradient of %s has the norm %g",
+                (unsigned long long)m->step + 1, TERMS[term], fabs(mean[term]), p->name, fabs(norm));
+}
+
 int training_step(Model *model, Workers *workers, const Optimizer *optimizer, const unsigned char *images,
                   int batch, uint64_t seed, StepReport *r, Error *error) {
     const double per_bit = 1 / (image_size(&model->config) * LOG_2);
@@ -507,24 +523,14 @@ int training_step(Model *model, Workers *workers, const Optimizer *optimizer, co
     for (int i = 0; i < batch; i++)
         for (int term = 0; term < 3; term++)
             mean[term] += b.terms[i][term] * per_bit / batch;
-    for (int term = 0; term < 3; term++)
-        if (!isfinite(mean[term]))
-            return fail(error, "step %llu: the %s loss is %g", (unsigned long long)model->step + 1,
-                        TERMS[term], fabs(mean[term])); /* without the sign that a NaN may have */
-
-    const real *gradient = workers_gradient(workers);
-    r->gradient_norm = optimizer_step(model, optimizer, gradient, workers->threads);
-    if (!isfinite(r->gradient_norm)) {
-        double norm;
-        const Parameter *p = steepest(model, gradient, &norm);
-        return isfinite(norm)
-                   ? fail(error, "step %llu: the gradient of %s is too large to go on, its norm is %g",
-                          (unsigned long long)model->step + 1, p->name, norm)
-                   : fail(error, "step %llu: the gradient of %s is not finite",
-                          (unsigned long long)model->step + 1, p->name);
-    }
-    r->recon = mean[0], r->latent = mean[1], r->diffusion = mean[2];
     r->total = mean[0] + mean[1] + mean[2];
+    const real *gradient = workers_gradient(workers);
+    if (!isfinite(r->total))
+        return diverged(model, mean, gradient, error);
+    r->gradient_norm = optimizer_step(model, optimizer, gradient, workers->threads);
+    if (!isfinite(r->gradient_norm))
+        return diverged(model, mean, gradient, error);
+    r->recon = mean[0], r->latent = mean[1], r->diffusion = mean[2];
     return 0;
 }
 
@@ -536,34 +542,39 @@ typedef struct {
     int count;
     uint64_t seed;
     double u;
-    double (*terms)[3];
-    double *distance;   /* NULL, or [T, count]: ||mu_P - mu_Q||^2 / sigma_Q^2 of every step */
+    double (*terms)[4];   /* [count]: recon, latent, diffusion and their sum */
+    double *distance;     /* NULL, or [T, count]: ||mu_P - mu_Q||^2 / sigma_Q^2 of every step */
 } Evaluation;
+
+/* An image of the data, in memory of the current example. */
+static const unsigned char *pixels_of(Network *n, const Dataset *data, int index) {
+    unsigned char *k = arena_allocate(n->graph.arena, image_size(&n->model->config), 1);
+    dataset_image(data, (uint32_t)index, k);
+    return k;
+}
 
 static void evaluation_example(Network *n, int i, void *context) {
     const Evaluation *e = context;
     const Config *c = &e->model->config;
     const size_t d = image_size(c);
+    const uint32_t index = (uint32_t)i;
     n->graph.dropout = 0;
-    unsigned char *k = arena_allocate(n->graph.arena, d, 1);
-    dataset_image(e->data, (uint32_t)i, k);
-    const Example example = {.k = k,
+    const Example example = {.k = pixels_of(n, e->data, i),
                              .t = example_time(e->u, i, e->count, c->timesteps),
-                             .eps = noise(n, random_stream(e->seed, RANDOM_EVAL_NOISE, 0, (uint32_t)i), d),
-                             .eps_0 =
-                                 noise(n, random_stream(e->seed, RANDOM_EVAL_NOISE_0, 0, (uint32_t)i), d)};
+                             .eps = noise(n, random_stream(e->seed, RANDOM_EVAL_NOISE, 0, index), d),
+                             .eps_0 = noise(n, random_stream(e->seed, RANDOM_EVAL_NOISE_0, 0, index), d)};
     Method m = method_begin(n);
-    terms_of(objective(&m, example), e->terms[i]);
+    double *terms = e->terms[i];
+    terms_of(objective(&m, example), terms);
+    terms[3] = terms[0] + terms[1] + terms[2];
     for (int step = 1; e->distance && step <= c->timesteps; step++) {
         network_begin(n);
-        k = arena_allocate(n->graph.arena, d, 1);
-        dataset_image(e->data, (uint32_t)i, k);
         m = method_begin(n);
-        const real *eps = noise(n, random_stream(e->seed, RANDOM_EVAL_NOISE, (uint32_t)step, (uint32_t)i), d);
-        const double t = (double)step / c->timesteps, s = (double)(step - 1) / c->timesteps;
-        Tensor *distance = distance_at(&m, scale_pixels(&m, k),
-                                       constant(m.graph, c->height, c->width, c->image_channels, eps), s, t);
-        e->distance[(size_t)(step - 1) * e->count + i] = distance->number_value;
+        Tensor *x = scale_pixels(&m, pixels_of(n, e->data, i));
+        Tensor *eps =
+            image_of(&m, noise(n, random_stream(e->seed, RANDOM_EVAL_NOISE, (uint32_t)step, index), d));
+        const double s = (double)(step - 1) / c->timesteps, t = (double)step / c->timesteps;
+        e->distance[(size_t)(step - 1) * e->count + i] = distance_at(&m, x, eps, s, t)->number_value;
     }
 }
 
@@ -585,19 +596,14 @@ static void evaluate(Model *model, Workers *workers, const Dataset *data, int co
     const double per_bit = 1 / (image_size(&model->config) * LOG_2);
     Evaluation e = {.model = model, .data = data, .count = count, .seed = seed, .distance = distance,
                     .u = random_uniform(random_stream(seed, RANDOM_EVAL_TIME, 0, 0), 0)};
-    double *totals = allocate((size_t)count, sizeof *totals);
     e.terms = allocate((size_t)count, sizeof *e.terms);
     workers_run(workers, model->ema, 0, count, evaluation_example, &e);
-    for (int i = 0; i < count; i++)
-        totals[i] = e.terms[i][0] + e.terms[i][1] + e.terms[i][2];
     for (int term = 0; term < 4; term++) {
-        mean_and_error(term < 3 ? &e.terms[0][term] : totals, count, term < 3 ? 3 : 1, &result[term][0],
-                       &result[term][1]);
+        mean_and_error(&e.terms[0][term], count, 4, &result[term][0], &result[term][1]);
         result[term][0] *= per_bit;
         result[term][1] *= per_bit;
     }
     free(e.terms);
-    free(totals);
 }
 
 /* ---- sampling ---- */
@@ -611,30 +617,26 @@ typedef struct {
 
 static void sample_example(Network *n, int i, void *context) {
     const Sampling *s = context;
-    const Config *c = s->config;
-    const size_t d = image_size(c);
+    const size_t d = image_size(s->config);
     const int T = s->timesteps;
+    const uint32_t index = (uint32_t)i;
+    real *z = allocate(d, sizeof *z);   /* outside of the arena, which begins anew with each step */
     n->graph.dropout = 0;
-    /* z lives outside of the arena, which begins anew with each step. */
-    real *z = allocate(2 * d, sizeof *z), *eps = z + d;
-    double *u = allocate(d, sizeof *u);
-    random_normal(random_stream(s->seed, RANDOM_SAMPLER, (uint32_t)T + 1, (uint32_t)i), z, d);
+    random_normal(random_stream(s->seed, RANDOM_SAMPLER, (uint32_t)T + 1, index), z, d);
     for (int step = T; step >= 1; step--) {
         network_begin(n);
         const Method m = method_begin(n);
-        random_normal(random_stream(s->seed, RANDOM_SAMPLER, (uint32_t)step, (uint32_t)i), eps, d);
-        const Tensor *z_s = ancestral_step(&m, constant(m.graph, c->height, c->width, c->image_channels, z),
-                                           (double)(step - 1) / T, (double)step / T,
-                                           constant(m.graph, c->height, c->width, c->image_channels, eps));
-        memcpy(z, z_s->value, d * sizeof *z);
+        const RandomStream stream = random_stream(s->seed, RANDOM_SAMPLER, (uint32_t)step, index);
+        Tensor *eps = image_of(&m, noise(n, stream, d));
+        const double before = (double)(step - 1) / T, t = (double)step / T;
+        memcpy(z, ancestral_step(&m, image_of(&m, z), before, t, eps)->value, d * sizeof *z);
     }
-    for (size_t j = 0; s->draw_pixels && j < d; j++)
-        u[j] = random_uniform(random_stream(s->seed, RANDOM_PIXELS, 0, (uint32_t)i), (uint32_t)j);
     network_begin(n);
     const Method m = method_begin(n);
-    decode_pixels(&m, constant(m.graph, c->height, c->width, c->image_channels, z), s->draw_pixels ? u : NULL,
-                  s->images + (size_t)i * d);
-    free(u);
+    double *u = s->draw_pixels ? arena_allocate(n->graph.arena, d, sizeof *u) : NULL;
+    for (size_t j = 0; u && j < d; j++)
+        u[j] = random_uniform(random_stream(s->seed, RANDOM_PIXELS, 0, index), (uint32_t)j);
+    decode_pixels(&m, image_of(&m, z), u, s->images + (size_t)i * d);
     free(z);
 }
 
@@ -683,51 +685,31 @@ static void log_point(Log *log, double step, double recon, double latent, double
     log->count[at]++;
 }
 
-static int keep_lines(void *stream, const void *context) {
-    return fputs(context, stream) < 0 ? -1 : 0;
-}
-
-/* Open log.csv. A resumed one keeps the lines up to the step of the checkpoint; what a crash left behind
- * it is cut. */
+/* Open log.csv. A resumed one keeps its lines up to the step of the checkpoint; what a crash left behind
+ * them, whole lines or half of one, is cut off. */
 static int log_open(Log *log, const char *path, uint64_t step, int steps, Error *error) {
+    char line[256];
+    long kept = 0;
     memset(log, 0, sizeof *log);
-    log->per_point = (steps + CURVE_POINTS - 1) / CURVE_POINTS;
-    log->per_point += log->per_point == 0;
-    Bytes old = {NULL, 0};
-    Error ignored;
-    char *kept = allocate(1, strlen(LOG_HEADER) + 1);
-    strcpy(kept, LOG_HEADER);
-    if (step > 0 && file_read(path, &old, &ignored) == 0) {
-        char *grown = realloc(kept, old.size + strlen(LOG_HEADER) + 1);
-        if (grown)
-            kept = grown;
-        size_t at = strlen(kept);
-        for (size_t begin = 0, end; grown && begin < old.size; begin = end + 1) {
-            for (end = begin; end < old.size && old.data[end] != '\n'; end++)
-                ;
-            unsigned long long line_step;
-            double bpd, recon, latent, diffusion;
-            char line[256];
-            const size_t length = end - begin < sizeof line - 1 ? end - begin : sizeof line - 1;
-            memcpy(line, old.data + begin, length);
-            line[length] = 0;
-            if (end == old.size || /* a line without its end was cut by a crash */
-                sscanf(line, "%llu,%lf,%lf,%lf,%lf", &line_step, &bpd, &recon, &latent, &diffusion) != 5 ||
-                line_step > step)
-                continue;
-            log_point(log, (double)line_step, recon, latent, diffusion);
-            memcpy(kept + at, old.data + begin, end - begin + 1);
-            at += end - begin + 1;
-            kept[at] = 0;
-        }
+    log->per_point = steps > 0 ? (steps - 1) / CURVE_POINTS + 1 : 1;
+    log->csv = fopen(path, step > 0 ? "a+" : "w+");
+    if (!log->csv)
+        return fail(error, "%s: cannot be opened for writing: %s", path, strerror(errno));
+    rewind(log->csv);
+    while (fgets(line, sizeof line, log->csv)) {
+        unsigned long long at;
+        double bpd, recon, latent, diffusion;
+        const int numbers = sscanf(line, "%llu,%lf,%lf,%lf,%lf", &at, &bpd, &recon, &latent, &diffusion);
+        if (!strchr(line, '\n') || (numbers == 5 ? at > step : strcmp(line, LOG_HEADER) != 0))
+            break;
+        if (numbers == 5)
+            log_point(log, (double)at, recon, latent, diffusion);
+        kept = ftell(log->csv);
     }
-    free(old.data);
-    int status = file_replace(path, keep_lines, kept, error);
-    free(kept);
-    if (status)
-        return -1;
-    log->csv = fopen(path, "a");
-    return log->csv ? 0 : fail(error, "%s: cannot be opened for writing: %s", path, strerror(errno));
+    if (ftruncate(fileno(log->csv), kept) || fseek(log->csv, 0, SEEK_END) ||
+        (kept == 0 && fputs(LOG_HEADER, log->csv) < 0) || fflush(log->csv))
+        return fail(error, "%s: cannot be written: %s", path, strerror(errno));
+    return 0;
 }
 
 /* The three terms differ by factors of a thousand and more, so the chart shows their logarithms. */
@@ -760,62 +742,53 @@ static volatile sig_atomic_t stop_signal = 0;
 
 static void on_signal(int number) {
     stop_signal = number;
-    signal(number, SIG_DFL);   /* a second one ends the program at once */
+    signal(SIGINT, SIG_DFL);   /* a second one ends the program at once */
+    signal(SIGTERM, SIG_DFL);
 }
 
 static void catch_signals(void) {
-    struct sigaction action;
-    memset(&action, 0, sizeof action);
-    action.sa_handler = on_signal;
+    /* SA_RESTART: a write goes on where the signal came upon it. */
+    const struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
 }
 
 /* ---- diffenc train ---- */
 
-/* The bytes a training would take: vectors, gradient slots, and one example's graph for each thread. */
-static double training_memory(const Config *config, int threads) {
+/* What a training would take: vectors, gradient slots, and one example's graph, with its gradients, for each
+ * thread. */
+static int memory_check(const Config *config, int threads, Error *error) {
+    const double have = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
     Model m = {.config = *config};
-    Network n = {.model = &m, .declaring = 1};
-    n.graph.shapes_only = 1;
-    n.graph.arena = arena_new();
-    graph_begin(&n.graph, n.graph.arena);
+    Network n = {.model = &m, .declaring = 1, .graph = {.shapes_only = 1}};
+    size_t weights = 0;
+    if (model_size(config, &weights, error))
+        return -1;
+    graph_begin(&n.graph, arena_new());
     const Method method = method_begin(&n);
     const Example example = {NULL, 0.5, NULL, NULL};
-    size_t weights = 0;
-    Error ignored;
     objective(&method, example);
-    model_size(config, &weights, &ignored);
-    const double bytes =
-        (double)weights * sizeof(real) * (5 + GRADIENT_SLOTS) + 1.5 * (double)n.graph.bytes * threads;
+    const double need = (double)weights * sizeof(real) * (5 + GRADIENT_SLOTS) +
+                        1.5 * (double)n.graph.bytes * threads;
     arena_free(n.graph.arena);
     free(m.parameter);
-    return bytes;
-}
-
-static int memory_check(const Config *config, int threads, Error *error) {
-    const double gib = 1024.0 * 1024 * 1024, need = training_memory(config, threads);
-    const double have = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
     return need < have
                ? 0
                : fail(error, "this model needs about %.1f GiB of memory to train, the machine has %.1f GiB",
-                      need / gib, have / gib);
+                      ldexp(need, -30), ldexp(have, -30));
 }
 
 typedef struct {
     Settings settings;
     char out[TEXT_SIZE];
     int steps, threads, save_every, sample_every, sample_steps, eval_every, eval_limit, resume;
-} TrainOptions;
-
-typedef struct {
-    TrainOptions *options;
     Model model;
     Workers workers;
     Dataset data, test;
     Log log;
     double started, last_line;
     uint64_t first_step;
+    int line_is_open;   /* the terminal's cursor stands behind the progress line */
 } Training;
 
 static void path_in(const char *directory, const char *name, char path[TEXT_SIZE]) {
@@ -824,7 +797,7 @@ static void path_in(const char *directory, const char *name, char path[TEXT_SIZE
 
 /* A resumed training goes on with the settings of its checkpoint, `saved`. What was said on the command
  * line must agree, or be something that may change on the way: then it is said. */
-static int resume_settings(TrainOptions *o, const Option *options, Settings *saved, Error *error) {
+static int resume_settings(Training *t, const Option *options, Settings *saved, Error *error) {
     Option theirs[SETTINGS];
     char mine[TEXT_SIZE], was[TEXT_SIZE];
     settings_options(saved, theirs);
@@ -835,12 +808,12 @@ static int resume_settings(TrainOptions *o, const Option *options, Settings *sav
             continue;
         if (i < FIXED_SETTINGS)
             return fail(error, "%s: was trained with --%s %.60s, not %.60s; another --out starts anew",
-                        o->out, options[i].name, was, mine);
+                        t->out, options[i].name, was, mine);
         fprintf(stderr, "diffenc: --%s changes from %s to %s\n", options[i].name, was, mine);
         if (option_set(&theirs[i], mine, error))
             return -1;
     }
-    o->settings = *saved;
+    t->settings = *saved;
     return 0;
 }
 
@@ -854,70 +827,56 @@ static int directory_lock(const char *directory, Error *error) {
     if (file < 0)
         return fail(error, "%s: cannot be written: %s", path, strerror(errno));
     struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
-    if (fcntl(file, F_SETLK, &lock))
-        return fail(error, "%s: another training is at work in this directory", directory);
-    return 0;
+    if (fcntl(file, F_SETLK, &lock) == 0)
+        return 0;
+    return errno == EACCES || errno == EAGAIN
+               ? fail(error, "%s: another training is at work in this directory", directory)
+               : fail(error, "%s: cannot be locked: %s", path, strerror(errno));
 }
 
 /* A training that was killed while it wrote left temporary files (file_replace); the lock says that no one
  * is at them. */
 static void remove_leftovers(const char *directory) {
-    static const char *const names[4] = {"checkpoint.safetensors.tmp.", "log.csv.tmp.", "loss.png.tmp.",
-                                         "samples-"};
+    static const char *const names[3] = {"checkpoint.safetensors.tmp.", "loss.png.tmp.", "samples-"};
     DIR *listing = opendir(directory);
     for (struct dirent *entry; listing && (entry = readdir(listing)) != NULL;)
-        for (int i = 0; i < 4; i++)
-            if (strncmp(entry->d_name, names[i], strlen(names[i])) == 0 && strstr(entry->d_name, ".tmp.")) {
-                char path[TEXT_SIZE];
-                path_in(directory, entry->d_name, path);
-                unlink(path);
-            }
+        for (int i = 0; i < 3; i++)
+            if (strncmp(entry->d_name, names[i], strlen(names[i])) == 0 && strstr(entry->d_name, ".tmp."))
+                unlinkat(dirfd(listing), entry->d_name, 0);
     if (listing)
         closedir(listing);
 }
 
+/* What is said next begins a line of its own. */
+static void end_line(Training *t) {
+    if (t->line_is_open)
+        fputc('\n', stderr);
+    t->line_is_open = 0;
+}
+
 static void progress(Training *t, const StepReport *r) {
-    const TrainOptions *o = t->options;
     const double now = seconds_now(), done = (double)(t->model.step - t->first_step);
-    const double per_step = (now - t->started) / done, left = per_step * (o->steps - (double)t->model.step);
-    const int terminal = isatty(STDERR_FILENO), last = t->model.step == (uint64_t)o->steps || stop_signal;
+    const double per_step = (now - t->started) / done, left = per_step * (t->steps - (double)t->model.step);
+    const int terminal = isatty(STDERR_FILENO), last = t->model.step == (uint64_t)t->steps || stop_signal;
     if (!last && done > 1 && now - t->last_line < (terminal ? 0.1 : 10))
         return;
     t->last_line = now;
     fprintf(stderr,
             "%sstep %llu/%d  %.4f bpd (recon %.4f  latent %.4f  diffusion %.4f)  %.1f images/s  %d:%02d:%02d "
             "left%s",
-            terminal ? "\r" : "", (unsigned long long)t->model.step, o->steps, r->total, r->recon, r->latent,
-            r->diffusion, o->settings.batch / per_step, (int)(left / 3600), (int)(left / 60) % 60,
+            terminal ? "\r" : "", (unsigned long long)t->model.step, t->steps, r->total, r->recon, r->latent,
+            r->diffusion, t->settings.batch / per_step, (int)(left / 3600), (int)(left / 60) % 60,
             (int)left % 60, terminal ? "  " : "\n");
-    if (terminal && last)
-        fputc('\n', stderr);
+    t->line_is_open = terminal;
     fflush(stderr);
-}
-
-/* A checkpoint that could not be read again must not take the place of one that can. */
-static int weights_check(Model *m, Error *error) {
-    for (int i = 0; i < 4 * m->parameter_count; i++) {
-        const int vector = i / m->parameter_count;
-        const Parameter *p = &m->parameter[i % m->parameter_count];
-        const real *values = vector_of(m, vector) + p->offset;
-        if (!isfinite(dot(values, values, p->count)))
-            return fail(error, "step %llu: %s.%s is not finite any more", (unsigned long long)m->step,
-                        VECTORS[vector], p->name);
-    }
-    return 0;
 }
 
 static int save(Training *t, Error *error) {
     char path[TEXT_SIZE];
-    if (weights_check(&t->model, error))
+    path_in(t->out, "checkpoint.safetensors", path);
+    if (checkpoint_write(path, &t->model, &t->settings, error))
         return -1;
-    path_in(t->options->out, "checkpoint.safetensors", path);
-    if (fflush(t->log.csv) || ferror(t->log.csv))
-        return fail(error, "%s/log.csv: cannot be written: %s", t->options->out, strerror(errno));
-    if (checkpoint_write(path, &t->model, &t->options->settings, error))
-        return -1;
-    path_in(t->options->out, "loss.png", path);
+    path_in(t->out, "loss.png", path);
     return t->model.step > 0 ? log_draw(&t->log, path, error) : 0;
 }
 
@@ -926,186 +885,266 @@ static int sample_grid(Training *t, Error *error) {
     const Config *c = &t->model.config;
     char name[64], path[TEXT_SIZE];
     snprintf(name, sizeof name, "samples-%llu.png", (unsigned long long)t->model.step);
-    path_in(t->options->out, name, path);
+    path_in(t->out, name, path);
     unsigned char *images = allocate(COUNT, image_size(c));
-    const int steps = c->timesteps > 0 ? c->timesteps : t->options->sample_steps;
-    sample_images(&t->model, &t->workers, COUNT, steps, t->options->settings.seed, 0, images);
+    const int steps = c->timesteps > 0 ? c->timesteps : t->sample_steps;
+    sample_images(&t->model, &t->workers, COUNT, steps, t->settings.seed, 0, images);
     const int status = grid_write(path, images, COUNT, square_columns(COUNT), c, error);
     free(images);
-    if (status == 0)
+    if (status == 0) {
+        end_line(t);
         printf("%s\n", path);
+    }
     return status;
 }
 
 static int due(uint64_t step, int every) {
-    return every > 0 && step % (uint64_t)every == 0;
+    return every > 0 && step > 0 && step % (uint64_t)every == 0;
 }
 
+/* The images of the next step, by the order of its epoch. */
+static void next_images(const Training *t, unsigned char *images) {
+    const Settings *s = &t->settings;
+    for (int i = 0; i < s->batch; i++) {
+        const uint64_t n = t->model.step * (uint64_t)s->batch + (uint64_t)i;
+        const uint32_t position = (uint32_t)(n % t->data.count), epoch = (uint32_t)(n / t->data.count);
+        dataset_image(&t->data, dataset_shuffle(s->seed, epoch, position, t->data.count),
+                      images + (size_t)i * image_size(&s->config));
+    }
+}
+
+/* One step with all that follows it: a line in the log, the evaluation, the progress. */
+static int train_step(Training *t, unsigned char *images, Error *error) {
+    const Settings *s = &t->settings;
+    StepReport r = {0};
+    next_images(t, images);
+    if (training_step(&t->model, &t->workers, &s->optimizer, images, s->batch, s->seed, &r, error))
+        return -1;
+    const uint64_t step = t->model.step;
+    log_point(&t->log, (double)step, r.recon, r.latent, r.diffusion);
+    fprintf(t->log.csv, "%llu,%.6f,%.6f,%.6f,%.6f,%.6f,", (unsigned long long)step, r.total, r.recon,
+            r.latent, r.diffusion, r.gradient_norm);
+    if (due(step, t->eval_every)) {
+        double result[4][2];
+        const int limit = (uint32_t)t->eval_limit < t->test.count ? t->eval_limit : (int)t->test.count;
+        evaluate(&t->model, &t->workers, &t->test, limit, s->seed, result, NULL);
+        fprintf(t->log.csv, "%.6f", result[3][0]);
+        end_line(t);
+        printf("step %llu: test %.4f +- %.4f bpd on %d images\n", (unsigned long long)step, result[3][0],
+               result[3][1], limit);
+    }
+    fprintf(t->log.csv, ",%.3f\n", seconds_now() - t->started);
+    progress(t, &r);
+    return fflush(t->log.csv) ? fail(error, "%s/log.csv: cannot be written: %s", t->out, strerror(errno)) : 0;
+}
+
+/* The samples of a step are drawn before the next step, not behind their own: so a training that was stopped
+ * or killed in between makes up for them when it goes on. */
 static int train_loop(Training *t, Error *error) {
-    TrainOptions *o = t->options;
-    const Settings *s = &o->settings;
-    const size_t d = image_size(&t->model.config);
-    unsigned char *images = allocate((size_t)s->batch, d);
+    unsigned char *images = allocate((size_t)t->settings.batch, image_size(&t->model.config));
     int status = 0;
     t->first_step = t->model.step;
     t->started = seconds_now();
-    while (status == 0 && t->model.step < (uint64_t)o->steps && !stop_signal) {
-        for (int i = 0; i < s->batch; i++) {
-            const uint64_t n = t->model.step * (uint64_t)s->batch + (uint64_t)i;
-            const uint32_t position = (uint32_t)(n % t->data.count), epoch = (uint32_t)(n / t->data.count);
-            dataset_image(&t->data, dataset_shuffle(s->seed, epoch, position, t->data.count),
-                          images + (size_t)i * d);
-        }
-        StepReport r;
-        if ((status = training_step(&t->model, &t->workers, &s->optimizer, images, s->batch, s->seed, &r,
-                                    error)) != 0)
-            break;
-        const uint64_t step = t->model.step;
-        log_point(&t->log, (double)step, r.recon, r.latent, r.diffusion);
-        fprintf(t->log.csv, "%llu,%.6f,%.6f,%.6f,%.6f,%.6f,", (unsigned long long)step, r.total, r.recon,
-                r.latent, r.diffusion, r.gradient_norm);
-        if (due(step, o->eval_every)) {
-            double result[4][2];
-            const uint32_t limit =
-                (uint32_t)o->eval_limit < t->test.count ? (uint32_t)o->eval_limit : t->test.count;
-            evaluate(&t->model, &t->workers, &t->test, (int)limit, s->seed, result, NULL);
-            fprintf(t->log.csv, "%.6f", result[3][0]);
-            printf("step %llu: test %.4f +- %.4f bpd on %u images\n", (unsigned long long)step, result[3][0],
-                   result[3][1], (unsigned)limit);
-        }
-        fprintf(t->log.csv, ",%.3f\n", seconds_now() - t->started);
-        fflush(t->log.csv);
-        progress(t, &r);
-        if (step < (uint64_t)o->steps && due(step, o->save_every) && !stop_signal)
-            status = save(t, error);
-        if (status == 0 && step < (uint64_t)o->steps && due(step, o->sample_every) && !stop_signal)
+    while (status == 0 && t->model.step < (uint64_t)t->steps && !stop_signal) {
+        if (due(t->model.step, t->sample_every))
             status = sample_grid(t, error);
+        if (status == 0)
+            status = train_step(t, images, error);
+        if (status == 0 && t->model.step < (uint64_t)t->steps && due(t->model.step, t->save_every))
+            status = save(t, error);
     }
     free(images);
-    return status ? status : save(t, error);
+    if (status == 0)
+        status = save(t, error);
+    if (status == 0 && !stop_signal && t->model.step > 0)
+        status = sample_grid(t, error);
+    return status;
 }
 
-/* Everything that can be refused before any memory is taken or any file is touched. */
+static int data_check(const Dataset *data, const char *where, const Config *c, Error *error) {
+    if (data->height == c->height && data->width == c->width && data->channels == c->image_channels)
+        return 0;
+    return fail(error, "%s: images are %dx%dx%d, the model is for %dx%dx%d", where, data->height, data->width,
+                data->channels, c->height, c->width, c->image_channels);
+}
+
+/* Everything that can be refused before memory is taken; a new training's directory is made last. */
 static int train_prepare(Training *t, const Option *options, Error *error) {
-    TrainOptions *o = t->options;
-    Settings *s = &o->settings;
+    Settings *s = &t->settings;
     Config *c = &s->config;
     char path[TEXT_SIZE];
-    path_in(o->out, "checkpoint.safetensors", path);
-    const int exists = access(path, F_OK) == 0;
-    if (o->resume && !exists)
-        return fail(error, "%s: there is no checkpoint to resume", path);
-    if (!o->resume && exists)
-        return fail(error,
-                    "%s: there is a checkpoint already; --resume goes on with it, another --out starts anew",
-                    path);
-    if (o->resume) {   /* locked before it is read: what another training writes meanwhile would be lost */
+    path_in(t->out, "checkpoint.safetensors", path);
+    if (t->resume) {   /* locked before it is read: what another training writes meanwhile would be lost */
         Settings saved;
-        if (directory_lock(o->out, error) || checkpoint_read(path, LOAD_ALL, &t->model, &saved, error) ||
-            resume_settings(o, options, &saved, error))
+        if (access(path, F_OK))
+            return fail(error, "%s: there is no checkpoint to resume", path);
+        if (directory_lock(t->out, error) || checkpoint_read(path, LOAD_ALL, &t->model, &saved, error) ||
+            resume_settings(t, options, &saved, error))
             return -1;
     }
     if (dataset_open(&t->data, s->data, SPLIT_TRAIN, s->seed, error) ||
-        (o->eval_every && dataset_open(&t->test, s->data, SPLIT_TEST, s->seed, error)))
+        (t->eval_every && dataset_open(&t->test, s->data, SPLIT_TEST, s->seed, error)))
         return -1;
-    if (o->resume &&
-        (t->data.height != c->height || t->data.width != c->width || t->data.channels != c->image_channels))
-        return fail(error, "%s: images are %dx%dx%d, the checkpoint's model is for %dx%dx%d", s->data,
-                    t->data.height, t->data.width, t->data.channels, c->height, c->width, c->image_channels);
-    c->height = t->data.height, c->width = t->data.width, c->image_channels = t->data.channels;
-    if (settings_check(s, error) || memory_check(c, o->threads, error) ||
-        (!o->resume && directory_lock(o->out, error)))
+    if (!t->resume)
+        c->height = t->data.height, c->width = t->data.width, c->image_channels = t->data.channels;
+    if (data_check(&t->data, s->data, c, error) || (t->eval_every && data_check(&t->test, s->data, c, error)))
         return -1;
-    remove_leftovers(o->out);
-    if (o->resume)
-        t->model.config = *c;
-    return 0;
-}
-
-static void train_end(Training *t) {
-    workers_free(&t->workers);
-    model_free(&t->model);
-    dataset_close(&t->data);
-    dataset_close(&t->test);
+    if (t->resume && s->images && s->images != t->data.count)
+        return fail(error, "%s: holds %llu images, the training began with %llu", s->data,
+                    (unsigned long long)t->data.count, (unsigned long long)s->images);
+    s->images = t->data.count;
+    if (settings_check(s, error) || memory_check(c, t->threads, error))
+        return -1;
+    if (!t->resume) {
+        if (directory_lock(t->out, error))
+            return -1;
+        if (access(path, F_OK) == 0)
+            return fail(
+                error,
+                "%s: there is a checkpoint already; --resume goes on with it, another --out starts anew",
+                path);
+        if (model_new(&t->model, c, s->seed, error))
+            return -1;
+    }
+    t->model.config = *c;   /* with what may change on the way */
+    remove_leftovers(t->out);
+    path_in(t->out, "log.csv", path);
+    return log_open(&t->log, path, t->model.step, t->steps, error);
 }
 
 static int train_command(int argc, char **argv) {
-    TrainOptions o = {.settings = settings_default(),
-                      .out = "run",
-                      .steps = 10000,
-                      .threads = default_threads(),
-                      .save_every = 500,
-                      .sample_steps = 100,
-                      .eval_limit = 256};
-    Settings *s = &o.settings;
-    Config *c = &s->config;
+    Training t = {.settings = settings_default(),
+                  .out = "run",
+                  .steps = 10000,
+                  .threads = default_threads(),
+                  .save_every = 500,
+                  .sample_steps = 100,
+                  .eval_limit = 256};
     const Option own[] = {
-        {"steps", OPTION_INT, &o.steps, 0, 2e9, "N",
+        {"steps", OPTION_INT, &t.steps, 0, 2e9, "N",
          "steps in total, resumed or not; 0: initial checkpoint only", 0},
-        {"threads", OPTION_INT, &o.threads, 1, MAX_THREADS, "N", "threads; more than 16 bring nothing", 0},
-        {"save-every", OPTION_INT, &o.save_every, 0, 2e9, "N",
+        {"threads", OPTION_INT, &t.threads, 1, MAX_THREADS, "N", "threads; more than 16 bring nothing", 0},
+        {"save-every", OPTION_INT, &t.save_every, 0, 2e9, "N",
          "steps between checkpoints; 0: at the end only", 0},
-        {"sample-every", OPTION_INT, &o.sample_every, 0, 2e9, "N",
+        {"sample-every", OPTION_INT, &t.sample_every, 0, 2e9, "N",
          "steps between sample grids; 0: at the end only", 0},
-        {"sample-steps", OPTION_INT, &o.sample_steps, 1, 1e6, "T",
+        {"sample-steps", OPTION_INT, &t.sample_steps, 1, 1e6, "T",
          "sampler steps of a grid (continuous time)", 0},
-        {"eval-every", OPTION_INT, &o.eval_every, 0, 2e9, "N",
+        {"eval-every", OPTION_INT, &t.eval_every, 0, 2e9, "N",
          "steps between evaluations on the test split; 0: none", 0},
-        {"eval-limit", OPTION_INT, &o.eval_limit, 1, 1e9, "N", "test images of such an evaluation", 0},
-        {"out", OPTION_TEXT, o.out, 0, 0, "DIR", "where checkpoint, log.csv, loss.png and samples go", 0},
-        {"resume", OPTION_FLAG, &o.resume, 0, 1, "", "go on where the checkpoint in --out stands", 0},
+        {"eval-limit", OPTION_INT, &t.eval_limit, 1, 1e9, "N", "test images of such an evaluation", 0},
+        {"out", OPTION_TEXT, t.out, 0, 0, "DIR", "where checkpoint, log.csv, loss.png and samples go", 0},
+        {"resume", OPTION_FLAG, &t.resume, 0, 1, "", "go on where the checkpoint in --out stands", 0},
     };
     enum { COUNT = SETTINGS + sizeof own / sizeof own[0] };
     Option options[COUNT];
-    settings_options(s, options);
+    settings_options(&t.settings, options);
     memcpy(options + SETTINGS, own, sizeof own);
-    const int parsed = parse_options(argc, argv, options, COUNT, "train [options]", NULL);
-    if (parsed)
-        return parsed < 0 ? OK : parsed;
-
+    int status = parse_options(argc, argv, options, COUNT, "train [options]", NULL);
+    if (status)
+        return status;
     Error error;
-    Training t;
-    char path[TEXT_SIZE];
-    memset(&t, 0, sizeof t);
-    t.options = &o;
-    if (!o.resume && settings_check(s, &error)) {   /* what the options alone can tell is wrong usage */
+    if (!t.resume && settings_check(&t.settings, &error)) {   /* what the options alone tell is wrong usage */
         fprintf(stderr, "diffenc: train: --%s\n", error.text);
         return USAGE;
     }
-    path_in(o.out, "log.csv", path);
-    if (train_prepare(&t, options, &error) || (!o.resume && model_new(&t.model, c, s->seed, &error)) ||
-        log_open(&t.log, path, t.model.step, o.steps, &error)) {
-        train_end(&t);
-        return report(&error);
+    status = train_prepare(&t, options, &error);
+    if (status == 0) {
+        const Config *c = &t.model.config;
+        char model[32];
+        workers_new(&t.workers, &t.model, t.threads);
+        catch_signals();
+        config_model_name(c, model);
+        printf("%s: %zu weights, %s (%u images of %dx%dx%d), %d threads, from step %llu to %d, into %s\n",
+               model, t.model.weight_count, t.settings.data, (unsigned)t.data.count, c->height, c->width,
+               c->image_channels, t.threads, (unsigned long long)t.model.step, t.steps, t.out);
+        fflush(stdout);
+        status = train_loop(&t, &error);
+        end_line(&t);
     }
-    workers_new(&t.workers, &t.model, o.threads);
-    catch_signals();
-
-    char model[32];
-    config_model_name(c, model);
-    printf("%s: %zu weights, %s (%u images of %dx%dx%d), %d threads, from step %llu to %d, into %s\n", model,
-           t.model.weight_count, s->data, (unsigned)t.data.count, c->height, c->width, c->image_channels,
-           o.threads, (unsigned long long)t.model.step, o.steps, o.out);
-    fflush(stdout);
-    int status = train_loop(&t, &error);
-    if (status == 0 && !stop_signal && t.model.step > 0)
-        status = sample_grid(&t, &error);
-    if (status)
-        report(&error);
-    if (fclose(t.log.csv) && status == 0)
-        status = FAILURE;
     if (status == 0)
-        printf("%s/checkpoint.safetensors at step %llu\n", o.out, (unsigned long long)t.model.step);
-    train_end(&t);
+        printf("%s/checkpoint.safetensors at step %llu\n", t.out, (unsigned long long)t.model.step);
+    else
+        report(&error);
+    if (t.log.csv)
+        fclose(t.log.csv);
+    workers_free(&t.workers);
+    model_free(&t.model);
+    dataset_close(&t.data);
+    dataset_close(&t.test);
     return status ? FAILURE : stop_signal ? 128 + stop_signal : OK;
+}
+
+/* ---- what the commands on a checkpoint have in common ---- */
+
+typedef struct {
+    const char *checkpoint;
+    char out[TEXT_SIZE], where[TEXT_SIZE];   /* the output; the data, "": those of the training */
+    int threads;
+    Settings settings;
+    Model model;
+    Workers workers;
+    Dataset data;
+    Error error;
+} Job;
+
+/* Whether a file can be made there is better known before minutes of work than after. */
+static int directory_check(const char *path, Error *error) {
+    char directory[TEXT_SIZE];
+    snprintf(directory, sizeof directory, "%s", path);
+    char *slash = strrchr(directory, '/');
+    strcpy(slash ? slash + 1 : directory, ".");
+    return access(directory, W_OK | X_OK) ? fail(error, "%s: %s", path, strerror(errno)) : 0;
+}
+
+/* Parse the options, of which those that want a FILE must be given, read the checkpoint and make workers.
+ * Returns 0, an exit status, or -1 with job->error; job_end takes any of them. */
+static int job_begin(Job *job, int argc, char **argv, Option *options, int count, const char *usage,
+                     Load load) {
+    const int parsed = parse_options(argc, argv, options, count, usage, &job->checkpoint);
+    if (parsed)
+        return parsed;
+    const char *missing = job->checkpoint ? NULL : "a checkpoint";
+    char file[64];
+    for (int i = 0; i < count && !missing; i++)
+        if (strcmp(options[i].argument, "FILE") == 0 && !options[i].given) {
+            snprintf(file, sizeof file, "--%s FILE", options[i].name);
+            missing = file;
+        }
+    if (missing) {
+        fprintf(stderr, "diffenc: %s: expected %s (usage: diffenc %s)\n", argv[0], missing, usage);
+        return USAGE;
+    }
+    if ((*job->out && directory_check(job->out, &job->error)) ||
+        checkpoint_read(job->checkpoint, load, &job->model, &job->settings, &job->error))
+        return -1;
+    workers_new(&job->workers, &job->model, job->threads);
+    return 0;
+}
+
+static int job_data(Job *job, Split split) {
+    const char *where = *job->where ? job->where : job->settings.data;
+    return dataset_open(&job->data, where, split, job->settings.seed, &job->error) ||
+                   data_check(&job->data, where, &job->model.config, &job->error)
+               ? -1
+               : 0;
+}
+
+/* Say what went wrong, free everything, return the exit status. */
+static int job_end(Job *job, int status) {
+    if (status < 0)
+        status = report(&job->error);
+    workers_free(&job->workers);
+    model_free(&job->model);
+    dataset_close(&job->data);
+    return status;
 }
 
 /* ---- diffenc sample ---- */
 
 static int sample_command(int argc, char **argv) {
-    const char *checkpoint = NULL;
-    char out[TEXT_SIZE] = "";
-    int count = 64, steps = 0, draw = 0, threads = default_threads();
+    Job job = {.threads = default_threads()};
+    int count = 64, steps = 0, draw = 0;
     uint64_t seed = 1;
     Option options[] = {
         {"count", OPTION_INT, &count, 1, 65536, "N", "images", 0},
@@ -1114,53 +1153,26 @@ static int sample_command(int argc, char **argv) {
         {"seed", OPTION_SEED, &seed, 0, 0, "N", "the same seed gives the same images", 0},
         {"pixels", OPTION_CHOICE, &draw, 0, 0, "likely|drawn",
          "the most likely pixels given z_0, or drawn ones", 0},
-        {"threads", OPTION_INT, &threads, 1, MAX_THREADS, "N", "threads", 0},
-        {"out", OPTION_TEXT, out, 0, 0, "FILE", "a grid of the images: .png, .pgm or .ppm", 0},
+        {"threads", OPTION_INT, &job.threads, 1, MAX_THREADS, "N", "threads", 0},
+        {"out", OPTION_TEXT, job.out, 0, 0, "FILE", "a grid of the images: .png, .pgm or .ppm", 0},
     };
-    const int parsed = parse_options(argc, argv, options, sizeof options / sizeof options[0],
-                                     "sample CHECKPOINT --out FILE [options]", &checkpoint);
-    if (parsed)
-        return parsed < 0 ? OK : parsed;
-    Error error;
-    Settings s;
-    Model model;
-    Workers workers;
-    if (!checkpoint || !*out)
-        return usage_error("sample", "expected a checkpoint and --out FILE");
-    if (checkpoint_read(checkpoint, LOAD_EMA, &model, &s, &error) ||
-        image_path_check(out, model.config.image_channels, &error)) {
-        model_free(&model);
-        return report(&error);
-    }
+    int status = job_begin(&job, argc, argv, options, sizeof options / sizeof options[0],
+                           "sample CHECKPOINT --out FILE [options]", LOAD_EMA);
+    const Config *c = &job.model.config;
+    if (status || (status = image_path_check(job.out, c->image_channels, &job.error)) != 0)
+        return job_end(&job, status);
     if (steps == 0)
-        steps = model.config.timesteps > 0 ? model.config.timesteps : 250;
-    workers_new(&workers, &model, threads);
-    unsigned char *images = allocate((size_t)count, image_size(&model.config));
-    sample_images(&model, &workers, count, steps, seed, draw, images);
-    const int status = grid_write(out, images, count, square_columns(count), &model.config, &error);
+        steps = c->timesteps > 0 ? c->timesteps : 250;
+    unsigned char *images = allocate((size_t)count, image_size(c));
+    sample_images(&job.model, &job.workers, count, steps, seed, draw, images);
+    status = grid_write(job.out, images, count, square_columns(count), c, &job.error);
     free(images);
-    workers_free(&workers);
-    model_free(&model);
-    if (status)
-        return report(&error);
-    printf("%s: %d images, %d steps\n", out, count, steps);
-    return OK;
+    if (status == 0)
+        printf("%s: %d images, %d steps\n", job.out, count, steps);
+    return job_end(&job, status);
 }
 
 /* ---- diffenc eval ---- */
-
-/* Open a split and check that its images are what the model was made for. */
-static int data_for_model(Dataset *data, const char *where, Split split, uint64_t seed, const Config *c,
-                          Error *error) {
-    if (dataset_open(data, where, split, seed, error))
-        return -1;
-    if (data->height == c->height && data->width == c->width && data->channels == c->image_channels)
-        return 0;
-    fail(error, "%s: images are %dx%dx%d, the model is for %dx%dx%d", where, data->height, data->width,
-         data->channels, c->height, c->width, c->image_channels);
-    dataset_close(data);
-    return -1;
-}
 
 /* The bound with the best sigma_P^2 at each t beside that with sigma_P = sigma_Q:
  * w* = 1 / (1 + E||mu_P - mu_Q||^2 / (d sigma_Q^2)),  KL* = -(d/2) log w*. */
@@ -1185,12 +1197,12 @@ static void print_optimal_variance(const double *distance, int count, int timest
 }
 
 static int eval_command(int argc, char **argv) {
-    const char *checkpoint = NULL;
-    char where[TEXT_SIZE] = "", ratio[TEXT_SIZE] = "";
-    int split = SPLIT_TEST, limit = 0, timesteps = -1, threads = default_threads();
+    Job job = {.threads = default_threads()};
+    char ratio[TEXT_SIZE] = "";
+    int split = SPLIT_TEST, limit = 0, timesteps = -1;
     uint64_t seed = 1;
     Option options[] = {
-        {"data", OPTION_TEXT, where, 0, 0, "DIR|digits",
+        {"data", OPTION_TEXT, job.where, 0, 0, "DIR|digits",
          "as for train; without it the data the model was trained on", 0},
         {"split", OPTION_CHOICE, &split, 0, 0, "train|test", "which images", 0},
         {"limit", OPTION_INT, &limit, 0, 1e9, "N", "only the first N images; 0: all", 0},
@@ -1199,58 +1211,41 @@ static int eval_command(int argc, char **argv) {
         {"variance-ratio", OPTION_TEXT, ratio, 0, 0, "W|optimal",
          "finite T only: sigma_Q^2/sigma_P^2, or the best at each t", 0},
         {"seed", OPTION_SEED, &seed, 0, 0, "N", "of times and noise", 0},
-        {"threads", OPTION_INT, &threads, 1, MAX_THREADS, "N", "threads", 0},
+        {"threads", OPTION_INT, &job.threads, 1, MAX_THREADS, "N", "threads", 0},
     };
-    const int parsed = parse_options(argc, argv, options, sizeof options / sizeof options[0],
-                                     "eval CHECKPOINT [options]", &checkpoint);
-    if (parsed)
-        return parsed < 0 ? OK : parsed;
-    Error error;
-    Settings s;
-    Model model;
-    Workers workers;
-    Dataset data;
-    if (!checkpoint)
-        return usage_error("eval", "expected a checkpoint");
-    if (checkpoint_read(checkpoint, LOAD_EMA, &model, &s, &error))
-        return report(&error);
-    Config *c = &model.config;
+    int status = job_begin(&job, argc, argv, options, sizeof options / sizeof options[0],
+                           "eval CHECKPOINT [options]", LOAD_EMA);
+    if (status)
+        return job_end(&job, status);
+    Config *c = &job.model.config;
     const int optimal = strcmp(ratio, "optimal") == 0;
     if (timesteps >= 0)
         c->timesteps = timesteps;
     if (timesteps >= 0 || optimal)
         c->variance_ratio = 1;
     Option given_ratio = {"variance-ratio", OPTION_REAL, &c->variance_ratio, 1e-6, 1e6, "", "", 0};
-    int status = *ratio && !optimal ? option_set(&given_ratio, ratio, &error) : 0;
+    status = *ratio && !optimal ? option_set(&given_ratio, ratio, &job.error) : 0;
     if (status == 0 && optimal && c->timesteps == 0)
-        status = fail(&error, "variance-ratio optimal: in continuous time it is 1; give --timesteps");
-    if (status || config_check(c, &error)) {
-        fprintf(stderr, "diffenc: eval: --%s\n", error.text);
-        model_free(&model);
-        return USAGE;
+        status = fail(&job.error, "variance-ratio optimal: in continuous time it is 1; give --timesteps");
+    if (status || config_check(c, &job.error)) {
+        fprintf(stderr, "diffenc: eval: --%s\n", job.error.text);
+        return job_end(&job, USAGE);
     }
-    if (!*where)
-        snprintf(where, sizeof where, "%s", s.data);
-    if (data_for_model(&data, where, (Split)split, s.seed, c, &error)) {
-        model_free(&model);
-        return report(&error);
-    }
-    const int count = limit > 0 && (uint32_t)limit < data.count ? limit : (int)data.count;
+    if (job_data(&job, (Split)split))
+        return job_end(&job, -1);
+    const int count = limit > 0 && (uint32_t)limit < job.data.count ? limit : (int)job.data.count;
     double result[4][2];
     double *distance = optimal ? allocate((size_t)count * c->timesteps, sizeof *distance) : NULL;
-    workers_new(&workers, &model, threads);
-    evaluate(&model, &workers, &data, count, seed, result, distance);
+    evaluate(&job.model, &job.workers, &job.data, count, seed, result, distance);
     printf("%d %s images of %s, step %llu, EMA weights, bits per dimension with standard error:\n", count,
-           split == SPLIT_TEST ? "test" : "training", where, (unsigned long long)model.step);
+           split == SPLIT_TEST ? "test" : "training", *job.where ? job.where : job.settings.data,
+           (unsigned long long)job.model.step);
     for (int term = 0; term < 4; term++)
         printf("%-10s %9.5f +- %.5f\n", term < 3 ? TERMS[term] : "total", result[term][0], result[term][1]);
     if (distance)
         print_optimal_variance(distance, count, c->timesteps, image_size(c), result[0][0] + result[1][0]);
     free(distance);
-    workers_free(&workers);
-    model_free(&model);
-    dataset_close(&data);
-    return OK;
+    return job_end(&job, 0);
 }
 
 /* ---- diffenc show ---- */
@@ -1272,68 +1267,46 @@ static void to_pixels(const Tensor *a, double scale, unsigned char *out) {
 /* For one image, over t from 0 to 1: x_t, y, and dx_t/dlambda = sigma_t^2 (x_t - y + dy/dlambda). */
 static void show_example(Network *n, int i, void *context) {
     const Show *s = context;
-    const Config *c = &s->model->config;
-    const size_t d = image_size(c);
+    const size_t d = image_size(&s->model->config);
     n->graph.dropout = 0;
     for (int column = 0; column < SHOW_TIMES; column++) {
         network_begin(n);
-        unsigned char *k = arena_allocate(n->graph.arena, d, 1);
-        dataset_image(s->data, (uint32_t)i, k);
         const Method m = method_begin(n);
         const double t = column / (SHOW_TIMES - 1.0);
-        const Encoded e = encode(&m, scale_pixels(&m, k), t, 1);
-        Tensor *rate = exact_counterterm(&m, e, gamma_at(&m, t));
+        const Encoded e = encode(&m, scale_pixels(&m, pixels_of(n, s->data, i)), t, 1);
         unsigned char *out = s->images + ((size_t)i * SHOW_ROWS * SHOW_TIMES + column) * d;
         to_pixels(e.x_t, 1, out);
-        to_pixels(e.y ? e.y : constant(m.graph, c->height, c->width, c->image_channels, NULL), 1,
-                  out + SHOW_TIMES * d);
-        to_pixels(rate, 0.25, out + 2 * SHOW_TIMES * d);
+        to_pixels(e.y ? e.y : image_of(&m, NULL), 1, out + SHOW_TIMES * d);
+        to_pixels(exact_counterterm(&m, e, gamma_at(&m, t)), 0.25, out + 2 * SHOW_TIMES * d);
     }
 }
 
 static int show_command(int argc, char **argv) {
-    const char *checkpoint = NULL;
-    char where[TEXT_SIZE] = "", out[TEXT_SIZE] = "";
-    int count = 4, threads = default_threads();
+    Job job = {.threads = default_threads()};
+    int count = 4;
     Option options[] = {
-        {"data", OPTION_TEXT, where, 0, 0, "DIR|digits",
+        {"data", OPTION_TEXT, job.where, 0, 0, "DIR|digits",
          "as for train; without it the data the model was trained on", 0},
         {"count", OPTION_INT, &count, 1, 64, "N", "test images", 0},
-        {"threads", OPTION_INT, &threads, 1, MAX_THREADS, "N", "threads", 0},
-        {"out", OPTION_TEXT, out, 0, 0, "FILE",
+        {"threads", OPTION_INT, &job.threads, 1, MAX_THREADS, "N", "threads", 0},
+        {"out", OPTION_TEXT, job.out, 0, 0, "FILE",
          "for each image three rows over t = 0..1: x_t, y, dx_t/dlambda", 0},
     };
-    const int parsed = parse_options(argc, argv, options, sizeof options / sizeof options[0],
-                                     "show CHECKPOINT --out FILE [options]", &checkpoint);
-    if (parsed)
-        return parsed < 0 ? OK : parsed;
-    Error error;
-    Settings s;
-    Model model;
-    Workers workers;
-    Dataset data;
-    if (!checkpoint || !*out)
-        return usage_error("show", "expected a checkpoint and --out FILE");
-    if (checkpoint_read(checkpoint, LOAD_EMA, &model, &s, &error) ||
-        image_path_check(out, model.config.image_channels, &error) ||
-        data_for_model(&data, *where ? where : s.data, SPLIT_TEST, s.seed, &model.config, &error)) {
-        model_free(&model);
-        return report(&error);
-    }
-    Show show = {&model, &data, allocate((size_t)count * SHOW_ROWS * SHOW_TIMES, image_size(&model.config))};
-    workers_new(&workers, &model, threads);
-    workers_run(&workers, model.ema, 0, count, show_example, &show);
-    const int status =
-        grid_write(out, show.images, count * SHOW_ROWS * SHOW_TIMES, SHOW_TIMES, &model.config, &error);
+    int status = job_begin(&job, argc, argv, options, sizeof options / sizeof options[0],
+                           "show CHECKPOINT --out FILE [options]", LOAD_EMA);
+    const Config *c = &job.model.config;
+    if (status || (status = image_path_check(job.out, c->image_channels, &job.error)) != 0 ||
+        (status = job_data(&job, SPLIT_TEST)) != 0)
+        return job_end(&job, status);
+    const int pictures = count * SHOW_ROWS * SHOW_TIMES;
+    Show show = {&job.model, &job.data, allocate((size_t)pictures, image_size(c))};
+    workers_run(&job.workers, job.model.ema, 0, count, show_example, &show);
+    status = grid_write(job.out, show.images, pictures, SHOW_TIMES, c, &job.error);
     free(show.images);
-    workers_free(&workers);
-    model_free(&model);
-    dataset_close(&data);
-    if (status)
-        return report(&error);
-    printf("%s: rows x_t, y, dx_t/dlambda (grey: 0, white: 0.25) of %d images, columns t = 0..1\n", out,
-           count);
-    return OK;
+    if (status == 0)
+        printf("%s: rows x_t, y, dx_t/dlambda (grey: 0, white: 0.25) of %d images, columns t = 0..1\n",
+               job.out, count);
+    return job_end(&job, status);
 }
 
 /* ---- diffenc grad ---- */
@@ -1341,8 +1314,8 @@ static int show_command(int argc, char **argv) {
 typedef struct {
     const Model *model;
     int batch;
-    const unsigned char *images;
-    const real *t, *eps, *eps_0;   /* [batch], [batch, d], [batch, d] */
+    unsigned char *images;   /* [batch, d] */
+    real *t, *eps, *eps_0;   /* [batch], [batch, d], [batch, d] */
     double (*terms)[3];
 } GivenBatch;
 
@@ -1351,52 +1324,59 @@ static void given_example(Network *n, int i, void *context) {
     const size_t at = (size_t)i * image_size(&b->model->config);
     n->graph.dropout = 0;
     const Example example = {b->images + at, b->t[i], b->eps + at, b->eps_0 + at};
-    const Method m = method_begin(n);
-    const LossTerms terms = objective(&m, example);
-    terms_of(terms, b->terms[i]);
-    backward(bits_per_dimension(&m, terms), 1.0 / b->batch);
+    learn(n, example, b->batch, b->terms[i]);
 }
 
-/* Read images, t, eps and eps0 of a batch; the four arrays are allocated. */
+/* Take images, t, eps and eps0 of a batch out of a file. The images that the file really holds set what is
+ * allocated, a small multiple of its size. The batch begins empty; on failure it keeps what it holds so far,
+ * for batch_free. */
+static int batch_take(const TensorFile *f, const char *path, const Config *c, GivenBatch *b, Error *error) {
+    static const char *const names[4] = {"images", "t", "eps", "eps0"};
+    const TensorEntry *entry[4];
+    for (int i = 0; i < 4; i++)
+        if (!(entry[i] = tensors_find(f, names[i])))
+            return fail(error, "%s: holds no tensor '%s', which a batch needs", path, names[i]);
+    const TensorEntry *images = entry[0];
+    if (images->type != TYPE_U8 || images->rank != 4 || images->shape[1] != c->height ||
+        images->shape[2] != c->width || images->shape[3] != c->image_channels || images->shape[0] < 1 ||
+        images->shape[0] > MAX_BATCH)
+        return fail(error, "%s: images: expected U8 [B,%d,%d,%d] with B from 1 to %d", path, c->height,
+                    c->width, c->image_channels, MAX_BATCH);
+    b->batch = (int)images->shape[0];
+    b->images = allocate(images->count, 1);
+    memcpy(b->images, images->data, images->count);
+    real **const numbers[4] = {NULL, &b->t, &b->eps, &b->eps_0};
+    for (int i = 1; i < 4; i++) {
+        *numbers[i] = allocate(i == 1 ? (size_t)b->batch : images->count, sizeof(real));
+        if (tensors_copy(entry[i], path, i == 1 ? 1 : 4, images->shape, *numbers[i], error))
+            return -1;
+    }
+    for (int i = 0; i < b->batch; i++) {
+        const double t = (double)b->t[i], steps = t * c->timesteps;
+        if (!(t >= 0 && t <= 1))
+            return fail(error, "%s: t[%d] is %g, expected a time from 0 to 1", path, i, t);
+        if (c->timesteps && (fabs(steps - floor(steps + 0.5)) > 1e-6 * c->timesteps || steps < 0.5))
+            return fail(error, "%s: t[%d] is %g, expected a multiple of 1/%d above 0", path, i, t,
+                        c->timesteps);
+    }
+    return 0;
+}
+
 static int batch_read(const char *path, const Config *c, GivenBatch *b, Error *error) {
     TensorFile f;
     if (tensors_read(path, &f, error))
         return -1;
-    const TensorEntry *images = tensors_find(&f, "images"), *t = tensors_find(&f, "t");
-    const TensorEntry *eps = tensors_find(&f, "eps"), *eps_0 = tensors_find(&f, "eps0");
-    const size_t d = image_size(c);
-    int status = 0;
-    if (!images || !t || !eps || !eps_0)
-        status = fail(error, "%s: holds no tensor '%s', which a batch needs", path,
-                      !images ? "images" : !t ? "t" : !eps ? "eps" : "eps0");
-    else if (images->type != TYPE_U8 || images->rank != 4 || images->shape[1] != c->height ||
-             images->shape[2] != c->width || images->shape[3] != c->image_channels || images->shape[0] < 1 ||
-             images->shape[0] > MAX_BATCH)
-        status = fail(error, "%s: images: expected U8 [B,%d,%d,%d] with B from 1 to %d", path, c->height,
-                      c->width, c->image_channels, MAX_BATCH);
-    if (status == 0) {
-        const int64_t shape[4] = {images->shape[0], c->height, c->width, c->image_channels};
-        b->batch = (int)shape[0];
-        real *times = allocate((size_t)b->batch, sizeof(real)),
-             *noises = allocate(2 * b->batch * d, sizeof(real));
-        unsigned char *pixels = allocate((size_t)b->batch, d);
-        b->t = times, b->eps = noises, b->eps_0 = noises + b->batch * d, b->images = pixels;
-        memcpy(pixels, images->data, b->batch * d);
-        status = tensors_copy(t, path, 1, shape, times, error) ||
-                 tensors_copy(eps, path, 4, shape, noises, error) ||
-                 tensors_copy(eps_0, path, 4, shape, noises + b->batch * d, error);
-        for (int i = 0; i < b->batch && status == 0; i++) {
-            const double steps = (double)times[i] * c->timesteps;
-            if (!(times[i] >= 0 && times[i] <= 1))
-                status =
-                    fail(error, "%s: t[%d] is %g, expected a time from 0 to 1", path, i, (double)times[i]);
-            else if (c->timesteps && (fabs(steps - floor(steps + 0.5)) > 1e-6 * c->timesteps || steps < 0.5))
-                status = fail(error, "%s: t[%d] is %g, expected a multiple of 1/%d above 0", path, i,
-                              (double)times[i], c->timesteps);
-        }
-    }
+    const int status = batch_take(&f, path, c, b, error);
     tensors_free(&f);
-    return status ? -1 : 0;
+    return status;
+}
+
+static void batch_free(GivenBatch *b) {
+    free(b->images);
+    free(b->t);
+    free(b->eps);
+    free(b->eps_0);
+    free(b->terms);
 }
 
 static int gradient_write(const char *path, const Model *m, const GivenBatch *b, const real *gradient,
@@ -1426,44 +1406,29 @@ static int gradient_write(const char *path, const Model *m, const GivenBatch *b,
 }
 
 static int grad_command(int argc, char **argv) {
-    const char *checkpoint = NULL;
-    char batch_path[TEXT_SIZE] = "", out[TEXT_SIZE] = "";
-    int threads = default_threads();
+    Job job = {.threads = default_threads()};
+    char batch_path[TEXT_SIZE] = "";
     Option options[] = {
         {"batch", OPTION_TEXT, batch_path, 0, 0, "FILE",
          "safetensors: images U8 [B,H,W,C], t [B], eps, eps0 [B,H,W,C]", 0},
-        {"out", OPTION_TEXT, out, 0, 0, "FILE",
+        {"out", OPTION_TEXT, job.out, 0, 0, "FILE",
          "safetensors: loss.recon|latent|diffusion [B] in nats, bpd [1], grad.NAME", 0},
-        {"threads", OPTION_INT, &threads, 1, MAX_THREADS, "N", "threads", 0},
+        {"threads", OPTION_INT, &job.threads, 1, MAX_THREADS, "N", "threads", 0},
     };
-    const int parsed = parse_options(argc, argv, options, sizeof options / sizeof options[0],
-                                     "grad CHECKPOINT --batch FILE --out FILE [options]", &checkpoint);
-    if (parsed)
-        return parsed < 0 ? OK : parsed;
-    Error error;
-    Settings s;
-    Model model;
-    Workers workers;
-    if (!checkpoint || !*batch_path || !*out)
-        return usage_error("grad", "expected a checkpoint, --batch FILE and --out FILE");
-    if (checkpoint_read(checkpoint, LOAD_PARAMS, &model, &s, &error))
-        return report(&error);
-    GivenBatch b = {.model = &model};
-    int status = batch_read(batch_path, &model.config, &b, &error);
+    int status = job_begin(&job, argc, argv, options, sizeof options / sizeof options[0],
+                           "grad CHECKPOINT --batch FILE --out FILE [options]", LOAD_PARAMS);
+    if (status)
+        return job_end(&job, status);
+    GivenBatch b = {.model = &job.model};
+    status = batch_read(batch_path, &job.model.config, &b, &job.error);
     if (status == 0) {
         b.terms = allocate((size_t)b.batch, sizeof *b.terms);
-        workers_new(&workers, &model, threads);
-        model_flip(&model, threads);
-        workers_run(&workers, model.params, 1, b.batch, given_example, &b);
-        status = gradient_write(out, &model, &b, workers_gradient(&workers), &error);
-        workers_free(&workers);
-        free(b.terms);
+        model_flip(&job.model, job.threads);
+        workers_run(&job.workers, job.model.params, 1, b.batch, given_example, &b);
+        status = gradient_write(job.out, &job.model, &b, workers_gradient(&job.workers), &job.error);
     }
-    free((void *)b.images);
-    free((void *)b.t);
-    free((void *)b.eps);
-    model_free(&model);
-    return status ? report(&error) : OK;
+    batch_free(&b);
+    return job_end(&job, status);
 }
 
 /* ---- commands ---- */
@@ -1490,6 +1455,8 @@ int main(int argc, char **argv) {
     for (int i = 0; argc > 1 && i < count; i++)
         if (strcmp(argv[1], COMMANDS[i].name) == 0) {
             int status = COMMANDS[i].run(argc - 1, argv + 1);
+            if (status == HELP)
+                status = OK;
             if (fflush(stdout) && status == OK) {
                 fprintf(stderr, "diffenc: standard output: %s\n", strerror(errno));
                 status = FAILURE;

@@ -555,8 +555,8 @@ static void test_convolution(Arena *scratch) {
     static const int outs[8] = {1, 3, 8, 16, 31, 32, 33, 70};
     int variant = 0;
     for (int shape = 0; shape < 4 * 4 * 7 * 8; shape++)
-        check_convolution(0, heights[shape / 224], widths[shape / 56 % 4], ins[shape / 8 % 7], outs[shape % 8],
-                          variant++, scratch);
+        check_convolution(0, heights[shape / 224], widths[shape / 56 % 4], ins[shape / 8 % 7],
+                          outs[shape % 8], variant++, scratch);
     check_convolution(0, 28, 28, 32, 32, 1, scratch);
     check_convolution(0, 28, 28, 1, 16, 3, scratch);
     check_convolution(0, 14, 14, 64, 32, 5, scratch);
