@@ -914,9 +914,11 @@ static void normalise_backward(const GroupNorm *n, const real *x, const real *dn
     for (int i = 0; i < n->positions; i++) {
         const size_t at = (size_t)i * C;
         if (start)
+#pragma omp simd
             for (int c = 0; c < C; c++)
                 dx[at + c] = start[at + c] + (gain[c] * dn[at + c] + slope[c] * x[at + c] + offset[c]);
         else
+#pragma omp simd
             for (int c = 0; c < C; c++)
                 dx[at + c] = gain[c] * dn[at + c] + slope[c] * x[at + c] + offset[c];
     }
@@ -977,6 +979,7 @@ static void normalise_tangent(const GroupNorm *n, const real *x, const real *v, 
     group_means(n, sum_xhat, inner);
     spread(n, inner, sum_xhat);
     for (int i = 0; i < n->positions; i++)
+#pragma omp simd
         for (int c = 0; c < C; c++) {
             const size_t at = (size_t)i * C + c;
             const real xhat = (x[at] - mean[c]) * rstd[c];
@@ -990,11 +993,17 @@ void group_norm_tangent(const GroupNorm *n, const real *x, const real *x_dot, re
     normalise_tangent(n, x, x_dot, y_dot, inner);
     gain_and_offset(n, gain, offset);
     for (int i = 0; i < n->positions; i++)
-        for (int c = 0; c < C; c++) {
-            const size_t at = (size_t)i * C + c;
-            const real u = x[at] * gain[c] + offset[c];
-            y_dot[at] *= n->scale[c] * (n->swish ? swish_slope(u, sigmoid(u)) : 1);
-        }
+        if (n->swish)
+#pragma omp simd
+            for (int c = 0; c < C; c++) {
+                const size_t at = (size_t)i * C + c;
+                const real u = x[at] * gain[c] + offset[c];
+                y_dot[at] *= n->scale[c] * swish_slope(u, sigmoid(u));
+            }
+        else
+#pragma omp simd
+            for (int c = 0; c < C; c++)
+                y_dot[(size_t)i * C + c] *= n->scale[c];
     for (size_t i = 0; n->keep && i < (size_t)n->positions * C; i++)
         y_dot[i] *= n->keep[i];
 }
@@ -1023,13 +1032,15 @@ void group_norm_tangent_backward(const GroupNorm *n, const real *x, const real *
     memset(zero, 0, C * sizeof(real));
     normalise_tangent(n, x, x_dot, xhat_dot, group);
     spread(n, group, x_inner);
-    for (int i = 0; i < n->positions; i++)
+    for (size_t at = 0; at < count; at++)
+        g[at] = n->keep ? dy_dot[at] * n->keep[at] : dy_dot[at];
+    for (int i = 0; n->swish && i < n->positions; i++)
+#pragma omp simd
         for (int c = 0; c < C; c++) {
             const size_t at = (size_t)i * C + c;
-            const real u = x[at] * gain[c] + offset[c], s = sigmoid(u),
-                       d = dy_dot[at] * (n->keep ? n->keep[at] : 1);
-            dn[at] = n->swish ? d * swish_curve(u, s) * n->scale[c] * xhat_dot[at] : 0;
-            g[at] = n->swish ? d * swish_slope(u, s) : d;
+            const real u = x[at] * gain[c] + offset[c], s = sigmoid(u), d = g[at];
+            dn[at] = d * swish_curve(u, s) * n->scale[c] * xhat_dot[at];
+            g[at] = d * swish_slope(u, s);
         }
     paired_sums(n, g, zero, xhat_dot, zero, sum, mixed);   /* mixed = sum of dn_dot xhat_dot */
     for (int c = 0; c < C; c++) {
@@ -1040,21 +1051,22 @@ void group_norm_tangent_backward(const GroupNorm *n, const real *x, const real *
     group_means(n, mixed, group);
     spread(n, group, mixed);
     for (int i = 0; i < n->positions; i++)
+#pragma omp simd
         for (int c = 0; c < C; c++)
             g[(size_t)i * C + c] *= n->scale[c];
     normalise_tangent(n, x, g, Jg, group);
     spread(n, group, g_inner);
     if (n->swish)
         normalise_backward(n, x, dn, dx, dx, dscale, dbias);
-    for (int i = 0; i < n->positions; i++)
+    for (int i = 0; dx && i < n->positions; i++)
+#pragma omp simd
         for (int c = 0; c < C; c++) {
             const size_t at = (size_t)i * C + c;
-            if (dx)
-                dx[at] -= rstd[c] * ((x[at] - mean[c]) * rstd[c] * mixed[c] + x_inner[c] * Jg[at]
-                                     + g_inner[c] * xhat_dot[at]);
-            if (dx_dot)
-                dx_dot[at] += Jg[at];
+            dx[at] -= rstd[c] * ((x[at] - mean[c]) * rstd[c] * mixed[c] + x_inner[c] * Jg[at]
+                                 + g_inner[c] * xhat_dot[at]);
         }
+    for (size_t at = 0; dx_dot && at < count; at++)
+        dx_dot[at] += Jg[at];
     arena_release(scratch, mark);
 }
 

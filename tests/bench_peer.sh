@@ -4,9 +4,10 @@
 #     tests/bench_peer.sh [PROGRAM [ROUNDS]]        (default ./diffenc and 3; `make bench-peer`)
 #
 # Each round measures every model once with the one and once with the other, each in a process of its own, so
-# that whatever else the machine does meets both. Before the first round PyTorch tries its memory layouts,
-# allocators and ways to compute dy/dlambda, and the fastest are kept. Both take the median of STEPS steps
-# after one to warm up.
+# that whatever else the machine does meets both. Before the first round PyTorch tries its memory layouts and
+# ways to compute dy/dlambda, and the fastest are kept. Then it runs twice: with the system's allocator, as a
+# user has it, and with one that keeps freed memory, which few have. Both programs take the median of STEPS
+# steps after one to warm up.
 #
 # Environment: PYTHON (python3, else /usr/bin/python3, whichever has PyTorch), THREADS (all), STEPS (3), BATCH
 # (64), MODELS, and of the sampling COUNT (64 images) and SAMPLER_STEPS (10).
@@ -73,10 +74,10 @@ ours() {
     fi
 }
 
-# keep COMMAND...: run it, keep its line with the round in front, give up when it fails.
+# keep COMMAND...: run it, keep its line with round and allocator in front, give up when it fails.
 keep() {
     line=$("$@" </dev/null) || { say "failed: $*"; exit 1; }
-    echo "$round $line" >> "$lines"
+    echo "$round $allocator $line" >> "$lines"
 }
 
 # What is measured, one "MODEL WHAT OPTIONS" a line, with PyTorch's fastest options found by it.
@@ -85,20 +86,22 @@ for model in $MODELS sampling; do
     what=step
     [ "$model" = sampling ] && model=vdm-4 what=sampling
     line=$(torch "$model" "$what") || { say "failed: PyTorch's $what of $model"; exit 1; }
-    options="--layout $(value layout "$line") --allocator $(value allocator "$line")"
+    options="--layout $(value layout "$line")"
     [ "$what" = step ] && options="$options --tangent $(value tangent "$line")"
     echo "PyTorch is fastest at $model, $what, with $options" >&2
-    cases="$cases$model $what $options
+    for allocator in system keep; do
+        cases="$cases$model $what $allocator $options
 "
+    done
 done
 
 round=1
 while [ "$round" -le "$rounds" ]; do
     echo "round $round of $rounds" >&2
-    while read -r model what options; do
+    while read -r model what allocator options; do
         [ -n "$model" ] || continue
         # shellcheck disable=SC2086 # options are words
-        keep torch "$model" "$what" $options
+        keep torch "$model" "$what" --allocator "$allocator" $options
         keep ours "$model" "$what"
     done <<END
 $cases
@@ -118,6 +121,7 @@ case $blas in
         echo "NOTE      unfair: this BLAS slows PyTorch down; apt-get install libopenblas0-openmp" ;;
 esac
 echo "step      $BATCH images of 28x28x1; sampling: $COUNT images, $SAMPLER_STEPS steps"
+echo "memory kept: PyTorch with an allocator that keeps freed memory (see --allocator of tests/reference.py)"
 echo "figures   medians of $rounds rounds, in parentheses the worst and the best of them"
 awk '
     function field(key,   i) {
@@ -134,19 +138,19 @@ awk '
             }
         return (y[int((n + 1) / 2)] + y[int(n / 2) + 1]) / 2
     }
-    $2 == "torch" || $2 == "diffenc" {
-        name = $3 " " $4
+    $3 == "torch" || $3 == "diffenc" {
+        name = $4 " " $5 ($2 == "keep" ? ", memory kept" : "")
         if (!(name in known)) {
             known[name] = 1
             names[++count] = name
         }
-        seconds[$2, name, $1] = field("seconds")
-        bytes[$2, name, $1] = field($2 == "torch" ? "peak_rss_bytes" : "peak_bytes")
+        seconds[$3, name, $1] = field("seconds")
+        bytes[$3, name, $1] = field($3 == "torch" ? "peak_rss_bytes" : "peak_bytes")
         if ($1 > rounds)
             rounds = $1
     }
     END {
-        printf "\n%-24s %10s %10s %8s %17s %12s %12s %8s\n", "", "PyTorch s", "diffenc s", "faster", "",
+        printf "\n%-32s %10s %10s %8s %17s %12s %12s %8s\n", "", "PyTorch s", "diffenc s", "faster", "",
                "PyTorch MB", "diffenc MB", "smaller"
         for (c = 1; c <= count; c++) {
             name = names[c]
@@ -161,7 +165,7 @@ awk '
                 worst = ratio[r] < worst ? ratio[r] : worst
                 best = ratio[r] > best ? ratio[r] : best
             }
-            printf "%-24s %10.3f %10.3f %7.2fx %17s %12.1f %12.1f %7.1fx\n", name, median(a, rounds),
+            printf "%-32s %10.3f %10.3f %7.2fx %17s %12.1f %12.1f %7.1fx\n", name, median(a, rounds),
                    median(b, rounds), median(ratio, rounds), sprintf("(%.2f..%.2f)", worst, best),
                    median(m, rounds), median(n, rounds), median(m, rounds) / median(n, rounds)
         }
