@@ -435,7 +435,7 @@ static void convolve_forward(Tensor *y) {
     Arena *scratch = y->graph->arena;
     if (kernel->height != 9)
         matrix_product(h * w, in, out, x->value, kernel->value, bias, start, y->value, scratch);
-    else if (y->graph->plain_sums)
+    else if (y->graph->plain_sums && !y->graph->inside_tangent)
         convolve3x3(h, w, in, out, x->value, kernel->value, bias, start, y->value, scratch);
     else
         convolve3x3_fast(h, w, in, out, x->value, kernel->value, bias, start, y->value, scratch);

@@ -272,7 +272,7 @@ struct Tensor {
 struct Graph {
     Arena *arena;
     Tensor *last;                   /* the newest tensor */
-    int plain_sums;                 /* convolve forward without minimal filtering, which rounds more */
+    int plain_sums;                 /* convolve values without minimal filtering, which rounds more */
     int shapes_only;                /* build without values, to count parameters and memory */
     size_t bytes;                   /* of all values made so far */
     int inside_tangent;             /* a tangent is being made: operators look at no tangents */

@@ -361,8 +361,9 @@ Tensor *encoder_network(Network *n, Tensor *x, double t, Tensor *t_dot) {
     /* The same dropout mask at every time of an example: otherwise x_s - x_t would be the difference of
      * two masks, which does not shrink with s - t, and T KL_T would grow with T instead of going to L_inf. */
     n->graph.dropout_position = 0;
-    /* y reaches the score network through sin(2 pi 128 z), which magnifies its rounding 800 times. */
-    n->graph.plain_sums = 1;
+    /* y reaches the score network through sin(2 pi 128 z), which magnifies its rounding 800 times. At t = 0
+     * the reconstruction sees it alone. */
+    n->graph.plain_sums = t > 0;
     Tensor *y = hyperbolic_tangent(
         image_network(n, NET_UNET, c->encoder_blocks, c->encoder_channels, x, t, t_dot, x->channels, NULL));
     n->graph.plain_sums = 0;
