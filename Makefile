@@ -90,19 +90,29 @@ bench: all
 bench-peer: all
 	sh tests/bench_peer.sh ./$(PROGRAM)
 
-# Feed the parsers of files with made-up ones, SECONDS each (clang and its libFuzzer).
+# Feed each parser of files with made-up ones for FUZZ_SECONDS (clang and its libFuzzer), beginning with those of the
+# tests. Nothing 64 KiB long may make it ask for 64 MB at once.
 FUZZ_SECONDS = 60
-FUZZERS = idx cifar gzip tensors
+FUZZERS = idx cifar gzip tensors batch
 fuzz:
-	@mkdir -p build/fuzz
+	@$(MAKE) --no-print-directory fuzzing CC=clang OPENMP= SIMD= CFLAGS="-O1 -g" \
+	    SANITIZE=fuzzer-no-link,address,undefined
+
+fuzzing: $(BUILD)/test_data $(FUZZERS:%=$(BUILD)/fuzz_%)
+	@mkdir -p $(FUZZERS:%=$(BUILD)/corpus/%) $(FUZZERS:%=$(BUILD)/seeds/%)
+	@cp tests/golden/*.batch.safetensors tests/golden/*.checkpoint.safetensors $(BUILD)/seeds/batch
+	FUZZ_SEEDS=$(BUILD)/seeds $(BUILD)/test_data
 	@for f in $(FUZZERS); do \
-	    clang -std=c99 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. \
-	        tests/fuzz/fuzz_$$f.c data.c tensor.c -o build/fuzz/$$f -lm && mkdir -p build/fuzz/corpus-$$f && \
-	    build/fuzz/$$f -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=1024 -timeout=10 -max_len=65536 \
-	        -artifact_prefix=build/fuzz/ -verbosity=0 -print_final_stats=1 build/fuzz/corpus-$$f || exit 1; \
+	    echo "== $$f"; \
+	    $(BUILD)/fuzz_$$f -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -malloc_limit_mb=64 -rss_limit_mb=1024 \
+	        -timeout=30 -verbosity=0 -print_final_stats=1 -artifact_prefix=$(BUILD)/ \
+	        $(BUILD)/corpus/$$f $(BUILD)/seeds/$$f || exit 1; \
 	done
 
-# What takes long: valgrind, many kills, threads, with and without OpenMP.
+$(BUILD)/fuzz_%: tests/fuzz/fuzz_%.c main.c $(LIBRARY)
+	$(COMPILE) -fsanitize=fuzzer $< $(LIBRARY) -o $@ -lm
+
+# What needs builds of its own: the same bits with and without OpenMP, valgrind, ThreadSanitizer.
 trust: all
 	sh tests/trust.sh
 
@@ -117,5 +127,5 @@ install: all
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(PROGRAM) $(DESTDIR)$(PREFIX)/bin/$(PROGRAM)
 
-.PHONY: all run test tests check mutants bench bench-peer fuzz trust mnist clean install
+.PHONY: all run test tests check mutants bench bench-peer fuzz fuzzing trust mnist clean install
 .SECONDARY:

@@ -53,18 +53,6 @@ static uint32_t crc_32(uint32_t crc, const unsigned char *data, size_t size) {
     return ~crc;
 }
 
-/* Room for one more item in an array of `count` items, which has room for the next power of two: memory stays
- * in proportion to what was really read. */
-static void *array_grow(void *array, size_t count, size_t size) {
-    if (count & (count - 1))
-        return array;
-    void *grown = allocate(count ? 2 * count : 1, size);
-    if (count)
-        memcpy(grown, array, count * size);
-    free(array);
-    return grown;
-}
-
 /* What is being read and how far. The first failure is kept in `error`; after it bytes are zeros and lists
  * are at their end, so that a parser asks for `failed` only where it would loop or write. */
 typedef struct {
@@ -79,13 +67,15 @@ typedef struct {
 static int require(Cursor *c, int condition, const char *format, ...) {
     if (c->failed || condition)
         return !c->failed;
-    char what[400], place[32];
+    char what[400], place[80] = "", number[32];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(what, sizeof what, format, arguments);
     va_end(arguments);
-    c->failed = c->part ? fail(c->error, "%s: %s (%s byte %s)", c->name, what, c->part, grouped(c->at, place))
-                        : fail(c->error, "%s: %s", c->name, what);
+    if (c->part)
+        snprintf(place, sizeof place, " (%s byte %s)", c->part, grouped(c->at, number));
+    fail(c->error, "%s: %s%s", c->name, what, place);
+    c->failed = -1;
     return 0;
 }
 
@@ -98,6 +88,22 @@ static uint64_t take_little_endian(Cursor *c, int bytes) {
     for (int b = 0; b < bytes; b++)
         value |= (uint64_t)take_byte(c) << 8 * b;
     return value;
+}
+
+/* `memory` with room for `size` bytes of what a file holds. Where there is not so much, the reading of that
+ * file has failed, the result is NULL, and `memory` stays as it was. */
+static void *resize(Cursor *c, void *memory, size_t size) {
+    char text[32];
+    void *resized = c->failed ? NULL : realloc(memory, size ? size : 1);
+    require(c, resized != NULL, "out of memory, needs %s bytes", grouped(size, text));
+    return resized;
+}
+
+/* Room for one more item in an array of `count` items, which has room for the next power of two: memory stays
+ * in proportion to what was really read. */
+static void *array_grow(Cursor *c, void *array, size_t count, size_t size) {
+    void *grown = count & (count - 1) ? NULL : resize(c, array, (count ? 2 * count : 1) * size);
+    return grown ? grown : array;
 }
 
 /* ---- gzip ---- */
@@ -136,26 +142,28 @@ static void align_to_byte(Inflater *s) {
 }
 
 static void put_byte(Inflater *s, unsigned byte) {
-    s->out.data = array_grow(s->out.data, s->out.size, 1);
-    s->out.data[s->out.size++] = (unsigned char)byte;
+    s->out.data = array_grow(&s->in, s->out.data, s->out.size, 1);
+    if (!s->in.failed)
+        s->out.data[s->out.size++] = (unsigned char)byte;
 }
 
 /* Make a code from lengths[count] in 0..15. One that leaves bit patterns unused is refused, but for what the
  * RFC allows of some: a single code of one bit, or none at all. */
 static void make_code(Inflater *s, PrefixCode *code, const unsigned char *lengths, int count, int may_be_1) {
-    int unused = 1, used = 0;
+    int unused = 1, place[17] = {0};   /* where the symbols of each length begin */
     memset(code->count, 0, sizeof code->count);
+    for (int i = 0; i < count; i++)
+        code->count[lengths[i]]++;
     for (int length = 1; length <= 15; length++) {
-        for (int i = 0; i < count; i++)
-            if (lengths[i] == length)
-                code->symbol[used++] = i;
-        code->count[length] = used - code->count[0];
-        code->count[0] = used;
+        place[length + 1] = place[length] + code->count[length];
         unused = 2 * unused - code->count[length];
         require(&s->in, unused >= 0, "has an over-subscribed code");
     }
-    const int is_1 = used <= 1 && used == code->count[1];
+    const int used = place[16], is_1 = used <= 1 && used == code->count[1];
     require(&s->in, unused == 0 || (may_be_1 && is_1), "has an incomplete code");
+    for (int i = 0; i < count; i++)
+        if (lengths[i])
+            code->symbol[place[lengths[i]]++] = i;
 }
 
 /* Looking 15 bits ahead never runs out of a whole stream: 8 bytes of CRC and length follow the last code. */
@@ -290,22 +298,23 @@ int gzip_inflate(const unsigned char *data, size_t size, const char *name, Bytes
 
 /* The bytes of a file as they are. */
 static int file_bytes(const char *path, Bytes *bytes, Error *error) {
+    Cursor c = {.name = path, .error = error};
     *bytes = (Bytes){NULL, 0};
     FILE *stream = fopen(path, "rb");
     if (!stream)
         return fail(error, "%s: %s", path, strerror(errno));
     for (size_t wanted = 1, got = 1; got == wanted; bytes->size += got) {   /* twice as much each time */
         wanted = bytes->size ? bytes->size : 1;
-        bytes->data = array_grow(bytes->data, bytes->size, 1);
-        got = fread(bytes->data + bytes->size, 1, wanted, stream);
+        bytes->data = array_grow(&c, bytes->data, bytes->size, 1);
+        got = c.failed ? 0 : fread(bytes->data + bytes->size, 1, wanted, stream);
     }
-    const int failed = ferror(stream) ? fail(error, "%s: %s", path, strerror(errno)) : 0;
+    require(&c, !ferror(stream), "%s", strerror(errno));
     fclose(stream);
-    if (failed) {
+    if (c.failed) {
         free(bytes->data);
         *bytes = (Bytes){NULL, 0};
     }
-    return failed;
+    return c.failed;
 }
 
 static int has_extension(const char *path, const char *extension) {
@@ -559,8 +568,9 @@ static Axis axis_of(const Curve *curves, int curve_count, int is_y, int extent, 
     double low = values[0], high = values[last] - most > most - low ? most : values[last];
     free(values);
     /* A constant needs some height too, and a range that is all rounding noise is a constant. */
-    const int constant = high - low <= 1e-9 * fmax(fabs(low), fabs(high));
-    const double margin = constant ? (low != 0 ? fabs(low) * 0.1 : 1) : is_y ? 0.04 * (high - low) : 0;
+    const int constant = high - low <= fmax(1e-9 * fmax(fabs(low), fabs(high)), 1e-300);
+    const double size = fabs(low) > 1e-300 ? fabs(low) : 10, part = is_y ? 0.04 : 0;
+    const double margin = constant ? 0.1 * size : part * (high - low);
     low -= margin;
     high += margin;
     const double power = pow(10, floor(log10((high - low) / ticks))), steps = (high - low) / power;
@@ -571,9 +581,10 @@ static Axis axis_of(const Curve *curves, int curve_count, int is_y, int extent, 
 /* Grid lines across the plot and the numbers beside or below it. */
 static void draw_ticks(const Canvas *canvas, const Canvas *plot, Axis axis, int is_y, int dot) {
     const int decimals = axis.step < 1 ? (int)ceil(-log10(axis.step) - 1e-9) : 0, beyond = 3 * dot;
-    for (double k = ceil(axis.low / axis.step); k * axis.step <= axis.high; k++) {
+    const double first = ceil(axis.low / axis.step);
+    for (int k = 0; (first + k) * axis.step <= axis.high; k++) {
         char text[32];
-        const double value = k * axis.step + 0.0;   /* -0 becomes 0 */
+        const double value = (first + k) * axis.step;
         const int plain = fabs(value) < 1e6 && axis.step >= 1e-4, at = (int)((value - axis.low) * axis.scale);
         const int length = 6 * dot * (plain ? snprintf(text, sizeof text, "%.*f", decimals, value)
                                             : snprintf(text, sizeof text, "%.3g", value));
@@ -603,7 +614,7 @@ void chart_draw(const Curve *curves, int curve_count, const char *x_label, const
                 unsigned char *pixels, int height, int width) {
     const int dot = clamp(fmin(height / 300.0, width / 400.0), 1, 8), line = 12 * dot, letter = 6 * dot;
     const int left = clamp(8 * letter + 3 * dot, 0, width), right = clamp(width - 2 * letter, left, width);
-    const int top = clamp(line * 3 / 2, 0, height), bottom = clamp(height - 2 * line - 5 * dot, top, height);
+    const int top = clamp(18 * dot, 0, height), bottom = clamp(height - 2 * line - 5 * dot, top, height);
     const int across = right - left, down = bottom - top;
     const Canvas canvas = {pixels, width, 3, 255, 0, 0, width, height};
     const Canvas plot = {pixels, width, 3, 255, left, top, right, bottom};
@@ -741,18 +752,20 @@ int idx_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *err
     const uint64_t expected = (uint64_t)header[1] * height * width, held = bytes->size - c.at;
     require(&c, held >= expected, "holds %s of the %s bytes its header promises", grouped(held, text[0]),
             grouped(expected, text[1]));
-    if (!require(&c, held == expected, "holds %s bytes, more than the %s its header promises",
-                 grouped(held, text[0]), grouped(expected, text[1])))
+    require(&c, held == expected, "holds %s bytes, more than the %s its header promises",
+            grouped(held, text[0]), grouped(expected, text[1]));
+    unsigned char *pixels = resize(&c, NULL, (size_t)expected);
+    if (!pixels)
         return -1;
-    *dataset = (Dataset){header[1], (int)height, (int)width, 1, allocate((size_t)expected, 1), dataset->split,
-                         dataset->seed};
-    memcpy(dataset->pixels, bytes->data + c.at, (size_t)expected);
+    memcpy(pixels, bytes->data + c.at, (size_t)expected);
+    *dataset = (Dataset){header[1], (int)height, (int)width, 1, pixels, dataset->split, dataset->seed};
     return 0;
 }
 
 int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *error) {
     enum { SIDE = 32, PLANE = SIDE * SIDE, RECORD = 1 + 3 * PLANE };
     char text[32];
+    Cursor c = {.name = name, .error = error};
     const size_t count = bytes->size / RECORD, had = dataset->count;
     if (count == 0 || bytes->size % RECORD != 0 || count > UINT32_MAX - had)
         return fail(error, "%s: holds %s bytes, expected a multiple of 3,073 (a label, 32 x 32 x 3 pixels)",
@@ -761,14 +774,17 @@ int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *e
         if (*label > 9)
             return fail(error, "%s: image %s has label %d, expected 0 to 9", name,
                         grouped((uint64_t)(label - bytes->data) / RECORD, text), *label);
-    unsigned char *pixels = allocate(had + count, 3 * PLANE), *out = pixels + had * 3 * PLANE;
-    if (had)
-        memcpy(pixels, dataset->pixels, had * 3 * PLANE);
-    free(dataset->pixels);
+    unsigned char *pixels = resize(&c, dataset->pixels, (had + count) * 3 * PLANE);
+    if (!pixels)
+        return -1;
+    dataset->pixels = pixels;
+    dataset->count = (uint32_t)(had + count);
+    dataset->height = dataset->width = SIDE;
+    dataset->channels = 3;
     for (size_t i = 0; i < count * PLANE; i++)
-        for (size_t c = 0; c < 3; c++)
-            *out++ = bytes->data[i / PLANE * RECORD + 1 + c * PLANE + i % PLANE];
-    *dataset = (Dataset){(uint32_t)(had + count), SIDE, SIDE, 3, pixels, dataset->split, dataset->seed};
+        for (size_t channel = 0; channel < 3; channel++)
+            pixels[3 * (had * PLANE + i) + channel] =
+                bytes->data[i / PLANE * RECORD + 1 + channel * PLANE + i % PLANE];
     return 0;
 }
 
@@ -962,7 +978,7 @@ enum { TYPES = sizeof element_types / sizeof element_types[0] };
 /* {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, whose data lie in data[size]. */
 static TensorEntry take_tensor(Cursor *c, const char *name, const unsigned char *data, size_t size) {
     TensorEntry entry = {.name = name, .rank = -1, .count = 1};
-    int64_t offsets[2];
+    int64_t offsets[2] = {0};
     int type = -1, offset_count = -1;
     for (int i = 0; next_item(c, "{}", i); i++) {
         const char *key = take_name(c);
@@ -1019,15 +1035,20 @@ static void take_header(Cursor *c, TensorFile *file, const unsigned char *data, 
     for (int i = 0; next_item(c, "{}", i); i++) {
         const char *name = take_name(c);
         if (strcmp(name, "__metadata__") != 0) {
-            file->tensors = array_grow(file->tensors, (size_t)file->tensor_count, sizeof *file->tensors);
-            file->tensors[file->tensor_count++] = take_tensor(c, name, data, size);
+            const TensorEntry entry = take_tensor(c, name, data, size);
+            file->tensors = array_grow(c, file->tensors, (size_t)file->tensor_count, sizeof entry);
+            if (!c->failed)
+                file->tensors[file->tensor_count++] = entry;
             continue;
         }
         require(c, !metadata_seen++, "a second __metadata__");
         for (int k = 0; next_item(c, "{}", k); k++) {
-            file->metadata = array_grow(file->metadata, (size_t)file->metadata_count, pair);
-            file->metadata[2 * file->metadata_count] = take_name(c);
-            file->metadata[2 * file->metadata_count++ + 1] = take_string(c);
+            const char *key = take_name(c), *value = take_string(c);
+            file->metadata = array_grow(c, file->metadata, (size_t)file->metadata_count, pair);
+            if (c->failed)
+                return;
+            file->metadata[2 * file->metadata_count] = key;
+            file->metadata[2 * file->metadata_count++ + 1] = value;
         }
     }
     skip_space(c);

@@ -21,18 +21,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#if defined __has_feature
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define SANITIZED 1
-#endif
-#endif
-#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
-#define SANITIZED 1
-#endif
-#ifndef SANITIZED
-#define SANITIZED 0
-#endif
-
 static const int IN_DOUBLE = sizeof(real) == sizeof(double);
 
 enum { TEXT = 1 << 14, PATH = 4096 };
