@@ -105,7 +105,7 @@ fuzzing: $(BUILD)/test_data $(FUZZERS:%=$(BUILD)/fuzz_%)
 	@for f in $(FUZZERS); do \
 	    echo "== $$f"; \
 	    $(BUILD)/fuzz_$$f -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -malloc_limit_mb=64 -rss_limit_mb=1024 \
-	        -timeout=30 -verbosity=0 -print_final_stats=1 -artifact_prefix=$(BUILD)/ \
+	        -timeout=60 -verbosity=0 -print_final_stats=1 -artifact_prefix=$(BUILD)/ \
 	        $(BUILD)/corpus/$$f $(BUILD)/seeds/$$f || exit 1; \
 	done
 

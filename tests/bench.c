@@ -523,8 +523,8 @@ static int bench_steps(const Job *all) {
         first_median = i ? first_median : t.median;
         printf("\n%s, a training step of %d examples: %.3f s (%.3f..%.3f), %.1f images/s\n", MODELS[i],
                job.batch, t.median, t.least, t.most, job.batch / t.median);
-        printf("  arithmetic   %.1f GFLOP in plain sums, %.1f GFLOP/s, %.0f%% of the peak\n", operations / 1e9,
-               operations / t.median / 1e9, 100 * operations / t.median / t.peak);
+        printf("  arithmetic   %.1f GFLOP in plain sums, %.1f GFLOP/s, %.0f%% of the peak\n",
+               operations / 1e9, operations / t.median / 1e9, 100 * operations / t.median / t.peak);
         printf("  peak memory  %.1f MB; at batch %d %.1f MB\n", step.bytes / 1e6, small.batch,
                step_small.bytes / 1e6);
         if (job.threads > 1)
