@@ -564,7 +564,7 @@ static void test_clock(void) {
 static void test_derivatives(void) {
     for (int i = 0; i < operator_count(); i++) {
         const Subject s = operator_subject(i);
-        const DerivativeErrors e = derivative_errors(&s, 200, 1000 + (uint64_t)i);
+        const DerivativeErrors e = derivative_errors(&s, 64, 1000 + (uint64_t)i);
         CHECK(e.gradient <= derivative_limit(), "%s (row %d): gradient off by %g", operator_title(i), i,
               e.gradient);
         CHECK(e.tangent <= derivative_limit(), "%s (row %d): tangent off by %g", operator_title(i), i,
