@@ -482,18 +482,23 @@ static const real SIXTH = (real)(1.0 / 6);
 /* One of these matrices times a line of numbers, `step` apart, for N channels at once. */
 typedef void LineTransform(int N, const real *from, ptrdiff_t step, real *to, ptrdiff_t to_step);
 
+/* The six lines of B^T, G and A alike: the outer ones, and sum and difference of two pairs between them. */
+static inline void put_six(real *to, ptrdiff_t step, real first, real a, real b, real c, real d, real last) {
+    to[0] = first;
+    to[step] = a + b;
+    to[2 * step] = a - b;
+    to[3 * step] = c + d;
+    to[4 * step] = c - d;
+    to[5 * step] = last;
+}
+
 static inline void transform_input(int N, const real *x, ptrdiff_t step, real *to, ptrdiff_t to_step) {
 #pragma omp simd
     for (int n = 0; n < N; n++) {   /* B^T */
         const real x0 = x[n], x1 = x[step + n], x2 = x[2 * step + n], x3 = x[3 * step + n],
                    x4 = x[4 * step + n], x5 = x[5 * step + n];
         const real even = x4 - 4 * x2, odd = x3 - 4 * x1, even2 = x4 - x2, odd2 = 2 * (x3 - x1);
-        to[n] = 4 * x0 - 5 * x2 + x4;
-        to[to_step + n] = even + odd;
-        to[2 * to_step + n] = even - odd;
-        to[3 * to_step + n] = even2 + odd2;
-        to[4 * to_step + n] = even2 - odd2;
-        to[5 * to_step + n] = 4 * x1 - 5 * x3 + x5;
+        put_six(to + n, to_step, 4 * x0 - 5 * x2 + x4, even, odd, even2, odd2, 4 * x1 - 5 * x3 + x5);
     }
 }
 
@@ -501,14 +506,9 @@ static inline void transform_kernel(int N, const real *k, ptrdiff_t step, real *
 #pragma omp simd
     for (int n = 0; n < N; n++) {   /* G */
         const real k0 = k[n], k1 = k[step + n], k2 = k[2 * step + n];
-        const real even = SIXTH * (k0 + k2), odd = SIXTH * k1, even2 = SIXTH * (k0 / 4 + k2),
+        const real even = -SIXTH * (k0 + k2), odd = -SIXTH * k1, even2 = SIXTH * (k0 / 4 + k2),
                    odd2 = SIXTH / 2 * k1;
-        to[n] = k0 / 4;
-        to[to_step + n] = -even - odd;
-        to[2 * to_step + n] = odd - even;
-        to[3 * to_step + n] = even2 + odd2;
-        to[4 * to_step + n] = even2 - odd2;
-        to[5 * to_step + n] = k2;
+        put_six(to + n, to_step, k0 / 4, even, odd, even2, odd2, k2);
     }
 }
 
@@ -530,12 +530,7 @@ static inline void transpose_output(int N, const real *y, ptrdiff_t step, real *
     for (int n = 0; n < N; n++) {   /* A */
         const real y0 = y[n], y1 = y[step + n], y2 = y[2 * step + n], y3 = y[3 * step + n];
         const real even = y0 + y2, odd = y1 + y3, even2 = y0 + 4 * y2, odd2 = 2 * y1 + 8 * y3;
-        to[n] = y0;
-        to[to_step + n] = even + odd;
-        to[2 * to_step + n] = even - odd;
-        to[3 * to_step + n] = even2 + odd2;
-        to[4 * to_step + n] = even2 - odd2;
-        to[5 * to_step + n] = y3;
+        put_six(to + n, to_step, y0, even, odd, even2, odd2, y3);
     }
 }
 

@@ -213,8 +213,8 @@ mutant 'filtering: a sign in A^T' tensor.c \
     'odd + 8 * odd2 + m5;' \
     'odd + 8 * odd2 - m5;'
 mutant 'filtering: a sign in G' tensor.c \
-    '= -even - odd;' \
-    '= even - odd;'
+    'odd = -SIXTH * k1,' \
+    'odd = SIXTH * k1,'
 mutant 'filtering: a term missing in G^T' tensor.c \
     'even2 - even + u5;' \
     'even2 - even;'
