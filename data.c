@@ -1,10 +1,10 @@
-/* data.c - files in and out: gzip, PNG, PGM, PPM, charts, MNIST, CIFAR-10, built-in digits, safetensors.
+/* data.c - files in and out: gzip, PNG, PGM, PPM, MNIST, CIFAR-10, built-in digits, a chart, safetensors.
  *
  * The parsers face files from strangers. Three rules make it easy to see that they are safe: memory is asked
  * for only after the file was seen to hold what it promises; every read goes through one bounded cursor; and
  * a file that is not exactly right is refused with one line: what was found and what was expected. */
 
-#define _POSIX_C_SOURCE 200809L
+#define _XOPEN_SOURCE 700   /* POSIX of 2008 with realpath */
 
 #include "diffenc.h"
 
@@ -13,6 +13,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <limits.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -22,60 +23,72 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* ---- bytes and numbers ---- */
+/* ---- messages ---- */
 
-/* 47040000 as "47,040,000", for messages. Returns `text`. */
-static const char *grouped(uint64_t value, char text[32]) {
-    for (int at = snprintf(text, 32, "%" PRIu64, value) - 3; at > 0; at -= 3) {
-        memmove(text + at + 1, text + at, strlen(text + at) + 1);
-        text[at] = ',';
+/* Bytes of the UTF-8 character at `text`; 0 if there is none (RFC 3629: shortest form, no surrogates). */
+static size_t utf8_length(const char *text) {
+    const unsigned char *u = (const unsigned char *)text;
+    const size_t length = *u < 0x80 ? 1 : *u < 0xc2 ? 0 : *u < 0xe0 ? 2 : *u < 0xf0 ? 3 : *u < 0xf5 ? 4 : 0;
+    for (size_t i = 1; i < length; i++)
+        if (u[i] >> 6 != 2)
+            return 0;
+    const int is_wrong = (*u == 0xe0 && u[1] < 0xa0) || (*u == 0xed && u[1] > 0x9f) ||
+                         (*u == 0xf0 && u[1] < 0x90) || (*u == 0xf4 && u[1] > 0x8f);
+    return is_wrong ? 0 : length;
+}
+
+const char *printable(const char *text, char *buffer, size_t size) {
+    size_t at = 0;
+    for (size_t length; *text; text += length) {
+        const unsigned first = (unsigned char)text[0], second = (unsigned char)text[1];
+        length = utf8_length(text);
+        const int shown = length && first >= 0x20 && first != 0x7f && (first != 0xc2 || second >= 0xa0);
+        length = shown ? length : 1;
+        const size_t needed = shown ? length : 4;
+        if (at + needed >= size)
+            break;
+        memcpy(buffer + at, text, length);
+        if (!shown)
+            sprintf(buffer + at, "\\x%02x", first);
+        at += needed;
     }
-    return text;
+    buffer[at] = '\0';
+    return buffer;
 }
 
-static unsigned char *put_big_endian(unsigned char *at, uint32_t value) {
-    for (int shift = 24; shift >= 0; shift -= 8)
-        *at++ = (unsigned char)(value >> shift);
-    return at;
+/* fail() for messages that quote names, paths or content of files: none of it may command the terminal. */
+static int refuse(Error *error, const char *format, ...) {
+    char text[sizeof error->text], shown[sizeof error->text];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    return fail(error, "%s", printable(text, shown, sizeof shown));
 }
 
-/* The CRC-32 of gzip and PNG, of data behind those that gave `crc` (0 at the start). */
-static uint32_t crc_32(uint32_t crc, const unsigned char *data, size_t size) {
-    uint32_t table[256];
-    for (uint32_t i = 0; i < 256; i++) {
-        table[i] = i;
-        for (int bit = 0; bit < 8; bit++)
-            table[i] = table[i] >> 1 ^ (table[i] & 1 ? 0xedb88320 : 0);
-    }
-    crc = ~crc;
-    for (size_t i = 0; i < size; i++)
-        crc = table[(crc ^ data[i]) & 255] ^ crc >> 8;
-    return ~crc;
-}
+/* ---- reading bytes ---- */
 
 /* What is being read and how far. The first failure is kept in `error`; after it bytes are zeros and lists
  * are at their end, so that a parser asks for `failed` only where it would loop or write. */
 typedef struct {
     const unsigned char *data;
     size_t size, at;
-    const char *name, *part;   /* of the file; of what in it, where messages shall tell the byte, or NULL */
+    const char *name, *part;   /* of the file; what `at` counts in, for messages, or NULL */
     Error *error;
     int failed;
 } Cursor;
 
-/* What must hold, or else the reading fails with this message. Returns whether all is well. */
+/* Fail with this message unless the condition holds. Returns whether all is well so far. */
 static int require(Cursor *c, int condition, const char *format, ...) {
     if (c->failed || condition)
         return !c->failed;
-    char what[400], place[80] = "", number[32];
+    char what[400];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(what, sizeof what, format, arguments);
     va_end(arguments);
-    if (c->part)
-        snprintf(place, sizeof place, " (%s byte %s)", c->part, grouped(c->at, number));
-    fail(c->error, "%s: %s%s", c->name, what, place);
-    c->failed = -1;
+    c->failed = c->part ? refuse(c->error, "%s: %s (%s byte %zu)", c->name, what, c->part, c->at)
+                        : refuse(c->error, "%s: %s", c->name, what);
     return 0;
 }
 
@@ -90,20 +103,30 @@ static uint64_t take_little_endian(Cursor *c, int bytes) {
     return value;
 }
 
-/* `memory` with room for `size` bytes of what a file holds. Where there is not so much, the reading of that
- * file has failed, the result is NULL, and `memory` stays as it was. */
+/* `memory` with room for `size` bytes. Where that is too much, the reading has failed, the result is NULL and
+ * `memory` stays as it was. */
 static void *resize(Cursor *c, void *memory, size_t size) {
-    char text[32];
     void *resized = c->failed ? NULL : realloc(memory, size ? size : 1);
-    require(c, resized != NULL, "out of memory, needs %s bytes", grouped(size, text));
+    require(c, resized != NULL, "out of memory, needs %zu bytes", size);
     return resized;
 }
 
-/* Room for one more item in an array of `count` items, which has room for the next power of two: memory stays
- * in proportion to what was really read. */
+/* Room for one more item in an array that has room for the next power of two: memory stays in proportion to
+ * what was really read. */
 static void *array_grow(Cursor *c, void *array, size_t count, size_t size) {
     void *grown = count & (count - 1) ? NULL : resize(c, array, (count ? 2 * count : 1) * size);
     return grown ? grown : array;
+}
+
+/* The CRC-32 of gzip and PNG, of data that follow those whose CRC is `crc` (0 at the start). */
+static uint32_t crc_32(uint32_t crc, const unsigned char *data, size_t size) {
+    static const uint32_t table[16] = {   /* of half a byte */
+        0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4, 0x4db26158, 0x5005713c,
+        0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c, 0x9b64c2b0, 0x86d3d2d4, 0xa00ae278, 0xbdbdf21c};
+    crc = ~crc;
+    for (size_t i = 0; i < 2 * size; i++)
+        crc = table[(crc ^ data[i / 2] >> 4 * (i % 2)) & 15] ^ crc >> 4;
+    return ~crc;
 }
 
 /* ---- gzip ---- */
@@ -115,40 +138,34 @@ typedef struct {
 
 typedef struct {
     Cursor in;
-    uint32_t bits;             /* taken from `in` and not used yet, the next one lowest */
-    int bit_count;
+    unsigned byte;   /* the last one taken from `in`, of which this many bits, the lowest, are used */
+    int used, is_full;
     Bytes out;
-    size_t member;             /* where in `out` this member begins: no distance reaches before it */
+    uint64_t most;   /* bytes wanted: with so many in `out` all stops, as after a failure */
+    size_t member;   /* where in `out` this member begins: no distance reaches before it */
 } Inflater;
 
-static unsigned peek_bits(Inflater *s, int count) {
-    for (; s->bit_count < count; s->bit_count += 8)
-        s->bits |= (uint32_t)take_byte(&s->in) << s->bit_count;
-    return s->bits & ((1u << count) - 1);
-}
-
 static unsigned take_bits(Inflater *s, int count) {
-    const unsigned value = peek_bits(s, count);
-    s->bits >>= count;
-    s->bit_count -= count;
+    unsigned value = 0;
+    for (int i = 0; i < count; i++, s->used++) {
+        if (s->used == 8) {
+            s->byte = take_byte(&s->in);
+            s->used = 0;
+        }
+        value |= (s->byte >> s->used & 1) << i;
+    }
     return value;
 }
 
-/* Go on with whole bytes: what is left of the last one is padding, those not touched go back. */
-static void align_to_byte(Inflater *s) {
-    s->in.at -= (size_t)(s->bit_count / 8);
-    s->bits = 0;
-    s->bit_count = 0;
-}
-
 static void put_byte(Inflater *s, unsigned byte) {
+    if (!s->in.failed && s->out.size == s->most)
+        s->is_full = s->in.failed = 1;
     s->out.data = array_grow(&s->in, s->out.data, s->out.size, 1);
     if (!s->in.failed)
         s->out.data[s->out.size++] = (unsigned char)byte;
 }
 
-/* Make a code from lengths[count] in 0..15. One that leaves bit patterns unused is refused, but for what the
- * RFC allows of some: a single code of one bit, or none at all. */
+/* Make a code from lengths[count] in 0..15. Only a code of one bit, or of none, may be incomplete. */
 static void make_code(Inflater *s, PrefixCode *code, const unsigned char *lengths, int count, int may_be_1) {
     int unused = 1, place[17] = {0};   /* where the symbols of each length begin */
     memset(code->count, 0, sizeof code->count);
@@ -159,48 +176,41 @@ static void make_code(Inflater *s, PrefixCode *code, const unsigned char *length
         unused = 2 * unused - code->count[length];
         require(&s->in, unused >= 0, "has an over-subscribed code");
     }
-    const int used = place[16], is_1 = used <= 1 && used == code->count[1];
-    require(&s->in, unused == 0 || (may_be_1 && is_1), "has an incomplete code");
+    may_be_1 = may_be_1 && place[16] <= 1 && place[16] == code->count[1];
+    require(&s->in, unused == 0 || may_be_1, "has an incomplete code");
     for (int i = 0; i < count; i++)
         if (lengths[i])
             code->symbol[place[lengths[i]]++] = i;
 }
 
-/* Looking 15 bits ahead never runs out of a whole stream: 8 bytes of CRC and length follow the last code. */
 static unsigned take_symbol(Inflater *s, const PrefixCode *code) {
-    const unsigned ahead = peek_bits(s, 15);
     int beyond = 0, shorter = 0;   /* the first code of this length, by so much; number of shorter codes */
     for (int length = 1; length <= 15; length++) {
-        beyond = 2 * beyond + (int)(ahead >> (length - 1) & 1);
-        if (beyond < code->count[length]) {
-            take_bits(s, length);
+        beyond = 2 * beyond + (int)take_bits(s, 1);
+        if (beyond < code->count[length])
             return (unsigned)code->symbol[shorter + beyond];
-        }
         beyond -= code->count[length];
         shorter += code->count[length];
     }
     return (unsigned)require(&s->in, 0, "has an invalid code");
 }
 
-static void fixed_codes(Inflater *s, PrefixCode *literal, PrefixCode *distance) {
-    unsigned char lengths[288];
-    for (int i = 0; i < 288; i++)
-        lengths[i] = i < 144 ? 8 : i < 256 ? 9 : i < 280 ? 7 : 8;
-    make_code(s, literal, lengths, 288, 0);
-    memset(lengths, 5, 32);
-    make_code(s, distance, lengths, 32, 0);
-}
-
-static void dynamic_codes(Inflater *s, PrefixCode *literal, PrefixCode *distance) {
+/* The two codes of a block: fixed, or sent as lengths that have a code themselves (3.2.6, 3.2.7). */
+static void take_codes(Inflater *s, int is_fixed, PrefixCode *literal, PrefixCode *distance) {
     static const unsigned char order[19] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
     unsigned char lengths[286 + 30 + 138] = {0};   /* a run may begin at the last of them */
-    const int literals = 257 + (int)take_bits(s, 5), all = literals + 1 + (int)take_bits(s, 5);
-    const int count = 4 + (int)take_bits(s, 4);
-    require(&s->in, literals <= 286 && all - literals <= 30, "has more codes than there are symbols");
-    for (int i = 0; i < count; i++)
-        lengths[order[i]] = (unsigned char)take_bits(s, 3);
-    make_code(s, literal, lengths, 19, 0);
-    for (int i = 0, run = 1; i < all && !s->in.failed; i += run) {
+    int literals = 288, all = 288 + 32;
+    for (int i = 0; is_fixed && i < all; i++)
+        lengths[i] = i < 144 ? 8 : i < 256 ? 9 : i < 280 ? 7 : i < 288 ? 8 : 5;
+    if (!is_fixed) {
+        literals = 257 + (int)take_bits(s, 5);
+        all = literals + 1 + (int)take_bits(s, 5);
+        require(&s->in, literals <= 286 && all - literals <= 30, "has more codes than there are symbols");
+        for (int i = 0, count = 4 + (int)take_bits(s, 4); i < count; i++)
+            lengths[order[i]] = (unsigned char)take_bits(s, 3);
+        make_code(s, literal, lengths, 19, 0);
+    }
+    for (int i = 0, run = 1; !is_fixed && i < all && !s->in.failed; i += run) {
         const int symbol = (int)take_symbol(s, literal);
         require(&s->in, symbol != 16 || i > 0, "repeats a code length before the first");
         run = symbol < 16 ? 1 : symbol < 18 ? 3 + (int)take_bits(s, symbol - 14) : 11 + (int)take_bits(s, 7);
@@ -208,8 +218,8 @@ static void dynamic_codes(Inflater *s, PrefixCode *literal, PrefixCode *distance
         require(&s->in, i + run <= all, "has more code lengths than codes");
     }
     require(&s->in, lengths[256], "has no code for the end of a block");
-    make_code(s, literal, lengths, literals, 1);
-    make_code(s, distance, lengths + literals, all - literals, 1);
+    make_code(s, literal, lengths, literals, !is_fixed);
+    make_code(s, distance, lengths + literals, all - literals, !is_fixed);
 }
 
 /* Lengths and distances are sent as small floating-point numbers: `symbol` counts 2^fine steps to a doubling,
@@ -241,15 +251,14 @@ static void inflate_compressed(Inflater *s, const PrefixCode *literal, const Pre
 static void inflate_block(Inflater *s, unsigned type) {
     Cursor *in = &s->in;
     PrefixCode literal, distance;
-    require(in, type < 3, "has a block of unknown type");
     if (type == 0) {
-        align_to_byte(s);
+        s->used = 8;   /* the rest of a byte is padding */
         const uint64_t length = take_little_endian(in, 2);
         require(in, take_little_endian(in, 2) == (length ^ 0xffff), "has a stored block of two lengths");
         for (uint64_t i = 0; i < length && !in->failed; i++)
             put_byte(s, take_byte(in));
-    } else {
-        (type == 1 ? fixed_codes : dynamic_codes)(s, &literal, &distance);
+    } else if (require(in, type < 3, "has a block of unknown type")) {
+        take_codes(s, type == 1, &literal, &distance);
         inflate_compressed(s, &literal, &distance);
     }
 }
@@ -258,8 +267,7 @@ static void inflate_block(Inflater *s, unsigned type) {
 static void inflate_member(Inflater *s) {
     enum { HEADER_CRC = 2, EXTRA = 4, NAME = 8, COMMENT = 16 };
     Cursor *in = &s->in;
-    const size_t start = in->at;
-    const char *other = start > 0 ? "has trailing garbage" : "is not gzip";
+    const char *other = in->at > 0 ? "has trailing garbage" : "is not gzip";
     require(in, take_byte(in) == 0x1f && take_byte(in) == 0x8b, other);
     require(in, take_byte(in) == 8, "has an unknown compression method");
     const unsigned flags = take_byte(in);
@@ -269,47 +277,56 @@ static void inflate_member(Inflater *s) {
         take_byte(in);
     for (unsigned text = NAME; text <= COMMENT; text *= 2)
         while ((flags & text) && take_byte(in)) { }
-    const uint32_t crc = crc_32(0, in->data + start, in->at - start) & 0xffff;
-    require(in, !(flags & HEADER_CRC) || take_little_endian(in, 2) == crc, "has a wrong header CRC");
+    take_little_endian(in, flags & HEADER_CRC ? 2 : 0);   /* those who decompress all do without it */
     s->member = s->out.size;
     for (unsigned last = 0; !last && !in->failed;) {
         last = take_bits(s, 1);
         inflate_block(s, take_bits(s, 2));
     }
-    align_to_byte(s);
+    s->used = 8;
     const unsigned char *made = s->out.data + s->member;
     const size_t size = s->out.size - s->member;
-    require(in, take_little_endian(in, 4) == crc_32(0, made, size), "has a wrong CRC");
+    require(in, in->failed || take_little_endian(in, 4) == crc_32(0, made, size), "has a wrong CRC");
     require(in, take_little_endian(in, 4) == (size & 0xffffffff), "has a wrong length");
 }
 
-int gzip_inflate(const unsigned char *data, size_t size, const char *name, Bytes *out, Error *error) {
-    Inflater s = {.in = {data, size, 0, name, "gzip", error, 0}, .out = {allocate(1, 1), 0}};
+int gzip_inflate(const unsigned char *data, size_t size, const char *name, uint64_t most, Bytes *out,
+                 Error *error) {
+    Inflater s = {.in = {data, size, 0, name, "gzip", error, 0}, 0, 8, 0, {allocate(1, 1), 0}, most, 0};
     require(&s.in, size > 0, "is empty, expected a gzip stream");
-    while (!s.in.failed && s.in.at < size)
+    while (!s.in.failed && s.in.at < size) {
         inflate_member(&s);
-    if (s.in.failed)
+        while (s.in.at < size && data[s.in.at] == 0)   /* tapes and disks fill their last block with zeros */
+            s.in.at++;
+    }
+    if (s.in.failed && !s.is_full) {
         free(s.out.data);
-    *out = s.in.failed ? (Bytes){NULL, 0} : s.out;
-    return s.in.failed;
+        s.out = (Bytes){NULL, 0};
+    }
+    *out = s.out;
+    return s.in.failed && !s.is_full ? -1 : 0;
 }
 
 /* ---- files ---- */
 
-/* The bytes of a file as they are. */
-static int file_bytes(const char *path, Bytes *bytes, Error *error) {
+/* The first `most` bytes of a file, or all. What is no file is refused: pipes wait, /dev/zero never ends. */
+static int file_bytes(const char *path, uint64_t most, Bytes *bytes, Error *error) {
     Cursor c = {.name = path, .error = error};
+    struct stat status;
     *bytes = (Bytes){NULL, 0};
-    FILE *stream = fopen(path, "rb");
-    if (!stream)
-        return fail(error, "%s: %s", path, strerror(errno));
-    for (size_t wanted = 1, got = 1; got == wanted; bytes->size += got) {   /* twice as much each time */
-        wanted = bytes->size ? bytes->size : 1;
-        bytes->data = array_grow(&c, bytes->data, bytes->size, 1);
-        got = c.failed ? 0 : fread(bytes->data + bytes->size, 1, wanted, stream);
+    const int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    const int is_open = file >= 0 && fstat(file, &status) == 0;
+    require(&c, is_open, "%s", strerror(errno));
+    require(&c, !is_open || !S_ISDIR(status.st_mode), "is a directory, expected a file");
+    require(&c, !is_open || S_ISREG(status.st_mode), "is a device or a pipe, expected a file");
+    const uint64_t there = c.failed ? 0 : (uint64_t)status.st_size, size = there < most ? there : most;
+    bytes->data = resize(&c, NULL, (size_t)size);
+    for (ssize_t got = 1; got > 0 && !c.failed; bytes->size += got > 0 ? (size_t)got : 0) {
+        got = read(file, bytes->data + bytes->size, (size_t)size - bytes->size);
+        require(&c, got >= 0, "%s", strerror(errno));
     }
-    require(&c, !ferror(stream), "%s", strerror(errno));
-    fclose(stream);
+    if (file >= 0)
+        close(file);
     if (c.failed) {
         free(bytes->data);
         *bytes = (Bytes){NULL, 0};
@@ -322,53 +339,46 @@ static int has_extension(const char *path, const char *extension) {
     return length > end && strcasecmp(path + length - end, extension) == 0;
 }
 
-int file_read(const char *path, Bytes *bytes, Error *error) {
-    if (file_bytes(path, bytes, error))
+/* The first `most` bytes of what a file holds, which is inflated if its name or its content says gzip. */
+static int file_read(const char *path, uint64_t most, Bytes *bytes, Error *error) {
+    const uint64_t packed = 2 * most + (1 << 20);   /* no real gzip stream is longer than what is in it */
+    if (file_bytes(path, packed, bytes, error))
         return -1;
-    unsigned char *packed = bytes->data;
-    if (!has_extension(path, ".gz") && (bytes->size < 3 || memcmp(packed, "\x1f\x8b\x08", 3) != 0))
+    const Bytes file = *bytes;
+    bytes->size = file.size < most ? file.size : (size_t)most;
+    if (!has_extension(path, ".gz") && (file.size < 3 || memcmp(file.data, "\x1f\x8b\x08", 3) != 0))
         return 0;
-    const int status = gzip_inflate(packed, bytes->size, path, bytes, error);
-    free(packed);
+    const int status = gzip_inflate(file.data, file.size, path, most, bytes, error);
+    free(file.data);
     return status;
 }
 
-/* The new name of a file is on the disk when its directory is. A directory that can be written but not read,
- * or a file system that cannot do it (EINVAL), is no failure. `path` is spoilt. */
-static int directory_sync(char *path) {
-    char *slash = strrchr(path, '/');
-    strcpy(slash ? slash + 1 : path, ".");
-    const int descriptor = open(path, O_RDONLY);
-    const int reason = descriptor >= 0 && fsync(descriptor) != 0 && errno != EINVAL ? errno : 0;
-    if (descriptor >= 0)
-        close(descriptor);
-    return reason;
-}
-
 int file_replace(const char *path, FileWriter write, const void *context, Error *error) {
-    char temporary[4096];
+    char target[PATH_MAX], temporary[PATH_MAX + 32];
     struct stat status;
+    if (!realpath(path, target)) {
+        if (errno != ENOENT || lstat(path, &status) == 0)   /* a link to nothing */
+            return refuse(error, "%s: %s", path, strerror(errno));
+        snprintf(target, sizeof target, "%s", path);
+    }
     /* A rename would turn /dev/null into a plain file. */
-    if (stat(path, &status) == 0 && !S_ISREG(status.st_mode))
-        return fail(error, "%s: is not a regular file", path);
-    if ((size_t)snprintf(temporary, sizeof temporary, "%s.tmp.%ld", path, (long)getpid()) >= sizeof temporary)
-        return fail(error, "%s: %s", path, strerror(ENAMETOOLONG));
+    if (stat(target, &status) == 0 && !S_ISREG(status.st_mode))
+        return refuse(error, "%s: is not a regular file", path);
+    snprintf(temporary, sizeof temporary, "%s.tmp.%ld", target, (long)getpid());
     unlink(temporary);   /* whatever has this name was left by a process that is no more */
-    const int descriptor = open(temporary, O_WRONLY | O_CREAT | O_EXCL, 0666);
-    FILE *stream = descriptor < 0 ? NULL : fdopen(descriptor, "wb");
-    if (!stream)
-        return fail(error, "%s: %s", path, strerror(errno));
+    const int file = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    FILE *stream = file < 0 ? NULL : fdopen(file, "wb");
+    int reason = stream ? 0 : errno;
     errno = 0;
-    int reason = 0;
-    if (write(stream, context) != 0 || fflush(stream) != 0 || fsync(descriptor) != 0)
+    if (stream && (write(stream, context) != 0 || fflush(stream) != 0 || fsync(file) != 0))
         reason = errno ? errno : EIO;
-    if ((fclose(stream) != 0 || (!reason && rename(temporary, path) != 0)) && !reason)
+    if (file >= 0 && (stream ? fclose(stream) : close(file)) != 0 && !reason)
+        reason = errno;
+    if (!reason && rename(temporary, target) != 0)
         reason = errno;
     if (reason)
         unlink(temporary);
-    else
-        reason = directory_sync(temporary);
-    return reason ? fail(error, "%s: %s", path, strerror(reason)) : 0;
+    return reason ? refuse(error, "%s: %s", path, strerror(reason)) : 0;
 }
 
 /* ---- images ---- */
@@ -377,6 +387,12 @@ typedef struct {
     const unsigned char *pixels;
     int height, width, channels, is_ppm;
 } Image;
+
+static unsigned char *put_big_endian(unsigned char *at, uint32_t value) {
+    for (int shift = 24; shift >= 0; shift -= 8)
+        *at++ = (unsigned char)(value >> shift);
+    return at;
+}
 
 static void put_chunk(FILE *stream, const char *type, const unsigned char *data, size_t size) {
     unsigned char length[4], crc[4];
@@ -388,27 +404,26 @@ static void put_chunk(FILE *stream, const char *type, const unsigned char *data,
     fwrite(crc, 1, 4, stream);
 }
 
-/* A PNG whose pixels are not compressed (deflate blocks of type "stored"): they are few. */
+/* A PNG whose pixels are not compressed, for they are few: each row is a deflate block of type "stored". */
 static int write_png(void *stream, const void *context) {
     const Image *image = context;
-    const size_t row = (size_t)image->width * (size_t)image->channels + 1, size = row * (size_t)image->height;
+    const size_t row = (size_t)image->width * (size_t)image->channels, length = row + 1, inverse = ~length;
     unsigned char header[13] = {[8] = 8, [9] = image->channels == 3 ? 2 : 0};   /* 8 bits, RGB or grey */
     put_big_endian(put_big_endian(header, (uint32_t)image->width), (uint32_t)image->height);
-    unsigned char *data = allocate(2 + size + 5 * (size / 65535 + 1) + 4, 1), *at = data;
-    const unsigned char *pixels = image->pixels;
+    unsigned char *data = allocate(2 + (row + 6) * (size_t)image->height + 4, 1), *at = data;
     uint32_t low = 1, high = 0;   /* Adler-32 (RFC 1950) */
     *at++ = 0x78;
     *at++ = 0x01;
-    for (size_t i = 0; i < size; i++) {
-        if (i % 65535 == 0) {
-            const unsigned left = size - i <= 65535 ? (unsigned)(size - i) : 65535, inverse = ~left;
-            const unsigned block[5] = {size - i <= 65535, left, left >> 8, inverse, inverse >> 8};
-            for (int b = 0; b < 5; b++)
-                *at++ = (unsigned char)block[b];
+    for (int y = 0; y < image->height; y++) {   /* is it the last, length, inverse; 0: no filter; pixels */
+        const size_t block[6] = {y == image->height - 1, length, length >> 8, inverse, inverse >> 8, 0};
+        for (int b = 0; b < 6; b++)
+            at[b] = (unsigned char)block[b];
+        memcpy(at + 6, image->pixels + (size_t)y * row, row);
+        at += 5;
+        for (const unsigned char *end = at + length; at < end; at++) {
+            low = (low + *at) % 65521;
+            high = (high + low) % 65521;
         }
-        *at = i % row == 0 ? 0 : *pixels++;   /* 0: this row has no filter */
-        low = (low + *at++) % 65521;
-        high = (high + low) % 65521;
     }
     at = put_big_endian(at, high << 16 | low);
     fwrite("\x89PNG\r\n\x1a\n", 1, 8, stream);
@@ -430,19 +445,20 @@ static int write_netpbm(void *stream, const void *context) {
 }
 
 int image_path_check(const char *path, int channels, Error *error) {
-    if (has_extension(path, ".pgm") && channels != 1)
-        return fail(error, "%s: a .pgm holds grey images only, expected .png or .ppm for colour", path);
-    if (has_extension(path, ".png") || has_extension(path, ".ppm") || has_extension(path, ".pgm"))
+    const int is_pgm = has_extension(path, ".pgm");
+    if (is_pgm && channels != 1)
+        return refuse(error, "%s: a .pgm holds grey images only, expected .png or .ppm for colour", path);
+    if (is_pgm || has_extension(path, ".png") || has_extension(path, ".ppm"))
         return 0;
-    return fail(error, "%s: unknown kind of image, expected a name that ends in .png, .pgm or .ppm", path);
+    return refuse(error, "%s: unknown kind of image, expected a name that ends in .png, .pgm or .ppm", path);
 }
 
 int image_write(const char *path, const unsigned char *pixels, int height, int width, int channels,
                 Error *error) {
     const Image image = {pixels, height, width, channels, has_extension(path, ".ppm")};
     assert(height > 0 && width > 0 && (channels == 1 || channels == 3));
-    if ((double)height * (width * 3.0 + 2) > 2e9)
-        return fail(error, "%s: an image of %d x %d pixels is too large", path, width, height);
+    if ((double)width * channels > 65534 || (double)height * width * 3 > 2e9)
+        return refuse(error, "%s: an image of %d x %d pixels is too large", path, width, height);
     return image_path_check(path, channels, error) ||
            file_replace(path, has_extension(path, ".png") ? write_png : write_netpbm, &image, error) ? -1 : 0;
 }
@@ -466,30 +482,25 @@ unsigned char *image_grid(const unsigned char *images, int count, int columns, i
     return grid;
 }
 
-/* ---- drawing: for charts and for the built-in digits ---- */
+/* ---- drawing ---- */
 
-/* An image [height, width, channels] on white (255) or black (0), and the part of it that may be drawn to:
- * left <= x < right, top <= y < bottom. Pixel (x, y) is the square around the point (x, y). */
+/* An image [height, width, channels] on white (255) or black (0). Pixel (x, y) is centred on (x, y). */
 typedef struct {
     unsigned char *pixels;
-    int width, channels, background, left, top, right, bottom;
+    int height, width, channels, background;
 } Canvas;
 
-static const unsigned char WHITE[3] = {255, 255, 255}, GRID[3] = {228, 228, 228}, INK[3] = {60, 60, 60};
-
-static int clamp(double value, int low, int high) {
-    return value < low ? low : value > high ? high : (int)value;
-}
+static int clamp(double value, int most) { return (int)fmin(fmax(value, 0), most); }
 
 /* A line with round ends and soft edges. The values of a pixel go from the background towards the colour by
  * how much of it is covered, and never back, so that the joints of a long curve do not show. */
 static void draw_line(const Canvas *canvas, double x0, double y0, double x1, double y1, double radius,
                       const unsigned char *colour) {
     const double along_x = x1 - x0, along_y = y1 - y0, square = along_x * along_x + along_y * along_y;
-    const int left = clamp(fmin(x0, x1) - radius, canvas->left, canvas->right);
-    const int right = clamp(fmax(x0, x1) + radius + 2, canvas->left, canvas->right);
-    const int bottom = clamp(fmax(y0, y1) + radius + 2, canvas->top, canvas->bottom);
-    for (int y = clamp(fmin(y0, y1) - radius, canvas->top, canvas->bottom); y < bottom; y++)
+    const int left = clamp(fmin(x0, x1) - radius, canvas->width);
+    const int right = clamp(fmax(x0, x1) + radius + 2, canvas->width);
+    const int bottom = clamp(fmax(y0, y1) + radius + 2, canvas->height);
+    for (int y = clamp(fmin(y0, y1) - radius, canvas->height); y < bottom; y++)
         for (int x = left; x < right; x++) {
             const double along = square > 0 ? ((x - x0) * along_x + (y - y0) * along_y) / square : 0;
             const double part = fmin(fmax(along, 0), 1);
@@ -502,145 +513,6 @@ static void draw_line(const Canvas *canvas, double x0, double y0, double x1, dou
                     pixel[c] = (unsigned char)(ground + moved);
             }
         }
-}
-
-/* On a canvas of three channels. */
-static void draw_rectangle(const Canvas *canvas, int left, int top, int width, int height,
-                           const unsigned char *colour) {
-    for (int y = clamp(top, canvas->top, canvas->bottom); y < top + height && y < canvas->bottom; y++)
-        for (int x = clamp(left, canvas->left, canvas->right); x < left + width && x < canvas->right; x++)
-            memcpy(canvas->pixels + (y * (ptrdiff_t)canvas->width + x) * 3, colour, 3);
-}
-
-/* Letters of 5 x 8 dots, 6 from one to the next: 40 bits, row by row, the upper left dot highest. */
-static const char font_letters[] = "0123456789.-+/abcdefghijklmnopqrstuvwxyz";
-static const uint64_t font[] = {
-    0x74675cc5c0, 0x23084211c0, 0x74426443e0, 0x744260c5c0, 0x11952f8840, 0xfc3c10c5c0, 0x3221e8c5c0,
-    0xf844221080, 0x7462e8c5c0, 0x7462f08980, 0x0000003180, 0x0001f00000, 0x0109f21000, 0x0844444200,
-    0x001c17c5e0, 0x843d18c7c0, 0x001f0841e0, 0x085f18c5e0, 0x001d1fc1e0, 0x3251e42100, 0x001f18bc2e,
-    0x843d18c620, 0x20184211c0, 0x100c210a4c, 0x84254c5240, 0x61084211c0, 0x00355ad6a0, 0x003d18c620,
-    0x001d18c5c0, 0x003d18fa10, 0x001f18bc21, 0x002d984200, 0x001f0707c0, 0x423c8424c0, 0x002318c5e0,
-    0x0023152880, 0x002b5ad540, 0x0022a22a20, 0x002318bc2e, 0x003e2223e0,
-};
-
-/* Text from its upper left corner (left, top), each dot a square of `dot` pixels. Capitals are drawn small,
- * what the font does not have is drawn as a space. */
-static void draw_text(const Canvas *canvas, int left, int top, int dot, const char *text) {
-    for (; *text; text++, left += 6 * dot) {
-        const char *found = strchr(font_letters, tolower((unsigned char)*text));
-        for (int i = 0; found && i < 40; i++)
-            if (font[found - font_letters] >> (39 - i) & 1)
-                draw_rectangle(canvas, left + i % 5 * dot, top + i / 5 * dot, dot, dot, INK);
-    }
-}
-
-/* ---- charts ---- */
-
-typedef struct {
-    double low, high, step, scale;   /* of the values shown; from one tick to the next; pixels for 1 */
-} Axis;
-
-static int compare_doubles(const void *left, const void *right) {
-    const double a = *(const double *)left, b = *(const double *)right;
-    return (a > b) - (a < b);
-}
-
-/* Whether point k can be drawn: it is finite, and small enough to compute with. */
-static int curve_has(const Curve *curve, int k) {
-    return fabs(curve->x[k]) < 1e30 && fabs(curve->y[k]) < 1e30;
-}
-
-/* The axis for all x, or all y, of all curves, on `extent` pixels with at most `ticks` steps of 1, 2 or 5
- * times a power of ten. The uppermost 2% of y (of a few numbers: one) are left out if they would more than
- * double the range: the first losses of a training must not flatten the rest of it. */
-static Axis axis_of(const Curve *curves, int curve_count, int is_y, int extent, double ticks) {
-    size_t total = 1, count = 0;
-    for (int i = 0; i < curve_count; i++)
-        total += (size_t)curves[i].count;
-    double *values = allocate_zeroed(total, sizeof *values);
-    for (int i = 0; i < curve_count; i++)
-        for (int k = 0; k < curves[i].count; k++)
-            if (curve_has(&curves[i], k))
-                values[count++] = is_y ? curves[i].y[k] : curves[i].x[k];
-    qsort(values, count, sizeof *values, compare_doubles);
-    const size_t last = count ? count - 1 : 0, rare = is_y && last ? (last + 43) / 50 : 0;
-    const double most = values[last - rare];
-    double low = values[0], high = values[last] - most > most - low ? most : values[last];
-    free(values);
-    /* A constant needs some height too, and a range that is all rounding noise is a constant. */
-    const int constant = high - low <= fmax(1e-9 * fmax(fabs(low), fabs(high)), 1e-300);
-    const double size = fabs(low) > 1e-300 ? fabs(low) : 10, part = is_y ? 0.04 : 0;
-    const double margin = constant ? 0.1 * size : part * (high - low);
-    low -= margin;
-    high += margin;
-    const double power = pow(10, floor(log10((high - low) / ticks))), steps = (high - low) / power;
-    const double step = power * (steps <= ticks ? 1 : steps <= 2 * ticks ? 2 : steps <= 5 * ticks ? 5 : 10);
-    return (Axis){low, high, step, (extent - 1) / (high - low)};
-}
-
-/* Grid lines across the plot and the numbers beside or below it. */
-static void draw_ticks(const Canvas *canvas, const Canvas *plot, Axis axis, int is_y, int dot) {
-    const int decimals = axis.step < 1 ? (int)ceil(-log10(axis.step) - 1e-9) : 0, beyond = 3 * dot;
-    const double first = ceil(axis.low / axis.step);
-    for (int k = 0; (first + k) * axis.step <= axis.high; k++) {
-        char text[32];
-        const double value = (first + k) * axis.step;
-        const int plain = fabs(value) < 1e6 && axis.step >= 1e-4, at = (int)((value - axis.low) * axis.scale);
-        const int length = 6 * dot * (plain ? snprintf(text, sizeof text, "%.*f", decimals, value)
-                                            : snprintf(text, sizeof text, "%.3g", value));
-        const int x = plot->left + (is_y ? -beyond : at), y = is_y ? plot->bottom - 1 - at : plot->top;
-        draw_rectangle(canvas, x, y, is_y ? plot->right - x : 1, is_y ? 1 : plot->bottom + beyond - y, GRID);
-        draw_text(canvas, x - (is_y ? dot + length : length / 2), is_y ? y - beyond : plot->bottom + 5 * dot,
-                  dot, text);
-    }
-}
-
-static void draw_curve(const Canvas *plot, const Curve *curve, Axis x_axis, Axis y_axis, int dot) {
-    double last_x = -1, last_y = 0;
-    for (int k = 0; k < curve->count; k++) {
-        if (!curve_has(curve, k))
-            continue;
-        const double x = plot->left + (curve->x[k] - x_axis.low) * x_axis.scale;
-        const double y = fmax(plot->bottom - 1 - (curve->y[k] - y_axis.low) * y_axis.scale, -1e5);
-        const int first = last_x < 0;   /* it is drawn thicker, since there may be no other */
-        const double radius = (first ? 1.5 : 0.5) * dot;
-        draw_line(plot, first ? x : last_x, first ? y : last_y, x, y, radius, curve->colour);
-        last_x = x;
-        last_y = y;
-    }
-}
-
-void chart_draw(const Curve *curves, int curve_count, const char *x_label, const char *y_label,
-                unsigned char *pixels, int height, int width) {
-    const int dot = clamp(fmin(height / 300.0, width / 400.0), 1, 8), line = 12 * dot, letter = 6 * dot;
-    const int left = clamp(8 * letter + 3 * dot, 0, width), right = clamp(width - 2 * letter, left, width);
-    const int top = clamp(18 * dot, 0, height), bottom = clamp(height - 2 * line - 5 * dot, top, height);
-    const int across = right - left, down = bottom - top;
-    const Canvas canvas = {pixels, width, 3, 255, 0, 0, width, height};
-    const Canvas plot = {pixels, width, 3, 255, left, top, right, bottom};
-    const Axis x_axis = axis_of(curves, curve_count, 0, across, fmax(across / (9.0 * letter), 1));
-    const Axis y_axis = axis_of(curves, curve_count, 1, down, fmax(down / (3.0 * line), 1));
-    memset(pixels, 255, (size_t)height * (size_t)width * 3);
-    draw_ticks(&canvas, &plot, x_axis, 0, dot);
-    draw_ticks(&canvas, &plot, y_axis, 1, dot);
-    draw_rectangle(&canvas, left, top, dot, down, INK);
-    draw_rectangle(&canvas, left, bottom, across, dot, INK);
-    draw_text(&canvas, left - 4 * letter, 4 * dot, dot, y_label);
-    draw_text(&canvas, right - (int)strlen(x_label) * letter, bottom + 5 * dot + line, dot, x_label);
-
-    /* The legend stands in the upper right corner, where a falling curve leaves room. */
-    int longest = 0;
-    for (int i = 0; i < curve_count; i++) {
-        longest = clamp((double)strlen(curves[i].name), longest, 1000);
-        draw_curve(&plot, &curves[i], x_axis, y_axis, dot);
-    }
-    const int corner = right - (longest + 6) * letter;
-    draw_rectangle(&canvas, corner, top + 3 * dot, right - letter - corner,
-                   curve_count ? curve_count * line + 4 * dot : 0, WHITE);
-    for (int i = 0, y = top + 6 * dot; i < curve_count; i++, y += line) {
-        draw_rectangle(&canvas, corner + letter, y + 2 * dot, 2 * letter, 3 * dot, curves[i].colour);
-        draw_text(&canvas, corner + 4 * letter, y, dot, curves[i].name);
-    }
 }
 
 /* ---- built-in digits ---- */
@@ -710,7 +582,8 @@ static Glyph digit_glyph(RandomStream stream, uint32_t index) {
 
 static void digit_draw(uint64_t seed, Split split, uint32_t index, unsigned char *out) {
     enum { PIECES = 5 };
-    const Canvas canvas = {out, DIGIT_SIZE, 1, 0, 0, 0, DIGIT_SIZE, DIGIT_SIZE};
+    static const unsigned char white[1] = {255};
+    const Canvas canvas = {out, DIGIT_SIZE, DIGIT_SIZE, 1, 0};
     const Glyph g = digit_glyph(random_stream(seed, RANDOM_GLYPHS, (uint32_t)split, index), index);
     memset(out, 0, DIGIT_SIZE * DIGIT_SIZE);
     for (int i = 0; i + 1 < g.count; i++) {
@@ -725,62 +598,88 @@ static void digit_draw(uint64_t seed, Split split, uint32_t index, unsigned char
                 const double *p = g.at[axis];
                 to[axis] = a * p[before] + b * p[i] + c * p[i + 1] + d * p[after];
             }
-            draw_line(&canvas, from[0], from[1], to[0], to[1], g.radius, WHITE);
+            draw_line(&canvas, from[0], from[1], to[0], to[1], g.radius, white);
             memcpy(from, to, sizeof from);
         }
     }
 }
 
+/* ---- charts ---- */
+
+void chart_draw(const Curve *curves, int curve_count, unsigned char *pixels, int height, int width) {
+    static const unsigned char grey[3] = {210, 210, 210};
+    const Canvas canvas = {pixels, height, width, 3, 255};
+    double low[2] = {INFINITY, INFINITY}, high[2] = {-INFINITY, -INFINITY}, last[2] = {NAN, NAN};
+    memset(pixels, 255, (size_t)height * (size_t)width * 3);
+    for (int i = 0; i < 2 * curve_count; i++)
+        for (int k = 0; k < curves[i / 2].count; k++) {
+            const double value = curves[i / 2].at[i % 2][k];
+            low[i % 2] = isfinite(value) ? fmin(low[i % 2], floor(value)) : low[i % 2];
+            high[i % 2] = isfinite(value) ? fmax(high[i % 2], floor(value) + 1) : high[i % 2];
+        }
+    for (double y = low[1]; y <= high[1] && high[1] - low[1] < height; y++) {
+        const double at = (height - 1) * (high[1] - y) / (high[1] - low[1]);
+        draw_line(&canvas, 0, at, width, at, 0, grey);
+    }
+    for (int i = 0; i < curve_count; i++, last[0] = NAN)
+        for (int k = 0; k < curves[i].count; k++) {
+            const double x = (width - 1) * (curves[i].at[0][k] - low[0]) / (high[0] - low[0]);
+            const double y = (height - 1) * (high[1] - curves[i].at[1][k]) / (high[1] - low[1]);
+            if (isfinite(x + y + last[0]))
+                draw_line(&canvas, last[0], last[1], x, y, 0.7, curves[i].colour);
+            last[0] = isfinite(x + y) ? x : last[0];
+            last[1] = isfinite(x + y) ? y : last[1];
+        }
+}
+
 /* ---- data sets ---- */
 
-int idx_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *error) {
-    char text[2][32];
-    uint32_t header[4] = {0};   /* big-endian: magic number, count, height, width */
+enum { SIDE = 32, PLANE = SIDE * SIDE, RECORD = 1 + 3 * PLANE, MOST_RECORDS = 10000 };   /* CIFAR-10 */
+
+/* An IDX header: big-endian magic number, count, height, width. Returns the size of a whole file with this
+ * header, or of the header alone where it is wrong. */
+static uint64_t idx_header(Cursor *c, uint32_t header[4]) {
+    memset(header, 0, 4 * sizeof *header);
+    for (int i = 0; i < 16 && c->at < c->size; i++)
+        header[i / 4] = header[i / 4] << 8 | take_byte(c);
+    const int is_header = c->at == 16 && header[0] == 0x803 && header[2] - 1 < 32768 && header[3] - 1 < 32768;
+    return 16 + (is_header ? (uint64_t)header[1] * header[2] * header[3] : 0);
+}
+
+int idx_parse(Bytes *bytes, const char *name, Dataset *dataset, Error *error) {
+    uint32_t header[4];
     Cursor c = {bytes->data, bytes->size, 0, name, NULL, error, 0};
-    for (size_t i = 0; i < 16 && i < bytes->size; i++)
-        header[i / 4] = header[i / 4] << 8 | take_byte(&c);
-    const unsigned magic = header[0], height = header[2], width = header[3];
-    const char *plural = magic == 0x801 ? "" : "s";
-    require(&c, magic == 0x803 || magic >> 8 != 8, "magic number 0x%08x is that of IDX with %u dimension%s, "
-            "expected 0x00000803 (images)", magic, magic & 255, plural);
-    require(&c, magic == 0x803 || bytes->size < 4,
-            "magic number 0x%08x is not that of IDX, expected 0x00000803 (images)", magic);
-    require(&c, bytes->size >= 16, "holds %d bytes, expected an IDX header of 16", (int)bytes->size);
+    const uint64_t promised = idx_header(&c, header) - 16, held = bytes->size - c.at;
+    require(&c, bytes->size >= 16, "holds %zu bytes, expected an IDX header of 16", bytes->size);
+    require(&c, header[0] == 0x803, "magic number 0x%08x, expected 0x00000803 (IDX images)",
+            (unsigned)header[0]);
     require(&c, header[1] > 0, "holds no images");
-    require(&c, height - 1 < 32768 && width - 1 < 32768, "images of %s x %s pixels, expected 1 to 32,768 "
-            "each way", grouped(height, text[0]), grouped(width, text[1]));
-    const uint64_t expected = (uint64_t)header[1] * height * width, held = bytes->size - c.at;
-    require(&c, held >= expected, "holds %s of the %s bytes its header promises", grouped(held, text[0]),
-            grouped(expected, text[1]));
-    require(&c, held == expected, "holds %s bytes, more than the %s its header promises",
-            grouped(held, text[0]), grouped(expected, text[1]));
-    unsigned char *pixels = resize(&c, NULL, (size_t)expected);
-    if (!pixels)
+    require(&c, promised > 0, "images of %u x %u pixels, expected 1 to 32768 each way", (unsigned)header[2],
+            (unsigned)header[3]);
+    require(&c, held >= promised, "holds %" PRIu64 " of the %" PRIu64 " bytes its header promises", held,
+            promised);
+    require(&c, held == promised, "holds more than the %" PRIu64 " bytes its header promises", promised);
+    if (c.failed)
         return -1;
-    memcpy(pixels, bytes->data + c.at, (size_t)expected);
-    *dataset = (Dataset){header[1], (int)height, (int)width, 1, pixels, dataset->split, dataset->seed};
+    memmove(bytes->data, bytes->data + 16, (size_t)promised);
+    *dataset = (Dataset){header[1], (int)header[2], (int)header[3], 1, bytes->data, dataset->split, 0};
+    bytes->data = NULL;
     return 0;
 }
 
 int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *error) {
-    enum { SIDE = 32, PLANE = SIDE * SIDE, RECORD = 1 + 3 * PLANE };
-    char text[32];
     Cursor c = {.name = name, .error = error};
     const size_t count = bytes->size / RECORD, had = dataset->count;
-    if (count == 0 || bytes->size % RECORD != 0 || count > UINT32_MAX - had)
-        return fail(error, "%s: holds %s bytes, expected a multiple of 3,073 (a label, 32 x 32 x 3 pixels)",
-                    name, grouped(bytes->size, text));
-    for (const unsigned char *label = bytes->data; label < bytes->data + bytes->size; label += RECORD)
-        if (*label > 9)
-            return fail(error, "%s: image %s has label %d, expected 0 to 9", name,
-                        grouped((uint64_t)(label - bytes->data) / RECORD, text), *label);
+    require(&c, bytes->size <= (size_t)MOST_RECORDS * RECORD, "holds more than the 10,000 images of a batch");
+    require(&c, count > 0 && bytes->size % RECORD == 0,
+            "holds %zu bytes, expected a multiple of 3,073 (a label, 32 x 32 x 3 pixels)", bytes->size);
+    for (size_t i = 0; i < count && !c.failed; i++)
+        require(&c, bytes->data[i * RECORD] < 10, "image %zu has label %d, expected 0 to 9", i,
+                bytes->data[i * RECORD]);
     unsigned char *pixels = resize(&c, dataset->pixels, (had + count) * 3 * PLANE);
     if (!pixels)
         return -1;
-    dataset->pixels = pixels;
-    dataset->count = (uint32_t)(had + count);
-    dataset->height = dataset->width = SIDE;
-    dataset->channels = 3;
+    *dataset = (Dataset){(uint32_t)(had + count), SIDE, SIDE, 3, pixels, dataset->split, 0};
     for (size_t i = 0; i < count * PLANE; i++)
         for (size_t channel = 0; channel < 3; channel++)
             pixels[3 * (had * PLANE + i) + channel] =
@@ -788,22 +687,38 @@ int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *e
     return 0;
 }
 
+/* Add the images of a file. What is larger than its header promises is not read to its end. */
+static int dataset_read(Dataset *dataset, const char *path, int is_mnist, Error *error) {
+    uint32_t header[4];
+    uint64_t most = is_mnist ? 16 : (uint64_t)MOST_RECORDS * RECORD + 1;   /* a byte more tells of too many */
+    Bytes bytes;
+    int status = file_read(path, most, &bytes, error);
+    if (status == 0 && is_mnist) {
+        most = idx_header(&(Cursor){.data = bytes.data, .size = bytes.size}, header) + 1;
+        free(bytes.data);
+        status = file_read(path, most, &bytes, error);
+    }
+    if (status == 0)
+        status = is_mnist ? idx_parse(&bytes, path, dataset, error) : cifar_parse(&bytes, path, dataset, error);
+    free(bytes.data);
+    return status;
+}
+
 /* Add the images of DIRECTORY/NAME or DIRECTORY/NAME.gz. Where neither is there, nothing is added. */
 static int dataset_add(Dataset *dataset, const char *where, const char *name, int is_mnist, Error *error) {
-    char path[4096];
-    Bytes bytes;
-    if ((size_t)snprintf(path, sizeof path, "%s/%s.gz", where, name) >= sizeof path)
-        return fail(error, "%s: %s", where, strerror(ENAMETOOLONG));
-    const size_t plain = strlen(path) - 3;
-    path[plain] = '\0';
-    if (access(path, F_OK) != 0 && errno == ENOENT)
-        path[plain] = '.';
-    if (access(path, F_OK) != 0 && errno == ENOENT)
-        return 0;
-    if (file_read(path, &bytes, error))
-        return -1;
-    const int status = (is_mnist ? idx_parse : cifar_parse)(&bytes, path, dataset, error);
-    free(bytes.data);
+    char path[PATH_MAX + 64];
+    int status = 0, is_read = 0;
+    for (int packed = 0; packed < 2 && status == 0; packed++) {
+        snprintf(path, sizeof path, "%s/%s%s", where, name, packed ? ".gz" : "");
+        if (access(path, F_OK) != 0 && errno == ENOENT)
+            continue;
+        if (is_read) {
+            refuse(error, "%s: is not read, since %s is there too", path, name);
+            fprintf(stderr, "diffenc: %s\n", error->text);
+        } else
+            status = dataset_read(dataset, path, is_mnist, error);
+        is_read = 1;
+    }
     return status;
 }
 
@@ -813,15 +728,15 @@ int dataset_open(Dataset *dataset, const char *where, Split split, uint64_t seed
          "data_batch_4.bin", "data_batch_5.bin"}, {"t10k-images-idx3-ubyte", "test_batch.bin"},
     };
     const int is_test = split == SPLIT_TEST, is_digits = strcmp(where, "digits") == 0;
-    *dataset = (Dataset){.split = split, .seed = seed};
+    *dataset = (Dataset){.split = split};
     if (is_digits)
         *dataset = (Dataset){is_test ? 10000 : 60000, DIGIT_SIZE, DIGIT_SIZE, 1, NULL, split, seed};
-    int failed = !is_digits && access(where, F_OK) != 0 ? fail(error, "%s: %s", where, strerror(errno)) : 0;
+    int failed = !is_digits && access(where, F_OK) != 0 ? refuse(error, "%s: %s", where, strerror(errno)) : 0;
     for (int i = 0; names[is_test][i] && dataset->channels != 1 && !failed; i++)
         failed = dataset_add(dataset, where, names[is_test][i], i == 0, error);
     if (!dataset->count && !failed)
-        failed = fail(error, "%s: holds neither %s (MNIST) nor %s (CIFAR-10), plain or with .gz", where,
-                      names[is_test][0], is_test ? "test_batch.bin" : "data_batch_1.bin to data_batch_5.bin");
+        failed = refuse(error, "%s: holds neither %s (MNIST) nor %s (CIFAR-10), plain or with .gz", where,
+                        names[is_test][0], is_test ? "test_batch.bin" : "data_batch_1.bin to ..5.bin");
     if (failed)
         dataset_close(dataset);
     return failed;
@@ -832,13 +747,33 @@ void dataset_close(Dataset *dataset) {
     *dataset = (Dataset){0};
 }
 
+static size_t pixels_of(const Dataset *d) {
+    return (size_t)d->height * (size_t)d->width * (size_t)d->channels;
+}
+
 void dataset_image(const Dataset *dataset, uint32_t index, unsigned char *out) {
-    const size_t image = (size_t)dataset->height * (size_t)dataset->width * (size_t)dataset->channels;
+    const size_t size = pixels_of(dataset);
     assert(index < dataset->count);
     if (dataset->pixels)
-        memcpy(out, dataset->pixels + index * image, image);
+        memcpy(out, dataset->pixels + index * size, size);
     else
         digit_draw(dataset->seed, dataset->split, index, out);
+}
+
+/* FNV-1a over little-endian words of 8 bytes. The shift brings what the upper half of a word does down. */
+uint64_t dataset_digest(const Dataset *d) {
+    const uint64_t head[6] = {d->count, (uint64_t)d->height, (uint64_t)d->width, (uint64_t)d->channels,
+                              d->pixels ? 0 : 1 + (uint64_t)d->split, d->pixels ? 0 : d->seed};
+    const size_t size = d->pixels ? d->count * pixels_of(d) : 0, words = 6 + (size + 7) / 8;
+    uint64_t digest = 0xcbf29ce484222325;
+    for (size_t i = 0; i < words; i++) {
+        uint64_t word = i < 6 ? head[i] : 0;
+        for (size_t at = 8 * (i - 6), b = 0; i >= 6 && b < 8 && at + b < size; b++)
+            word |= (uint64_t)d->pixels[at + b] << 8 * b;
+        digest = (digest ^ word) * 0x100000001b3;
+        digest ^= digest >> 32;
+    }
+    return digest;
 }
 
 /* The Feistel network permutes 0..4^half-1, the smallest such range that holds `count` indices. A result
@@ -862,17 +797,16 @@ uint32_t dataset_shuffle(uint64_t seed, uint32_t epoch, uint32_t position, uint3
 
 /* ---- safetensors: reading ---- */
 
+/* JSON is UTF-8. Another byte, such as a path may hold, is written as the private character U+EF00 + byte. */
+enum { RAW_BYTE = 0xef00 };
+
 /* What follows reads not JSON but what the header of a safetensors file can be: an object of objects with
  * three known keys, and of one object of strings. Nothing recurses. */
 
-static void skip_space(Cursor *c) {
+/* Take the character if it comes next, behind spaces. */
+static int accept(Cursor *c, char character) {
     while (c->at < c->size && memchr(" \t\n\r", c->data[c->at], 4))
         c->at++;
-}
-
-/* Take the character if it comes next. */
-static int accept(Cursor *c, char character) {
-    skip_space(c);
     const int is_next = !c->failed && c->at < c->size && c->data[c->at] == (unsigned char)character;
     c->at += (size_t)is_next;
     return is_next;
@@ -887,34 +821,23 @@ static int next_item(Cursor *c, const char *brackets, int i) {
     return (i > 0 || expect(c, brackets[0])) && !accept(c, brackets[1]) && (i == 0 || expect(c, ','));
 }
 
-/* The four digits of \uXXXX. */
-static unsigned take_hexadecimal(Cursor *c) {
-    char digits[5] = "";
-    for (int i = 0; i < 4; i++)
-        digits[i] = (char)take_byte(c);
-    require(c, strspn(digits, "0123456789abcdefABCDEF") == 4, "invalid \\u escape");
-    return (unsigned)strtoul(digits, NULL, 16);
-}
-
-/* What stands behind a backslash, as UTF-8 at `out`; returns its end. Two \u may be one letter (UTF-16). */
+/* What stands behind a backslash, as UTF-8 at `out`; returns its end. */
 static char *take_escape(Cursor *c, char *out) {
     static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
-    static const unsigned char first[4] = {0x00, 0xc0, 0xe0, 0xf0};
     const unsigned letter = take_byte(c);
     const char *known = memchr(escapes, (int)letter, 8);
-    unsigned code = known ? (unsigned char)meanings[known - escapes] : 0;
-    if (!known && require(c, letter == 'u', "unknown escape")) {
-        code = take_hexadecimal(c);
-        if (code >> 10 == 0x36 && take_byte(c) == '\\' && take_byte(c) == 'u') {
-            const unsigned low = take_hexadecimal(c) ^ 0xdc00;
-            code = low < 0x400 ? 0x10000 + ((code & 0x3ff) << 10 | low) : 0;
-        }
-        require(c, code != 0 && code >> 11 != 0x1b, "invalid \\u escape");
-    }
-    int more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;   /* bytes to follow */
-    *out++ = (char)(first[more] | code >> 6 * more);
-    while (more-- > 0)
-        *out++ = (char)(0x80 | (code >> 6 * more & 0x3f));
+    char digits[5] = "";
+    for (int i = 0; !known && i < 4; i++)
+        digits[i] = (char)take_byte(c);
+    const unsigned code = known ? (unsigned)meanings[known - escapes] : (unsigned)strtoul(digits, NULL, 16);
+    require(c, known || (letter == 'u' && strspn(digits, "0123456789abcdefABCDEF") == 4), "invalid escape");
+    require(c, code > 0 && code >> 11 != 0x1b, "escape of a surrogate or of 0");
+    const int is_byte = code < 0x80 || code >> 7 == (RAW_BYTE + 0x80) >> 7;
+    if (!is_byte && code >= 0x800)
+        *out++ = (char)(0xe0 | code >> 12);
+    if (!is_byte)
+        *out++ = (char)(code >= 0x800 ? 0x80 | (code >> 6 & 0x3f) : 0xc0 | code >> 6);
+    *out++ = (char)(is_byte ? code : 0x80 | (code & 0x3f));
     return out;
 }
 
@@ -936,84 +859,62 @@ static const char *take_string(Cursor *c) {
     return string;
 }
 
-/* A key and its colon. Names are printed in messages: they must not be able to command the terminal. */
-static const char *take_name(Cursor *c) {
-    const char *name = take_string(c);
-    for (const char *letter = name; *letter; letter++)
-        require(c, !iscntrl((unsigned char)*letter), "control character in a name");
-    expect(c, ':');
-    return name;
-}
-
-static int64_t take_integer(Cursor *c) {
-    int64_t value = 0;
-    skip_space(c);
-    const size_t start = c->at;
-    for (; c->at < c->size && isdigit(c->data[c->at]); c->at++)
-        if (require(c, value < INT64_MAX / 10, "the number is too large"))
-            value = 10 * value + (c->data[c->at] - '0');
-    require(c, c->at > start, "expected a whole number that is not negative");
-    require(c, c->at <= start + 1 || c->data[start] != '0', "the number begins with 0");
-    return value;
-}
-
-/* [1, 2, 3] with at most `most` numbers. Returns how many. */
+/* [1, 2, 3] with at most `most` whole numbers. Returns how many. */
 static int take_integers(Cursor *c, int64_t *values, int most) {
     int count = 0;
-    while (next_item(c, "[]", count) && require(c, count < most, "more numbers than expected"))
-        values[count++] = take_integer(c);
+    while (next_item(c, "[]", count) && require(c, count < most, "more numbers than expected")) {
+        int64_t value = 0;
+        accept(c, ' ');
+        const size_t start = c->at;
+        for (; c->at < c->size && isdigit(c->data[c->at]); c->at++)
+            if (require(c, value < INT64_MAX / 10, "the number is too large"))
+                value = 10 * value + (c->data[c->at] - '0');
+        require(c, c->at > start, "expected a whole number that is not negative");
+        require(c, c->at <= start + 1 || c->data[start] != '0', "the number begins with 0");
+        values[count++] = value;
+    }
     return count;
 }
 
-/* The first three are those of ElementType, in its order; the rest are TYPE_OTHER. */
-static const struct {
-    char name[8];
-    unsigned char size;
-} element_types[] = {
-    {"U8", 1}, {"F32", 4}, {"F64", 8}, {"F16", 2}, {"BF16", 2}, {"I8", 1}, {"I16", 2}, {"I32", 4}, {"I64", 8},
-    {"U16", 2}, {"U32", 4}, {"U64", 8}, {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"BOOL", 1},
-};
-enum { TYPES = sizeof element_types / sizeof element_types[0] };
+static const char *const TYPE_NAMES[TYPE_OTHER] = {"U8", "F32", "F64"};
+static const unsigned char TYPE_SIZES[TYPE_OTHER] = {1, 4, 8};
 
 /* {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, whose data lie in data[size]. */
 static TensorEntry take_tensor(Cursor *c, const char *name, const unsigned char *data, size_t size) {
     TensorEntry entry = {.name = name, .rank = -1, .count = 1};
     int64_t offsets[2] = {0};
-    int type = -1, offset_count = -1;
+    int offset_count = -1;
+    const char *type = NULL;
     for (int i = 0; next_item(c, "{}", i); i++) {
-        const char *key = take_name(c);
-        if (strcmp(key, "dtype") == 0 && type < 0) {
-            const char *name_of_type = take_string(c);
-            for (type = 0; type < TYPES && strcmp(name_of_type, element_types[type].name) != 0;)
-                type++;
-            require(c, type < TYPES, "unknown dtype");
-        } else if (strcmp(key, "shape") == 0 && entry.rank < 0)
+        const char *key = take_string(c);
+        expect(c, ':');
+        if (strcmp(key, "dtype") == 0 && !type)
+            type = take_string(c);
+        else if (strcmp(key, "shape") == 0 && entry.rank < 0)
             entry.rank = take_integers(c, entry.shape, 8);
         else if (strcmp(key, "data_offsets") == 0 && offset_count < 0)
             offset_count = take_integers(c, offsets, 2);
         else
             require(c, 0, "expected each of dtype, shape and data_offsets once");
     }
-    if (!require(c, type >= 0 && entry.rank >= 0 && offset_count == 2,
-                 "expected dtype, shape and two data_offsets before this"))
+    if (!require(c, type && entry.rank >= 0 && offset_count == 2, "expected dtype, shape, two data_offsets"))
         return entry;
-    const size_t each = element_types[type].size, begin = (size_t)offsets[0], end = (size_t)offsets[1];
+    while (entry.type < TYPE_OTHER && strcmp(type, TYPE_NAMES[entry.type]) != 0)
+        entry.type++;
+    const size_t each = entry.type < TYPE_OTHER ? TYPE_SIZES[entry.type] : 1;
     for (int i = 0; i < entry.rank; i++) {
         const size_t length = (size_t)entry.shape[i];
         require(c, !length || entry.count <= SIZE_MAX / each / length, "the shape is too large");
         entry.count *= length;
     }
-    entry.type = type < TYPE_OTHER ? (ElementType)type : TYPE_OTHER;
-    entry.size = entry.count * each;
-    require(c, begin <= end && end <= size, "data_offsets leave the file");
-    if (require(c, end - begin == entry.size, "data_offsets do not fit the shape"))
+    const uint64_t begin = (uint64_t)offsets[0], end = (uint64_t)offsets[1];
+    if (require(c, begin <= end && end <= size, "data_offsets leave the file")) {
         entry.data = data + begin;
+        entry.size = (size_t)(end - begin);
+    }
+    const int fits = entry.size == entry.count * each || entry.type == TYPE_OTHER;   /* of unknown size */
+    require(c, fits, "data_offsets do not fit the shape");
     return entry;
-}
-
-/* Tensors and pairs of metadata both begin with their name, so that one comparison serves both. */
-static int compare_names(const void *left, const void *right) {
-    return strcmp(*(const char *const *)left, *(const char *const *)right);
 }
 
 static int compare_places(const void *left, const void *right) {
@@ -1022,44 +923,51 @@ static int compare_places(const void *left, const void *right) {
     return place ? place : (a->size > b->size) - (a->size < b->size);   /* the empty ones first */
 }
 
-/* Sort items by name, to find them later by halving; none may be there twice. */
+/* Tensors and pairs of metadata both begin with their name, so that one comparison serves both. */
+static int compare_names(const void *left, const void *right) {
+    return strcmp(*(const char *const *)left, *(const char *const *)right);
+}
+
+/* Sorted, a hundred megabytes of short names are checked in a second, and not in a day. */
 static void sort_names(Cursor *c, void *items, int count, size_t size) {
     qsort(items, (size_t)count, size, compare_names);
     for (char *item = items; count > 1; count--, item += size)
-        require(c, compare_names(item, item + size) != 0, "the name %.200s is there twice", *(char **)item);
+        require(c, compare_names(item, item + size) != 0, "the name %s is there twice", *(char **)item);
 }
 
 static void take_header(Cursor *c, TensorFile *file, const unsigned char *data, size_t size) {
     const size_t pair = 2 * sizeof *file->metadata;
     int metadata_seen = 0;
     for (int i = 0; next_item(c, "{}", i); i++) {
-        const char *name = take_name(c);
-        if (strcmp(name, "__metadata__") != 0) {
-            const TensorEntry entry = take_tensor(c, name, data, size);
-            file->tensors = array_grow(c, file->tensors, (size_t)file->tensor_count, sizeof entry);
-            if (!c->failed)
-                file->tensors[file->tensor_count++] = entry;
-            continue;
-        }
-        require(c, !metadata_seen++, "a second __metadata__");
-        for (int k = 0; next_item(c, "{}", k); k++) {
-            const char *key = take_name(c), *value = take_string(c);
+        const char *name = take_string(c);
+        const int is_metadata = strcmp(name, "__metadata__") == 0;
+        expect(c, ':');
+        require(c, !is_metadata || !metadata_seen++, "a second __metadata__");
+        for (int k = 0; is_metadata && next_item(c, "{}", k); k++) {
+            const char *key = take_string(c);
+            expect(c, ':');
+            const char *value = take_string(c);
             file->metadata = array_grow(c, file->metadata, (size_t)file->metadata_count, pair);
             if (c->failed)
                 return;
             file->metadata[2 * file->metadata_count] = key;
             file->metadata[2 * file->metadata_count++ + 1] = value;
         }
+        if (is_metadata)
+            continue;
+        const TensorEntry entry = take_tensor(c, name, data, size);
+        file->tensors = array_grow(c, file->tensors, (size_t)file->tensor_count, sizeof entry);
+        if (!c->failed)
+            file->tensors[file->tensor_count++] = entry;
     }
-    skip_space(c);
-    require(c, c->at == c->size, "expected only spaces after the header");
-    if (c->failed)
+    accept(c, ' ');
+    if (!require(c, c->at == c->size, "expected only spaces after the header"))
         return;
     c->part = NULL;   /* from here on, messages tell of the whole */
     qsort(file->tensors, (size_t)file->tensor_count, sizeof *file->tensors, compare_places);
     const unsigned char *end = data;
-    for (const TensorEntry *e = file->tensors; e < file->tensors + file->tensor_count && !c->failed; e++) {
-        require(c, e->data == end, "tensor %.200s: its data %s", e->name,
+    for (const TensorEntry *e = file->tensors; e < file->tensors + file->tensor_count; e++) {
+        require(c, e->data == end, "tensor %s: its data %s", e->name,
                 e->data < end ? "overlap those of another" : "leave a gap before them");
         end = e->data + e->size;
     }
@@ -1070,15 +978,14 @@ static void take_header(Cursor *c, TensorFile *file, const unsigned char *data, 
 
 int tensors_parse(Bytes bytes, const char *name, TensorFile *file, Error *error) {
     enum { LONGEST = 100000000 };   /* the limit of the format's own implementation */
-    char text[2][32];
     Cursor c = {bytes.data, bytes.size, 0, name, NULL, error, 0};
     *file = (TensorFile){bytes, allocate(1, sizeof(TensorEntry)), 0, allocate(2, sizeof(char *)), 0};
     require(&c, bytes.size >= 8, "holds %d bytes, expected a safetensors file", (int)bytes.size);
     const uint64_t length = take_little_endian(&c, 8), rest = bytes.size - c.at;
-    require(&c, length <= LONGEST, "a header of %s bytes, expected at most 100,000,000 (safetensors)",
-            grouped(length, text[0]));
-    if (require(&c, length <= rest, "holds %s of the %s bytes of its header", grouped(rest, text[0]),
-                grouped(length, text[1]))) {
+    require(&c, length <= LONGEST, "a header of %" PRIu64 " bytes, expected at most %d (safetensors)", length,
+            LONGEST);
+    if (require(&c, length <= rest, "holds %" PRIu64 " of the %" PRIu64 " bytes of its header", rest,
+                length)) {
         c = (Cursor){bytes.data + 8, (size_t)length, 0, name, "header", error, 0};
         take_header(&c, file, bytes.data + 8 + length, (size_t)(rest - length));
     }
@@ -1089,8 +996,7 @@ int tensors_parse(Bytes bytes, const char *name, TensorFile *file, Error *error)
 
 int tensors_read(const char *path, TensorFile *file, Error *error) {
     Bytes bytes;
-    /* Not file_read: the length of a header could look like the magic number of gzip. */
-    return file_bytes(path, &bytes, error) ? -1 : tensors_parse(bytes, path, file, error);
+    return file_bytes(path, UINT64_MAX, &bytes, error) ? -1 : tensors_parse(bytes, path, file, error);
 }
 
 void tensors_free(TensorFile *file) {
@@ -1121,20 +1027,20 @@ static const char *shape_text(int rank, const int64_t *shape, char text[192]) {
 
 int tensors_copy(const TensorEntry *entry, const char *path, int rank, const int64_t *shape, real *out,
                  Error *error) {
-    char text[2][192];
     Cursor c = {entry->data, entry->size, 0, path, NULL, error, 0};
     const int is_single = entry->type == TYPE_F32;
+    char found[192], expected[192];
     require(&c, is_single || entry->type == TYPE_F64, "tensor %s is not of type F32 or F64", entry->name);
     require(&c, rank == entry->rank && memcmp(shape, entry->shape, (size_t)rank * sizeof *shape) == 0,
-            "tensor %s is %s, expected %s", entry->name, shape_text(entry->rank, entry->shape, text[0]),
-            shape_text(rank, shape, text[1]));
+            "tensor %s is %s, expected %s", entry->name, shape_text(entry->rank, entry->shape, found),
+            shape_text(rank, shape, expected));
     for (size_t i = 0; i < entry->count && !c.failed; i++) {
         const uint64_t bits = take_little_endian(&c, is_single ? 4 : 8);
         const union { uint32_t bits; float value; } single = {(uint32_t)bits};
         const union { uint64_t bits; double value; } full = {bits};
         out[i] = is_single ? (real)single.value : (real)full.value;
         if (!isfinite(out[i]))
-            require(&c, 0, "tensor %s: value %s is not a finite number", entry->name, grouped(i, text[0]));
+            require(&c, 0, "tensor %s: value %zu is not a finite number", entry->name, i);
     }
     return c.failed;
 }
@@ -1143,8 +1049,14 @@ int tensors_copy(const TensorEntry *entry, const char *path, int rank, const int
 
 static void put_string(FILE *stream, const char *text) {
     putc('"', stream);
-    for (; *text; text++)
-        fprintf(stream, (*text & 0xe0) == 0 ? "\\u%04x" : strchr("\"\\", *text) ? "\\%c" : "%c", *text);
+    for (size_t length; *text; text += length ? length : 1) {
+        const unsigned first = (unsigned char)*text;
+        length = utf8_length(text);
+        if (first < 0x20 || length == 0)
+            fprintf(stream, "\\u%04x", length ? first : RAW_BYTE + first);
+        else
+            fprintf(stream, "%s%.*s", strchr("\"\\", *text) ? "\\" : "", (int)length, text);
+    }
     putc('"', stream);
 }
 
@@ -1156,11 +1068,11 @@ static void put_little_endian(FILE *stream, const unsigned char *number, size_t 
         putc_unlocked(number[b ^ flip], stream);
 }
 
-static size_t tensor_bytes(const TensorOut *tensor) {
-    size_t bytes = element_types[tensor->type].size;
+static size_t tensor_count(const TensorOut *tensor) {
+    size_t count = 1;
     for (int i = 0; i < tensor->rank; i++)
-        bytes *= (size_t)tensor->shape[i];
-    return bytes;
+        count *= (size_t)tensor->shape[i];
+    return count;
 }
 
 typedef struct {
@@ -1181,17 +1093,15 @@ static int write_tensors(void *file, const void *context) {
         put_string(stream, list->metadata[i]);
     }
     putc('}', stream);
-    for (int i = 0; i < list->tensor_count; i++) {
-        const TensorOut *t = &list->tensors[i];
+    for (const TensorOut *t = list->tensors; t < list->tensors + list->tensor_count; t++) {
         assert(t->type != TYPE_OTHER && t->rank >= 0 && t->rank <= 8);
         putc(',', stream);
         put_string(stream, t->name);
-        fprintf(stream, ":{\"dtype\":\"%s\",\"shape\":[", element_types[t->type].name);
+        fprintf(stream, ":{\"dtype\":\"%s\",\"shape\":[", TYPE_NAMES[t->type]);
         for (int d = 0; d < t->rank; d++)
             fprintf(stream, "%s%" PRId64, d ? "," : "", t->shape[d]);
-        const size_t begin = offset;
-        offset += tensor_bytes(t);
-        fprintf(stream, "],\"data_offsets\":[%zu,%zu]}", begin, offset);
+        fprintf(stream, "],\"data_offsets\":[%zu,", offset);
+        fprintf(stream, "%zu]}", offset += tensor_count(t) * TYPE_SIZES[t->type]);
     }
     const long header = ftell(stream) + 1;
     fprintf(stream, "}%*s", (int)(-header & 7), "");
@@ -1201,12 +1111,9 @@ static int write_tensors(void *file, const void *context) {
     put_little_endian(stream, (const unsigned char *)&length, 8);
     if (fseek(stream, 0, SEEK_END) != 0)
         return -1;
-    for (int i = 0; i < list->tensor_count; i++) {
-        const TensorOut *t = &list->tensors[i];
-        const size_t bytes = tensor_bytes(t), size = element_types[t->type].size;
-        for (size_t b = 0; b < bytes; b += size)
-            put_little_endian(stream, (const unsigned char *)t->data + b, size);
-    }
+    for (const TensorOut *t = list->tensors; t < list->tensors + list->tensor_count; t++)
+        for (size_t i = 0, size = TYPE_SIZES[t->type], count = tensor_count(t); i < count; i++)
+            put_little_endian(stream, (const unsigned char *)t->data + i * size, size);
     return ferror(stream);
 }
 

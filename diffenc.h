@@ -657,98 +657,73 @@ void decode_pixels(const Method *m, Tensor *z_0, const double *u, unsigned char 
 
 /* ==== beside: data.c =================================================================================== */
 
-/* ---- files ---- */
+/* Functions that return int return 0, or -1 with error and then nothing to free. */
 
-/* The bytes of a whole file. A name ending in .gz, or content that starts with the gzip magic, is inflated
- * (RFC 1951, RFC 1952; CRC-32 and length are checked). Returns 0, or -1 with error. Free `data` with
- * free(). */
-typedef struct {
-    unsigned char *data;
-    size_t size;
-} Bytes;
+/* `text` with control characters and bytes that are not UTF-8 escaped (\x1b), cut to `size` bytes: nothing that
+ * a file holds may command the terminal. Returns `buffer`. */
+const char *printable(const char *text, char *buffer, size_t size);
 
-int file_read(const char *path, Bytes *bytes, Error *error);
+typedef struct { unsigned char *data; size_t size; } Bytes;   /* data from malloc */
 
-/* Inflate a gzip stream held in memory (all its members). The output grows with what the stream really holds,
- * never with what it promises. `name` is only for the error message. */
-int gzip_inflate(const unsigned char *data, size_t size, const char *name, Bytes *out, Error *error);
+/* Inflate all members of a gzip stream, or its first `most` bytes: what follows is not even looked at. */
+int gzip_inflate(const unsigned char *data, size_t size, const char *name, uint64_t most, Bytes *out,
+                 Error *error);
 
 /* Write a file so that a crash at any moment leaves the old one or the new one: to a temporary file beside
- * it, flushed to the disk, renamed; the directory is flushed too. On failure the temporary file is
- * removed. The content is what `write` puts into the stream; `write` returns 0, or -1 when a write failed
- * (errno says why). What is there and is not a regular file, say /dev/null, is refused. */
-typedef int (*FileWriter)(void *stream, const void *context);      /* stream is a FILE * */
+ * it, flushed to the disk, renamed. A symbolic link stays: the file it points to is replaced. What is no
+ * regular file is refused. `write` puts the content into a FILE and returns 0, or -1 and errno. */
+typedef int (*FileWriter)(void *stream, const void *context);
 int file_replace(const char *path, FileWriter write, const void *context, Error *error);
 
 /* ---- images ---- */
 
-/* pixels [height, width, channels], 8 bit, channels 1 or 3. The extension of the path chooses: .png
- * (stored deflate blocks), .pgm (1 channel), .ppm (3 channels; 1 channel is written as grey). Written by
- * file_replace. */
+/* pixels [height, width, channels], 1 or 3 channels, as .png, .pgm (1 channel) or .ppm: by the path's end. */
 int image_write(const char *path, const unsigned char *pixels, int height, int width, int channels,
                 Error *error);
+int image_path_check(const char *path, int channels, Error *error);   /* before hours of work */
 
-/* Refuse a path whose extension image_write would not know (or a .pgm for colour), before hours of work. */
-int image_path_check(const char *path, int channels, Error *error);
-
-/* Lay out `count` images of equal size in a grid of `columns` (or `count`, if less), 2 pixels of white
- * between and around them. Returns the grid's pixels (free with free()) and its size. */
+/* `count` images in a grid of at most `columns`, 2 white pixels around each. free() the result. */
 unsigned char *image_grid(const unsigned char *images, int count, int columns, int height, int width,
                           int channels, int *grid_height, int *grid_width);
 
-/* A line chart as an image [height, width, 3] in `pixels`: axes with ticks and numbers, a legend, one
- * curve per series. Values that are not finite are left out, and the curve goes on to the next. The
- * highest 2% of y are cut off where they would more than double the range, so that the start of a training
- * hides nothing. */
-typedef struct {
-    const char *name;         /* legend: letters, digits and -+./ */
-    const double *x, *y;      /* [count] */
-    int count;
-    unsigned char colour[3];
-} Curve;
-
-void chart_draw(const Curve *curves, int curve_count, const char *x_label, const char *y_label,
-                unsigned char *pixels, int height, int width);
+/* Curves in pixels [height, width, 3], a grey line at every whole y. What is not finite is left out. */
+typedef struct { const double *at[2]; int count; unsigned char colour[3]; } Curve;   /* x, y [count] */
+void chart_draw(const Curve *curves, int curve_count, unsigned char *pixels, int height, int width);
 
 /* ---- data sets ---- */
 
 typedef enum { SPLIT_TRAIN, SPLIT_TEST } Split;
 
 typedef struct {
-    uint32_t count;                  /* images; digits: 60000 for training and 10000 for testing */
+    uint32_t count;          /* images; digits: 60000 for training and 10000 for testing */
     int height, width, channels;
-    unsigned char *pixels;           /* [count, height, width, channels], or NULL: the built-in digits */
+    unsigned char *pixels;   /* [count, height, width, channels], or NULL: the built-in digits */
     Split split;
-    uint64_t seed;                   /* of the built-in digits */
+    uint64_t seed;           /* of the built-in digits */
 } Dataset;
 
 /* Open `where`: the word "digits" (built in, drawn from `seed`), or a directory with MNIST or Fashion-MNIST
- * (train-images-idx3-ubyte, t10k-images-idx3-ubyte, plain or .gz) or CIFAR-10 binary (data_batch_*.bin,
- * test_batch.bin, plain or .gz); the names tell which. MNIST comes first when both are there, plain before
- * .gz; of the five CIFAR-10 batches those that are there are joined. Returns 0, or -1 with error. */
+ * (train-images-idx3-ubyte, t10k-images-idx3-ubyte) or with those of CIFAR-10's data_batch_1.bin to
+ * data_batch_5.bin, test_batch.bin that are there; MNIST comes first. All may be .gz; where both are, the
+ * plain one is read, and a line on stderr says so. */
 int dataset_open(Dataset *dataset, const char *where, Split split, uint64_t seed, Error *error);
 void dataset_close(Dataset *dataset);
 
-/* Copy image `index` to `out` [height, width, channels]. The built-in digits are drawn here: image i is a
- * pure function of (seed, split, i). */
+/* Copy image `index` to `out` [height, width, channels]. A digit is a function of (seed, split, index). */
 void dataset_image(const Dataset *dataset, uint32_t index, unsigned char *out);
 
-/* Position `position` of the order of epoch `epoch`: for each (seed, epoch) a permutation of 0..count-1,
- * found without storing it (a small Feistel network over the indices, walked until it lands inside). */
+/* A hash of shape and pixels, or of split and seed of the built-in digits; the same on all machines. */
+uint64_t dataset_digest(const Dataset *dataset);
+
+/* Index `position` in the order of an epoch: for each (seed, epoch) a permutation of 0..count-1. */
 uint32_t dataset_shuffle(uint64_t seed, uint32_t epoch, uint32_t position, uint32_t count);
 
-/* Parse the content of one IDX image file or of one CIFAR-10 binary batch: pixels [count, height, width,
- * channels] are allocated, everything else of `dataset` that the content fixes is filled in; the images of
- * a batch come behind those of earlier ones. `name` is for the message: `NAME: holds 4,000 of the
- * 47,040,000 bytes its header promises`. */
-int idx_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *error);
+/* The images of an IDX file, which takes `bytes` over; of a CIFAR-10 batch, behind those already there. */
+int idx_parse(Bytes *bytes, const char *name, Dataset *dataset, Error *error);
 int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *error);
 
-/* ---- safetensors ---- */
+/* ---- safetensors: https://github.com/huggingface/safetensors ---- */
 
-/* https://github.com/huggingface/safetensors: 8 bytes little-endian header length, a JSON header, raw
- * little-endian data. F32, F64 and U8 are used here; tensors of other types may be present and are not
- * touched. */
 typedef enum { TYPE_U8, TYPE_F32, TYPE_F64, TYPE_OTHER } ElementType;
 
 typedef struct {
@@ -756,43 +731,35 @@ typedef struct {
     ElementType type;
     int rank;
     int64_t shape[8];
-    size_t count;                     /* elements: product of the shape */
-    size_t size;                      /* bytes of the data: count times the size of an element */
-    const unsigned char *data;        /* inside the file's bytes; not aligned */
+    size_t count, size;          /* elements, bytes */
+    const unsigned char *data;   /* not aligned */
 } TensorEntry;
 
 typedef struct {
     Bytes bytes;
-    TensorEntry *tensors;
+    TensorEntry *tensors;    /* sorted by name, like the metadata */
     int tensor_count;
-    const char **metadata;            /* key, value, key, value, ... */
-    int metadata_count;               /* pairs */
+    const char **metadata;   /* key, value, key, value, ... */
+    int metadata_count;      /* pairs */
 } TensorFile;
 
-/* Read and check a whole file: header length and syntax, types, shapes, that the data of the tensors neither
- * overlap nor leave the file nor leave gaps, that names are unique. Both lists are sorted by name. Returns 0,
- * or -1 with error and nothing to free. */
+/* Read and check a whole file: data of tensors without overlap or gap. tensors_parse takes `bytes` over. */
 int tensors_read(const char *path, TensorFile *file, Error *error);
-int tensors_parse(Bytes bytes, const char *name, TensorFile *file, Error *error);   /* takes `bytes` over */
+int tensors_parse(Bytes bytes, const char *name, TensorFile *file, Error *error);
 void tensors_free(TensorFile *file);
+const TensorEntry *tensors_find(const TensorFile *file, const char *name);   /* or NULL */
+const char *tensors_metadata(const TensorFile *file, const char *key);       /* or NULL */
 
-/* NULL when there is none of that name. */
-const TensorEntry *tensors_find(const TensorFile *file, const char *name);
-const char *tensors_metadata(const TensorFile *file, const char *key);
-
-/* Copy a tensor of type F32 or F64 into `out`; refuses a wrong type, a shape other than shape[rank] and
- * values that are not finite. `path` and the entry's name go into the message. */
+/* A tensor of type F32 or F64 and of this shape into `out`; values that are not finite are refused. */
 int tensors_copy(const TensorEntry *entry, const char *path, int rank, const int64_t *shape, real *out,
                  Error *error);
 
-/* Write a safetensors file (by file_replace). Values of type real are written as F32, or F64 in the double
- * build when `type` says so; data points to elements of `type`. Metadata as pairs of strings. */
 typedef struct {
     const char *name;
     ElementType type;
     int rank;
     int64_t shape[8];
-    const void *data;
+    const void *data;   /* of that type, in this machine's order */
 } TensorOut;
 
 int tensors_write(const char *path, const TensorOut *tensors, int tensor_count, const char *const *metadata,

@@ -2,11 +2,16 @@
 
 #include "diffenc.h"
 
+#include <stdlib.h>
+#include <string.h>
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    const Bytes bytes = {(unsigned char *)data, size};
+    Bytes bytes = {malloc(size), size};   /* a copy of this size exactly: the parser takes it over */
     Dataset dataset = {0};
     Error error;
+    memcpy(bytes.data, data, size);
     if (idx_parse(&bytes, "fuzz", &dataset, &error) == 0)
         dataset_close(&dataset);
+    free(bytes.data);
     return 0;
 }
