@@ -312,13 +312,13 @@ int gzip_inflate(const unsigned char *data, size_t size, const char *name, uint6
 /* The first `most` bytes of a file, or all. What is no file is refused: pipes wait, /dev/zero never ends. */
 static int file_bytes(const char *path, uint64_t most, Bytes *bytes, Error *error) {
     Cursor c = {.name = path, .error = error};
-    struct stat status;
+    struct stat status = {0};
     *bytes = (Bytes){NULL, 0};
     const int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     const int is_open = file >= 0 && fstat(file, &status) == 0;
     require(&c, is_open, "%s", strerror(errno));
-    require(&c, !is_open || !S_ISDIR(status.st_mode), "is a directory, expected a file");
-    require(&c, !is_open || S_ISREG(status.st_mode), "is a device or a pipe, expected a file");
+    require(&c, !S_ISDIR(status.st_mode), "is a directory, expected a file");
+    require(&c, S_ISREG(status.st_mode), "is a device or a pipe, expected a file");
     const uint64_t there = c.failed ? 0 : (uint64_t)status.st_size, size = there < most ? there : most;
     bytes->data = resize(&c, NULL, (size_t)size);
     for (ssize_t got = 1; got > 0 && !c.failed; bytes->size += got > 0 ? (size_t)got : 0) {
@@ -331,7 +331,7 @@ static int file_bytes(const char *path, uint64_t most, Bytes *bytes, Error *erro
         free(bytes->data);
         *bytes = (Bytes){NULL, 0};
     }
-    return c.failed;
+    return bytes->data ? 0 : -1;
 }
 
 static int has_extension(const char *path, const char *extension) {
@@ -609,7 +609,7 @@ static void digit_draw(uint64_t seed, Split split, uint32_t index, unsigned char
 void chart_draw(const Curve *curves, int curve_count, unsigned char *pixels, int height, int width) {
     static const unsigned char grey[3] = {210, 210, 210};
     const Canvas canvas = {pixels, height, width, 3, 255};
-    double low[2] = {INFINITY, INFINITY}, high[2] = {-INFINITY, -INFINITY}, last[2] = {NAN, NAN};
+    double low[2] = {INFINITY, INFINITY}, high[2] = {-INFINITY, -INFINITY}, at[4];
     memset(pixels, 255, (size_t)height * (size_t)width * 3);
     for (int i = 0; i < 2 * curve_count; i++)
         for (int k = 0; k < curves[i / 2].count; k++) {
@@ -617,18 +617,16 @@ void chart_draw(const Curve *curves, int curve_count, unsigned char *pixels, int
             low[i % 2] = isfinite(value) ? fmin(low[i % 2], floor(value)) : low[i % 2];
             high[i % 2] = isfinite(value) ? fmax(high[i % 2], floor(value) + 1) : high[i % 2];
         }
-    for (double y = low[1]; y <= high[1] && high[1] - low[1] < height; y++) {
-        const double at = (height - 1) * (high[1] - y) / (high[1] - low[1]);
-        draw_line(&canvas, 0, at, width, at, 0, grey);
-    }
-    for (int i = 0; i < curve_count; i++, last[0] = NAN)
-        for (int k = 0; k < curves[i].count; k++) {
-            const double x = (width - 1) * (curves[i].at[0][k] - low[0]) / (high[0] - low[0]);
-            const double y = (height - 1) * (high[1] - curves[i].at[1][k]) / (high[1] - low[1]);
-            if (isfinite(x + y + last[0]))
-                draw_line(&canvas, last[0], last[1], x, y, 0.7, curves[i].colour);
-            last[0] = isfinite(x + y) ? x : last[0];
-            last[1] = isfinite(x + y) ? y : last[1];
+    const double across = (width - 1) / (high[0] - low[0]), down = (1 - height) / (high[1] - low[1]);
+    const double from[2] = {0, height - 1}, scale[2] = {across, down};
+    for (int i = 0; i <= high[1] - low[1] && high[1] - low[1] < height; i++)
+        draw_line(&canvas, 0, from[1] + i * scale[1], width, from[1] + i * scale[1], 0, grey);
+    for (const Curve *c = curves; c < curves + curve_count; c++)
+        for (int k = 0; k < c->count; k++) {
+            for (int j = 0; j < 4; j++)   /* x and y of the last point and of this one */
+                at[j] = from[j % 2] + (c->at[j % 2][j < 2 && k > 0 ? k - 1 : k] - low[j % 2]) * scale[j % 2];
+            if (isfinite(at[0] + at[1] + at[2] + at[3]))
+                draw_line(&canvas, at[0], at[1], at[2], at[3], 0.7, c->colour);
         }
 }
 
@@ -679,7 +677,10 @@ int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *e
     unsigned char *pixels = resize(&c, dataset->pixels, (had + count) * 3 * PLANE);
     if (!pixels)
         return -1;
-    *dataset = (Dataset){(uint32_t)(had + count), SIDE, SIDE, 3, pixels, dataset->split, 0};
+    dataset->pixels = pixels;
+    dataset->count = (uint32_t)(had + count);
+    dataset->height = dataset->width = SIDE;
+    dataset->channels = 3;
     for (size_t i = 0; i < count * PLANE; i++)
         for (size_t channel = 0; channel < 3; channel++)
             pixels[3 * (had * PLANE + i) + channel] =
@@ -699,7 +700,8 @@ static int dataset_read(Dataset *dataset, const char *path, int is_mnist, Error 
         status = file_read(path, most, &bytes, error);
     }
     if (status == 0)
-        status = is_mnist ? idx_parse(&bytes, path, dataset, error) : cifar_parse(&bytes, path, dataset, error);
+        status = is_mnist ? idx_parse(&bytes, path, dataset, error)
+                          : cifar_parse(&bytes, path, dataset, error);
     free(bytes.data);
     return status;
 }
@@ -859,6 +861,12 @@ static const char *take_string(Cursor *c) {
     return string;
 }
 
+static const char *take_key(Cursor *c) {
+    const char *key = take_string(c);
+    expect(c, ':');
+    return key;
+}
+
 /* [1, 2, 3] with at most `most` whole numbers. Returns how many. */
 static int take_integers(Cursor *c, int64_t *values, int most) {
     int count = 0;
@@ -884,11 +892,10 @@ static TensorEntry take_tensor(Cursor *c, const char *name, const unsigned char 
     TensorEntry entry = {.name = name, .rank = -1, .count = 1};
     int64_t offsets[2] = {0};
     int offset_count = -1;
-    const char *type = NULL;
+    const char *type = "";
     for (int i = 0; next_item(c, "{}", i); i++) {
-        const char *key = take_string(c);
-        expect(c, ':');
-        if (strcmp(key, "dtype") == 0 && !type)
+        const char *key = take_key(c);
+        if (strcmp(key, "dtype") == 0 && !*type)
             type = take_string(c);
         else if (strcmp(key, "shape") == 0 && entry.rank < 0)
             entry.rank = take_integers(c, entry.shape, 8);
@@ -897,7 +904,7 @@ static TensorEntry take_tensor(Cursor *c, const char *name, const unsigned char 
         else
             require(c, 0, "expected each of dtype, shape and data_offsets once");
     }
-    if (!require(c, type && entry.rank >= 0 && offset_count == 2, "expected dtype, shape, two data_offsets"))
+    if (!require(c, *type && entry.rank >= 0 && offset_count == 2, "expected dtype, shape, two data_offsets"))
         return entry;
     while (entry.type < TYPE_OTHER && strcmp(type, TYPE_NAMES[entry.type]) != 0)
         entry.type++;
@@ -939,14 +946,11 @@ static void take_header(Cursor *c, TensorFile *file, const unsigned char *data, 
     const size_t pair = 2 * sizeof *file->metadata;
     int metadata_seen = 0;
     for (int i = 0; next_item(c, "{}", i); i++) {
-        const char *name = take_string(c);
+        const char *name = take_key(c);
         const int is_metadata = strcmp(name, "__metadata__") == 0;
-        expect(c, ':');
         require(c, !is_metadata || !metadata_seen++, "a second __metadata__");
         for (int k = 0; is_metadata && next_item(c, "{}", k); k++) {
-            const char *key = take_string(c);
-            expect(c, ':');
-            const char *value = take_string(c);
+            const char *key = take_key(c), *value = take_string(c);
             file->metadata = array_grow(c, file->metadata, (size_t)file->metadata_count, pair);
             if (c->failed)
                 return;
@@ -1068,7 +1072,7 @@ static void put_little_endian(FILE *stream, const unsigned char *number, size_t 
         putc_unlocked(number[b ^ flip], stream);
 }
 
-static size_t tensor_count(const TensorOut *tensor) {
+static size_t elements_of(const TensorOut *tensor) {
     size_t count = 1;
     for (int i = 0; i < tensor->rank; i++)
         count *= (size_t)tensor->shape[i];
@@ -1101,10 +1105,9 @@ static int write_tensors(void *file, const void *context) {
         for (int d = 0; d < t->rank; d++)
             fprintf(stream, "%s%" PRId64, d ? "," : "", t->shape[d]);
         fprintf(stream, "],\"data_offsets\":[%zu,", offset);
-        fprintf(stream, "%zu]}", offset += tensor_count(t) * TYPE_SIZES[t->type]);
+        fprintf(stream, "%zu]}", offset += elements_of(t) * TYPE_SIZES[t->type]);
     }
-    const long header = ftell(stream) + 1;
-    fprintf(stream, "}%*s", (int)(-header & 7), "");
+    fprintf(stream, "}%*s", (int)(-(ftell(stream) + 1) & 7), "");
     const uint64_t length = (uint64_t)ftell(stream) - 8;
     if (fseek(stream, 0, SEEK_SET) != 0)
         return -1;
@@ -1112,7 +1115,7 @@ static int write_tensors(void *file, const void *context) {
     if (fseek(stream, 0, SEEK_END) != 0)
         return -1;
     for (const TensorOut *t = list->tensors; t < list->tensors + list->tensor_count; t++)
-        for (size_t i = 0, size = TYPE_SIZES[t->type], count = tensor_count(t); i < count; i++)
+        for (size_t i = 0, size = TYPE_SIZES[t->type], count = elements_of(t); i < count; i++)
             put_little_endian(stream, (const unsigned char *)t->data + i * size, size);
     return ferror(stream);
 }

@@ -659,8 +659,8 @@ void decode_pixels(const Method *m, Tensor *z_0, const double *u, unsigned char 
 
 /* Functions that return int return 0, or -1 with error and then nothing to free. */
 
-/* `text` with control characters and bytes that are not UTF-8 escaped (\x1b), cut to `size` bytes: nothing that
- * a file holds may command the terminal. Returns `buffer`. */
+/* `text` with control characters and bytes that are not UTF-8 escaped (\x1b), cut to `size` bytes: nothing
+ * that a file holds may command the terminal. Returns `buffer`. */
 const char *printable(const char *text, char *buffer, size_t size);
 
 typedef struct { unsigned char *data; size_t size; } Bytes;   /* data from malloc */
