@@ -1097,7 +1097,8 @@ static int write_tensors(void *file, const void *context) {
         put_string(stream, list->metadata[i]);
     }
     putc('}', stream);
-    for (const TensorOut *t = list->tensors; t < list->tensors + list->tensor_count; t++) {
+    for (int i = 0; i < list->tensor_count; i++) {
+        const TensorOut *t = &list->tensors[i];
         assert(t->type != TYPE_OTHER && t->rank >= 0 && t->rank <= 8);
         putc(',', stream);
         put_string(stream, t->name);
@@ -1114,9 +1115,11 @@ static int write_tensors(void *file, const void *context) {
     put_little_endian(stream, (const unsigned char *)&length, 8);
     if (fseek(stream, 0, SEEK_END) != 0)
         return -1;
-    for (const TensorOut *t = list->tensors; t < list->tensors + list->tensor_count; t++)
-        for (size_t i = 0, size = TYPE_SIZES[t->type], count = elements_of(t); i < count; i++)
-            put_little_endian(stream, (const unsigned char *)t->data + i * size, size);
+    for (int i = 0; i < list->tensor_count; i++) {
+        const TensorOut *t = &list->tensors[i];
+        for (size_t k = 0, size = TYPE_SIZES[t->type], count = elements_of(t); k < count; k++)
+            put_little_endian(stream, (const unsigned char *)t->data + k * size, size);
+    }
     return ferror(stream);
 }
 

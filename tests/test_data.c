@@ -54,7 +54,13 @@ static int files_in_directory(void) {
 }
 
 #define CHECK_MESSAGE(fragment) \
-    CHECK(strstr(error.text, fragment) != NULL, "expected \"%s\" in \"%s\"", fragment, error.text)
+    CHECK(strstr(error.text, fragment) != NULL, "expected \"%s\" in \"%s\"", fragment, error.text) 
+/* The call must fail with this in its message. */
+#define REFUSED(call, fragment) \
+    do { \
+        CHECK((call) != 0, "accepted: %s", fragment); \
+        CHECK_MESSAGE(fragment); \
+    } while (0)
 
 /* A copy on the heap of exactly this size, so that a sanitizer sees every read beyond its end. */
 static Bytes copy_of(const void *data, size_t size) {
@@ -118,8 +124,7 @@ static void check_inflate(const unsigned char *data, size_t size, const void *ex
     /* Every truncation is refused, and every changed bit is refused or changes nothing that matters. */
     for (size_t length = 0; length < size; length++) {
         Bytes cut = copy_of(data, length);
-        CHECK(gzip_inflate(cut.data, cut.size, "x.gz", SIZE_MAX, &out, &error) != 0, "truncated at %zu is accepted",
-              length);
+        CHECK(gzip_inflate(cut.data, cut.size, "x.gz", SIZE_MAX, &out, &error) != 0, "cut at %zu", length);
         CHECK(out.data == NULL && out.size == 0, "something is left");
         free(cut.data);
     }
@@ -155,8 +160,8 @@ static BitStream begin_bits(void) {
 /* Streams that must be refused, as pairs of a value and its number of bits. */
 #define FIXED { 1 | 1 << 1, 3 }
 #define DYNAMIC { 1 | 2 << 1, 3 }
-/* The head of a dynamic block of 258 + 1 codes, whose lengths are coded by 18 codes of three symbols, 0, 1 and 18
- * (many zeros), of one, two and two bits. The order is 16 17 18 0 8 ... 14 1. */
+/* The head of a dynamic block of 258 + 1 codes, whose lengths are coded by 18 codes of three symbols, 0, 1
+ * and 18 (many zeros), of one, two and two bits. The order is 16 17 18 0 8 ... 14 1. */
 #define DYNAMIC_259 DYNAMIC, { 1 | 14 << 10, 14 }, { 2 << 6 | 1 << 9, 27 }, { 0, 24 }, { 2, 3 }
 #define ZEROS(n) { 3 | ((n) - 11) << 2, 9 }
 
@@ -167,7 +172,7 @@ typedef struct {
 
 static const Broken broken[] = {
     { "block of unknown type", { { 1 | 3 << 1, 3 } } },
-    /* 'a' reversed, length 3, distance 2 where there is but one byte; distance symbol 30; length symbol 286 */
+    /* 'a' reversed, length 3, distance 2, with one byte there; distance symbol 30; length symbol 286 */
     { "distance that is too far back", { FIXED, { 0x89, 8 }, { 0x40, 7 }, { 0x10, 5 } } },
     { "invalid distance", { FIXED, { 0x89, 8 }, { 0x40, 7 }, { 0x0f, 5 } } },
     { "invalid length", { FIXED, { 0x63, 8 } } },
@@ -183,12 +188,13 @@ static const Broken broken[] = {
     /* end of block, length 3, which comes, but the one distance has no code */
     { "invalid code", { DYNAMIC_259, ZEROS(138), ZEROS(118), { 1, 2 }, { 1, 2 }, { 0, 1 }, { 1, 1 } } },
     /* A legal one, for a single distance code may be of one bit: 'a', end of block, distance 1; 'a', end. */
-    { NULL, { DYNAMIC_259, ZEROS(97), { 1, 2 }, ZEROS(138), ZEROS(20), { 1, 2 }, { 0, 1 }, { 1, 2 }, { 0, 1 }, { 1, 1 } } },
+    { NULL, { DYNAMIC_259, ZEROS(97), { 1, 2 }, ZEROS(138), ZEROS(20), { 1, 2 }, { 0, 1 }, { 1, 2 },
+              { 0, 1 }, { 1, 1 } } },
 };
 
 static void test_gzip(void) {
     unsigned char text[LONG], members[sizeof gzip_stored + sizeof gzip_dynamic + 1], both[SHORT + LONG];
-    Error error;
+    Error error = { "accepted" };
     Bytes out;
     long_text(text);
     check_inflate(gzip_stored, sizeof gzip_stored, short_text, SHORT);
@@ -205,20 +211,20 @@ static void test_gzip(void) {
     free(out.data);
     leave_seed("gzip", members, size);
     members[size] = 1;
-    CHECK(gzip_inflate(members, size + 1, "x.gz", SIZE_MAX, &out, &error) != 0, "trailing garbage is accepted");
-    CHECK_MESSAGE("x.gz: has trailing garbage (gzip byte");
-    CHECK(gzip_inflate((const unsigned char *)"hello, world", 12, "x.gz", SIZE_MAX, &out, &error) != 0, "not gzip");
-    CHECK_MESSAGE("is not gzip");
-    CHECK(gzip_inflate(NULL, 0, "x.gz", SIZE_MAX, &out, &error) != 0, "empty");
-    CHECK_MESSAGE("x.gz: is empty");
+    REFUSED(gzip_inflate(members, size + 1, "x.gz", SIZE_MAX, &out, &error),
+            "x.gz: has trailing garbage (gzip byte");
+    REFUSED(gzip_inflate((const unsigned char *)"hello, world", 12, "x.gz", SIZE_MAX, &out, &error),
+            "is not gzip");
+    REFUSED(gzip_inflate(NULL, 0, "x.gz", SIZE_MAX, &out, &error), "x.gz: is empty");
 
     for (size_t i = 0; i < sizeof broken / sizeof broken[0]; i++) {
         BitStream stream = begin_bits();
         for (int k = 0; k < 16; k++) put_bits(&stream, broken[i].bits[k].value, broken[i].bits[k].count);
         size = (stream.bits + 7) / 8;
         memcpy(stream.data + size, "\x43\xbe\xb7\xe8\1\0\0\0", 8);
-        int status = gzip_inflate(stream.data, broken[i].message ? sizeof stream.data : size + 8, "x.gz", SIZE_MAX, &out, &error);
-        CHECK((status != 0) == (broken[i].message != NULL), "stream %d: %s", (int)i, status ? error.text : "accepted");
+        const size_t given = broken[i].message ? sizeof stream.data : size + 8;
+        int status = gzip_inflate(stream.data, given, "x.gz", SIZE_MAX, &out, &error);
+        CHECK((status != 0) == (broken[i].message != NULL), "%d: %s", (int)i, error.text);
         if (status != 0 && broken[i].message != NULL) CHECK_MESSAGE(broken[i].message);
         if (status == 0) CHECK(out.size == 1 && out.data[0] == 'a', "wrong content");
         free(out.data);
@@ -235,14 +241,14 @@ static void test_gzip(void) {
         padded[sizeof padded - 1] = (unsigned char)end;
         int status = gzip_inflate(padded, sizeof padded, "x.gz", SIZE_MAX, &out, &error);
         CHECK((status == 0) == (end == 0), "zeros, then %d: %s", end, status ? error.text : "accepted");
-        CHECK(status != 0 || (out.size == SHORT && memcmp(out.data, short_text, SHORT) == 0), "zeros add content");
+        CHECK(status != 0 || (out.size == SHORT && memcmp(out.data, short_text, SHORT) == 0), "content");
         free(out.data);
     }
 }
 
 /* ---- files ---- */
 
-/* A stream without an end: one zero, then 258 more and 258 more for 13 bits each, which come again after 13 bytes. */
+/* A stream without an end: a zero, then 258 more and 258 more for 13 bits each; its bytes repeat after 13. */
 static void make_bomb(unsigned char *bomb, int size) {
     BitStream stream = begin_bits();
     put_bits(&stream, 1 | 1 << 1, 3);
@@ -273,15 +279,12 @@ static void test_out_of_memory(void) {
     small = limit;
     small.rlim_cur = LIMIT;
     setrlimit(RLIMIT_AS, &small);
-    CHECK(tensors_read(in_directory("large"), &file, &error) != 0, "read a file larger than memory");
-    CHECK_MESSAGE("/large: out of memory, needs ");
-    CHECK(gzip_inflate(bomb, sizeof bomb, "x.gz", SIZE_MAX, &out, &error) != 0, "inflated more than memory");
-    CHECK_MESSAGE("x.gz: out of memory, needs");
+    REFUSED(tensors_read(in_directory("large"), &file, &error), "/large: out of memory, needs ");
+    REFUSED(gzip_inflate(bomb, sizeof bomb, "x.gz", SIZE_MAX, &out, &error), "x.gz: out of memory, needs");
     CHECK(out.data == NULL && out.size == 0, "something is left");
     memset(bytes.data, 0, 16);
     bytes.size = 10000 * RECORD;
-    CHECK(cifar_parse(&bytes, "x.bin", &dataset, &error) != 0, "copied more than memory");
-    CHECK_MESSAGE("x.bin: out of memory, needs 30720000 bytes");
+    REFUSED(cifar_parse(&bytes, "x.bin", &dataset, &error), "x.bin: out of memory, needs 30720000 bytes");
     CHECK(dataset.pixels == NULL && dataset.count == 0, "something is left");
     setrlimit(RLIMIT_AS, &limit);
     free(bytes.data);
@@ -314,11 +317,10 @@ static void test_file_replace(void) {
     free(bytes.data);
     CHECK(files_in_directory() == files, "a temporary file is left");
 
-    CHECK(file_replace(in_directory("no/such/place"), write_new, NULL, &error) != 0, "no directory");
-    CHECK_MESSAGE("/no/such/place: No such file or directory");
+    REFUSED(file_replace(in_directory("no/such/place"), write_new, NULL, &error),
+            "/no/such/place: No such file or directory");
     CHECK(file_replace(directory, write_new, NULL, &error) != 0, "a directory is replaced");
-    CHECK(file_replace("/dev/null", write_new, NULL, &error) != 0, "/dev/null is replaced");
-    CHECK_MESSAGE("/dev/null: is not a regular file");
+    REFUSED(file_replace("/dev/null", write_new, NULL, &error), "/dev/null: is not a regular file");
 
     /* A link stays, what it points to is replaced, where it is; a link to nothing is refused. */
     char target[512], name[512];
@@ -326,12 +328,13 @@ static void test_file_replace(void) {
     strcpy(target, in_directory("behind/target"));
     CHECK(mkdir(in_directory("behind"), 0777) == 0, "cannot make a directory");
     write_file("behind/target", "old", 3);
-    CHECK(symlink("behind/target", in_directory("link")) == 0 && symlink("none", in_directory("dangling")) == 0, "no links");
+    CHECK(symlink("behind/target", in_directory("link")) == 0, "no link");
+    CHECK(symlink("none", in_directory("dangling")) == 0, "no link");
     CHECK(file_replace(in_directory("link"), write_new, NULL, &error) == 0, "%s", error.text);
     CHECK(lstat(in_directory("link"), &status) == 0 && S_ISLNK(status.st_mode), "the link is replaced");
     CHECK(stat(target, &status) == 0 && status.st_size == 400000, "the target is not replaced");
-    CHECK(file_replace(in_directory("dangling"), write_new, NULL, &error) != 0, "a link to nothing is replaced");
-    CHECK_MESSAGE("/dangling: No such file or directory");
+    REFUSED(file_replace(in_directory("dangling"), write_new, NULL, &error),
+            "/dangling: No such file or directory");
     unlink(target);
     rmdir(in_directory("behind"));
     unlink(in_directory("link"));
@@ -343,12 +346,9 @@ static void test_file_replace(void) {
     strcpy(name, in_directory("fifo"));
     CHECK(mkfifo(name, 0600) == 0, "no FIFO");
     alarm(60);
-    CHECK(tensors_read(name, &file, &error) != 0, "a FIFO is read");
-    CHECK_MESSAGE("/fifo: is a device or a pipe, expected a file");
-    CHECK(tensors_read("/dev/zero", &file, &error) != 0, "/dev/zero is read");
-    CHECK_MESSAGE("/dev/zero: is a device or a pipe, expected a file");
-    CHECK(tensors_read(directory, &file, &error) != 0, "a directory is read");
-    CHECK_MESSAGE(": is a directory, expected a file");
+    REFUSED(tensors_read(name, &file, &error), "/fifo: is a device or a pipe, expected a file");
+    REFUSED(tensors_read("/dev/zero", &file, &error), "/dev/zero: is a device or a pipe, expected a file");
+    REFUSED(tensors_read(directory, &file, &error), ": is a directory, expected a file");
     alarm(0);
     unlink(name);
 
@@ -450,10 +450,8 @@ static void test_images(void) {
 
     CHECK(image_path_check("x.pgm", 1, &error) == 0 && image_path_check("x.png", 3, &error) == 0, "%s",
           error.text);
-    CHECK(image_path_check("x.pgm", 3, &error) != 0, "colour in a pgm");
-    CHECK_MESSAGE("x.pgm: a .pgm holds grey images only");
-    CHECK(image_path_check("x.jpg", 1, &error) != 0, "jpg");
-    CHECK_MESSAGE("x.jpg: unknown kind of image");
+    REFUSED(image_path_check("x.pgm", 3, &error), "x.pgm: a .pgm holds grey images only");
+    REFUSED(image_path_check("x.jpg", 1, &error), "x.jpg: unknown kind of image");
     CHECK(image_path_check("png", 1, &error) != 0 && image_path_check(".png", 1, &error) != 0, "no name");
 
     int height, width;
@@ -482,7 +480,8 @@ static void test_chart(void) {
         values[0][i] = 10 - i * 0.01;
         values[1][i] = i % 9 ? 8 + i * 0.01 : NAN;
     }
-    const Curve curves[2] = { { { x, values[0] }, COUNT, { 200, 0, 0 } }, { { x, values[1] }, COUNT, { 0, 0, 200 } } };
+    const Curve curves[2] = { { { x, values[0] }, COUNT, { 200, 0, 0 } },
+                              { { x, values[1] }, COUNT, { 0, 0, 200 } } };
     unsigned char *pixels = malloc((size_t)HEIGHT * WIDTH * 3);
     chart_draw(curves, 2, pixels, HEIGHT, WIDTH);
     for (int i = 0; i < 2; i++) {
@@ -491,8 +490,9 @@ static void test_chart(void) {
         CHECK(found > 100, "%d pixels of curve %d", found, i);
     }
     /* Whatever is drawn stays inside: the sanitizers watch. */
-    static const double odd[8][2] = { { NAN, INFINITY }, { 1e300, -1e300 }, { 0, 0 }, { 1e29, -1e29 }, { 1e6, 1e6 + 1e-9 },
-                                      { 1e-300, 2e-300 }, { 0, 5e-324 }, { 5e-324, 5e-324 } };
+    static const double odd[8][2] = { { NAN, INFINITY }, { 1e300, -1e300 }, { 0, 0 }, { 1e29, -1e29 },
+                                      { 1e6, 1e6 + 1e-9 }, { 1e-300, 2e-300 }, { 0, 5e-324 },
+                                      { 5e-324, 5e-324 } };
     for (int i = 0; i < 64; i++) {
         const Curve curve = { { odd[i / 8], odd[i % 8] }, 2, { 1, 2, 3 } };
         chart_draw(&curve, i % 5 > 0, pixels, HEIGHT, WIDTH);
@@ -511,8 +511,7 @@ static void test_idx(void) {
     } bad[] = {
         { { 0 }, 0, "x.idx: holds 0 bytes, expected an IDX header of 16" },
         { { 0, 0, 8, 3, 0, 0, 0, 2 }, 8, "x.idx: holds 8 bytes, expected an IDX header of 16" },
-        { { 0, 0, 8, 1, 0, 0, 0, 2 }, 10,
-          "x.idx: holds 10 bytes, expected an IDX header of 16" },
+        { { 0, 0, 8, 1, 0, 0, 0, 2 }, 10, "x.idx: holds 10 bytes, expected an IDX header of 16" },
         { { 'P', 'K', 8, 3 }, 16, "x.idx: magic number 0x504b0803, expected 0x00000803 (IDX images)" },
         { { 0, 0, 8, 3, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1 }, 16, "holds no images" },
         { { 0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1 }, 16, "images of 0 x 1 pixels" },
@@ -564,18 +563,16 @@ static void test_cifar(void) {
     dataset_close(&dataset);
     leave_seed("cifar", batch, sizeof batch);
     bytes.size--;
-    CHECK(cifar_parse(&bytes, "x.bin", &dataset, &error) != 0, "a truncated batch is accepted");
-    CHECK_MESSAGE("x.bin: holds 6145 bytes, expected a multiple of 3,073");
+    REFUSED(cifar_parse(&bytes, "x.bin", &dataset, &error),
+            "x.bin: holds 6145 bytes, expected a multiple of 3,073");
     bytes.size = 0;
-    CHECK(cifar_parse(&bytes, "x.bin", &dataset, &error) != 0, "an empty batch is accepted");
-    CHECK_MESSAGE("x.bin: holds 0 bytes");
+    REFUSED(cifar_parse(&bytes, "x.bin", &dataset, &error), "x.bin: holds 0 bytes");
     bytes.size = 10001 * RECORD;                         /* not looked at any further */
-    CHECK(cifar_parse(&bytes, "x.bin", &dataset, &error) != 0, "too many records are accepted");
-    CHECK_MESSAGE("x.bin: holds more than the 10,000 images of a batch");
+    REFUSED(cifar_parse(&bytes, "x.bin", &dataset, &error),
+            "x.bin: holds more than the 10,000 images of a batch");
     bytes.size = 2 * RECORD;
     bytes.data[RECORD] = 10;
-    CHECK(cifar_parse(&bytes, "x.bin", &dataset, &error) != 0, "label 10 is accepted");
-    CHECK_MESSAGE("x.bin: image 1 has label 10, expected 0 to 9");
+    REFUSED(cifar_parse(&bytes, "x.bin", &dataset, &error), "x.bin: image 1 has label 10, expected 0 to 9");
     free(bytes.data);
 }
 
@@ -584,12 +581,11 @@ static void test_open(void) {
     static const unsigned char idx[] = { 0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 2, 7, 8 };
     Error error;
     Dataset dataset;
-    CHECK(dataset_open(&dataset, in_directory("nowhere"), SPLIT_TRAIN, 0, &error) != 0, "opened nowhere");
-    CHECK_MESSAGE("/nowhere: No such file or directory");
-    CHECK(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error) != 0, "opened an empty directory");
-    CHECK_MESSAGE("holds neither train-images-idx3-ubyte (MNIST) nor data_batch_1.bin");
-    CHECK(dataset_open(&dataset, in_directory("kept"), SPLIT_TRAIN, 0, &error) != 0, "opened a file");
-    CHECK_MESSAGE("Not a directory");
+    REFUSED(dataset_open(&dataset, in_directory("nowhere"), SPLIT_TRAIN, 0, &error),
+            "/nowhere: No such file or directory");
+    REFUSED(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error),
+            "holds neither train-images-idx3-ubyte (MNIST) nor data_batch_1.bin");
+    REFUSED(dataset_open(&dataset, in_directory("kept"), SPLIT_TRAIN, 0, &error), "Not a directory");
 
     for (int i = 0; i < 2 * RECORD; i++) batch[i] = i % RECORD == 0 ? 1 : (unsigned char)(i / RECORD + 1);
     write_file("data_batch_2.bin", batch, 2 * RECORD);
@@ -600,10 +596,9 @@ static void test_open(void) {
           "batches are not joined");
     dataset_close(&dataset);
     write_file("data_batch_4.bin", batch, RECORD - 1);
-    CHECK(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error) != 0, "opened a broken batch");
-    CHECK_MESSAGE("/data_batch_4.bin: holds 3072 bytes");
-    CHECK(dataset_open(&dataset, directory, SPLIT_TEST, 0, &error) != 0, "opened a missing split");
-    CHECK_MESSAGE("holds neither t10k-images-idx3-ubyte (MNIST) nor test_batch.bin");
+    REFUSED(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error), "/data_batch_4.bin: holds 3072 bytes");
+    REFUSED(dataset_open(&dataset, directory, SPLIT_TEST, 0, &error),
+            "holds neither t10k-images-idx3-ubyte (MNIST) nor test_batch.bin");
     write_file("test_batch.bin", batch, RECORD);
     CHECK(dataset_open(&dataset, directory, SPLIT_TEST, 0, &error) == 0, "%s", error.text);
     CHECK(dataset.count == 1 && dataset.split == SPLIT_TEST, "test split");
@@ -613,14 +608,13 @@ static void test_open(void) {
     CHECK(dataset.count == 1 && dataset.channels == 1 && dataset.width == 2, "MNIST");
     dataset_close(&dataset);
     write_file("t10k-images-idx3-ubyte.gz", gzip_stored, sizeof gzip_stored);
-    CHECK(dataset_open(&dataset, directory, SPLIT_TEST, 0, &error) != 0, "opened a text");
-    CHECK_MESSAGE("/t10k-images-idx3-ubyte.gz: magic number 0x44696666, expected");
+    REFUSED(dataset_open(&dataset, directory, SPLIT_TEST, 0, &error),
+            "/t10k-images-idx3-ubyte.gz: magic number 0x44696666, expected");
     write_file("t10k-images-idx3-ubyte.gz", idx, sizeof idx);
-    CHECK(dataset_open(&dataset, directory, SPLIT_TEST, 0, &error) != 0, "a .gz that is none is accepted");
-    CHECK_MESSAGE("is not gzip");
+    REFUSED(dataset_open(&dataset, directory, SPLIT_TEST, 0, &error), "is not gzip");
 
-    /* Gzip is known by its content too. A member with one small image, then half a megabyte of gzip with 80 MB of
-     * zeros: refused at the first of them, in no memory to speak of. */
+    /* Gzip is known by its content too. A member with one small image, then half a megabyte of gzip with
+     * 80 MB of zeros: refused at the first of them, in no memory to speak of. */
     enum { BOMB = 1 << 19 };
     unsigned char *packed = calloc(1, 41 + BOMB);
     struct rlimit limit, small;
@@ -639,7 +633,7 @@ static void test_open(void) {
     small = limit;
     small.rlim_cur = SANITIZED ? limit.rlim_cur : 20000000;
     setrlimit(RLIMIT_AS, &small);
-    CHECK(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error) != 0, "more than the header promises is accepted");
+    CHECK(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error) != 0, "a bomb is accepted");
     setrlimit(RLIMIT_AS, &limit);
     CHECK_MESSAGE("/train-images-idx3-ubyte: holds more than the 2 bytes its header promises");
 
@@ -648,21 +642,22 @@ static void test_open(void) {
     write_file("train-images-idx3-ubyte.gz", gzip_stored, sizeof gzip_stored);
     const int terminal = dup(STDERR_FILENO);
     CHECK(freopen(in_directory("said"), "w", stderr) != NULL, "no stderr");
-    CHECK(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error) == 0 && dataset.pixels[1] == 8, "%s", error.text);
+    CHECK(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error) == 0, "%s", error.text);
+    CHECK(dataset.pixels != NULL && dataset.pixels[1] == 8, "not the plain file");
     fflush(stderr);
     dup2(terminal, STDERR_FILENO);
     dataset_close(&dataset);
     Bytes said = read_file("said");
     CHECK(said.size > 0 && said.data[said.size - 1] == '\n', "nothing is said of the other file");
     said.data[said.size - (said.size > 0)] = '\0';
-    CHECK(strstr((char *)said.data, "/train-images-idx3-ubyte.gz: is not read, since train-images-idx3-ubyte is there too"),
+    CHECK(strstr((char *)said.data, "/train-images-idx3-ubyte.gz: is not read, since train-images"),
           "%s", (char *)said.data);
     free(said.data);
-    CHECK(dataset_open(&dataset, "no\nsuch\x1b[2J", SPLIT_TRAIN, 0, &error) != 0, "opened nowhere");
-    CHECK_MESSAGE("no\\x0asuch\\x1b[2J: No such file or directory");
+    REFUSED(dataset_open(&dataset, "no\nsuch\x1b[2J", SPLIT_TRAIN, 0, &error),
+            "no\\x0asuch\\x1b[2J: No such file or directory");
 }
 
-/* Other pixels, another shape, another order, another seed: another digest. One is pinned, for all machines. */
+/* Other pixels, another shape, order or seed: another digest. One value is given, for all machines. */
 static void test_digest(void) {
     unsigned char pixels[6][24], *at;
     uint64_t digests[10];
@@ -677,7 +672,8 @@ static void test_digest(void) {
     memcpy(pixels[3] + 12, pixels[0], 12);               /* the images the other way round */
     sets[4] = (Dataset){ 1, 3, 4, 1, pixels[4], SPLIT_TRAIN, 5 };
     sets[5] = (Dataset){ 2, 4, 3, 1, pixels[5], SPLIT_TRAIN, 5 };
-    for (int i = 6; i < 9; i++) sets[i] = (Dataset){ 2, 3, 4, 1, NULL, i == 6 ? SPLIT_TEST : SPLIT_TRAIN, i == 8 ? 6 : 5 };
+    for (int i = 6; i < 9; i++)
+        sets[i] = (Dataset){ 2, 3, 4, 1, NULL, i == 6 ? SPLIT_TEST : SPLIT_TRAIN, i == 8 ? 6 : 5 };
     for (int i = 0; i < 9; i++) {
         digests[i] = dataset_digest(&sets[i]);
         for (int j = 0; j < i; j++) CHECK(digests[i] != digests[j], "sets %d and %d have one digest", i, j);
@@ -752,7 +748,8 @@ static void test_mnist(void) {
         Split split;
         uint32_t count;
         uint64_t sum, weighted, digest;  /* of all pixels; of pixel * (place % 251) of the first 100 images */
-    } known[2] = { { SPLIT_TRAIN, 60000, 1567298545, 317163866, 0x3aea0b5a31fc24b9 }, { SPLIT_TEST, 10000, 264923200, 298271224, 0x959af0812824e46d } };
+    } known[2] = { { SPLIT_TRAIN, 60000, 1567298545, 317163866, 0x3aea0b5a31fc24b9 },
+                   { SPLIT_TEST, 10000, 264923200, 298271224, 0x959af0812824e46d } };
     const char *where = getenv("MNIST_DIR");
     if (where == NULL) printf("skipped: MNIST_DIR is not set\n");
     for (int i = 0; i < 2 && where != NULL; i++) {
@@ -767,7 +764,7 @@ static void test_mnist(void) {
         CHECK(dataset.count == known[i].count && dataset.height == 28 && dataset.width == 28,
               "size of MNIST");
         const double start = seconds_now();
-        CHECK(dataset_digest(&dataset) == known[i].digest, "digest of MNIST: %llx", (unsigned long long)dataset_digest(&dataset));
+        CHECK(dataset_digest(&dataset) == known[i].digest, "digest of MNIST");
         CHECK(SANITIZED || seconds_now() - start < 0.1, "a digest takes %.3f s", seconds_now() - start);
         CHECK(sum == known[i].sum && weighted == known[i].weighted, "pixels of MNIST");
         dataset_close(&dataset);
@@ -782,7 +779,7 @@ static int holds_text(const Bytes *bytes, const char *text) {
     return 0;
 }
 
-/* Nothing that commands a terminal and nothing that is not UTF-8 gets into a message; the rest is shown as it is. */
+/* What commands a terminal or is not UTF-8 is escaped; the rest is shown as it is. */
 static void test_printable(void) {
     static const char *const texts[][2] = {
         { "caf\xc3\xa9 \xe2\x82\xac \xf0\x9f\x98\x80 \\", "caf\xc3\xa9 \xe2\x82\xac \xf0\x9f\x98\x80 \\" },
@@ -798,7 +795,7 @@ static void test_printable(void) {
         CHECK(strcmp(printable(texts[i][0], buffer, sizeof buffer), texts[i][1]) == 0, "%s", buffer);
     for (size_t size = 1; size < 12; size++) {           /* no escape and no character is cut in two */
         printable("ab\xc3\xa9\x1b", buffer, size);
-        CHECK(strlen(buffer) == (size < 3 ? size - 1 : size < 5 ? 2 : size < 9 ? 4 : 8), "%d bytes: %s", (int)size, buffer);
+        CHECK(strlen(buffer) == (size < 3 ? size - 1 : size < 5 ? 2 : size < 9 ? 4 : 8), "%s", buffer);
     }
     Error error;
     TensorFile file;
@@ -824,7 +821,8 @@ static void test_tensors(void) {
                                                           doubles },
         { "images", TYPE_U8, 3, { 1, 3, 1 }, bytes }, { "empty", TYPE_F32, 2, { 0, 5 }, NULL },
     };
-    const char *const metadata[6] = { "step", "12", "config", "{\"line\":\n\"\x01\xc3\xa9\"}", "", "lat\xfcn\xff\xe2\x82" };
+    const char *const metadata[6] = { "step", "12", "config", "{\"line\":\n\"\x01\xc3\xa9\"}",
+                                      "", "lat\xfcn\xff\xe2\x82" };
     Error error;
     TensorFile file;
     char path[256];
@@ -843,10 +841,10 @@ static void test_tensors(void) {
           && entry->size == 24 && (entry->data - file.bytes.data) % 8 == 0, "b.kernel");
     CHECK(tensors_copy(entry, path, 2, out[0].shape, values, &error) == 0, "%s", error.text);
     for (int i = 0; i < 6; i++) CHECK(values[i] == (real)singles[i], "value %d", i);
-    CHECK(tensors_copy(entry, "x", 2, out[3].shape, values, &error) != 0, "another shape is accepted");
-    CHECK_MESSAGE("x: tensor b.kernel is [2, 3], expected [0, 5]");
-    CHECK(tensors_copy(entry, "x", 0, out[3].shape, values, &error) != 0, "another rank is accepted");
-    CHECK_MESSAGE("x: tensor b.kernel is [2, 3], expected []");
+    REFUSED(tensors_copy(entry, "x", 2, out[3].shape, values, &error),
+            "x: tensor b.kernel is [2, 3], expected [0, 5]");
+    REFUSED(tensors_copy(entry, "x", 0, out[3].shape, values, &error),
+            "x: tensor b.kernel is [2, 3], expected []");
     entry = tensors_find(&file, "a \"quoted\\\" name");
     CHECK(entry != NULL && entry->type == TYPE_F64 && entry->count == 2, "a");
     int status = tensors_copy(entry, "x", 1, out[1].shape, values, &error);
@@ -856,8 +854,8 @@ static void test_tensors(void) {
     CHECK(values[0] == (real)0.1, "double");
     entry = tensors_find(&file, "images");
     CHECK(entry != NULL && entry->type == TYPE_U8 && memcmp(entry->data, bytes, 3) == 0, "images");
-    CHECK(tensors_copy(entry, "x", 3, out[2].shape, values, &error) != 0, "bytes are accepted as numbers");
-    CHECK_MESSAGE("x: tensor images is not of type F32 or F64");
+    REFUSED(tensors_copy(entry, "x", 3, out[2].shape, values, &error),
+            "x: tensor images is not of type F32 or F64");
     entry = tensors_find(&file, "empty");
     CHECK(entry != NULL && entry->count == 0, "empty");
     CHECK(tensors_copy(entry, "x", 2, out[3].shape, values, &error) == 0, "%s", error.text);
@@ -866,7 +864,7 @@ static void test_tensors(void) {
     /* Every truncation is refused. */
     Bytes whole = read_file("t.safetensors");
     leave_seed("tensors", whole.data, whole.size);
-    CHECK(holds_text(&whole, "\"lat\\ueffcn\\uefff\\uefe2\\uef82\""), "bytes that are no UTF-8 are not escaped");
+    CHECK(holds_text(&whole, "\"lat\\ueffcn\\uefff\\uefe2\\uef82\""), "not UTF-8, not escaped");
     for (size_t length = 0; length < whole.size; length++) {
         CHECK(tensors_parse(copy_of(whole.data, length), "x", &file, &error) != 0, "truncated at %zu",
               length);
@@ -877,9 +875,8 @@ static void test_tensors(void) {
     const TensorOut bad = { "w", TYPE_F32, 1, { 2 }, infinite };
     CHECK(tensors_write(path, &bad, 1, NULL, 0, &error) == 0, "%s", error.text);
     CHECK(tensors_read(path, &file, &error) == 0, "%s", error.text);
-    CHECK(tensors_copy(tensors_find(&file, "w"), "x", 1, bad.shape, values, &error) != 0,
-          "infinity is accepted");
-    CHECK_MESSAGE("x: tensor w: value 1 is not a finite number");
+    REFUSED(tensors_copy(tensors_find(&file, "w"), "x", 1, bad.shape, values, &error),
+            "x: tensor w: value 1 is not a finite number");
     tensors_free(&file);
     CHECK(tensors_write(path, NULL, 0, metadata, 1, &error) == 0 && tensors_read(path, &file, &error) == 0,
           "metadata alone: %s", error.text);
@@ -888,8 +885,7 @@ static void test_tensors(void) {
     CHECK(tensors_write(path, NULL, 0, NULL, 0, &error) == 0 && tensors_read(path, &file, &error) == 0,
           "nothing: %s", error.text);
     tensors_free(&file);
-    CHECK(tensors_read(in_directory("missing"), &file, &error) != 0, "a missing file is accepted");
-    CHECK_MESSAGE("/missing: No such file or directory");
+    REFUSED(tensors_read(in_directory("missing"), &file, &error), "/missing: No such file or directory");
 }
 
 #define TENSOR(name, type, shape, begin, end) \
@@ -942,7 +938,7 @@ static void test_tensor_headers(void) {
         { "{" TENSOR("a", "F32", "[4294967296,4294967296]", "0", "0") "}", 0, "the shape is too large" },
         { "{" TENSOR("a", "F32", "[4611686018427387904]", "0", "0") "}", 0, "the shape is too large" },
         { "{" TENSOR("a", "F32", "[1,1,1,1,1,1,1,1,1]", "0", "4") "}", 4, "more numbers than expected" },
-        { "{" TENSOR("a\\u001b[2J\xff", "F33", "[2]", "1", "2") "}", 2, "tensor a\\x1b[2J\\xff: its data leave a gap" },
+        { "{" TENSOR("\\u001b[2J\xff", "F33", "[2]", "1", "2") "}", 2, "tensor \\x1b[2J\\xff: its data" },
         { "{" TENSOR("a", "F32", "[2]", "0", "8,9") "}", 8, "more numbers than expected" },
         { "{" TENSOR("a", "F32", "[2]", "8", "0") "}", 8, "data_offsets leave the file" },
         { "{" TENSOR("a", "F32", "[2]", "0", "9") "}", 8, "data_offsets leave the file" },
@@ -981,12 +977,12 @@ static void test_tensor_headers(void) {
             CHECK_MESSAGE("x.safetensors: ");
         }
     }
-    CHECK(tensors_parse(copy_of("\0\1\2", 3), "x", &file, &error) != 0, "three bytes are accepted");
-    CHECK_MESSAGE("x: holds 3 bytes, expected a safetensors file");
-    CHECK(tensors_parse(copy_of("\x10\0\0\0\0\0\0\0{}", 10), "x", &file, &error) != 0, "no header");
-    CHECK_MESSAGE("x: holds 2 of the 16 bytes of its header");
-    CHECK(tensors_parse(copy_of("\x10\0\0\0\0\0\0\xff{}", 10), "x", &file, &error) != 0, "a huge header");
-    CHECK_MESSAGE("bytes, expected at most 100000000");
+    REFUSED(tensors_parse(copy_of("\0\1\2", 3), "x", &file, &error),
+            "x: holds 3 bytes, expected a safetensors file");
+    REFUSED(tensors_parse(copy_of("\x10\0\0\0\0\0\0\0{}", 10), "x", &file, &error),
+            "x: holds 2 of the 16 bytes of its header");
+    REFUSED(tensors_parse(copy_of("\x10\0\0\0\0\0\0\xff{}", 10), "x", &file, &error),
+            "bytes, expected at most 100000000");
 }
 
 int main(void) {
