@@ -103,7 +103,7 @@ static uint64_t take_little_endian(Cursor *c, int bytes) {
     return value;
 }
 
-/* `memory` with room for `size` bytes. Where that is too much, the reading has failed, the result is NULL and
+/* `memory` with room for `size` bytes. If there is not enough, the reading has failed, the result is NULL and
  * `memory` stays as it was. */
 static void *resize(Cursor *c, void *memory, size_t size) {
     void *resized = c->failed ? NULL : realloc(memory, size ? size : 1);
@@ -118,9 +118,9 @@ static void *array_grow(Cursor *c, void *array, size_t count, size_t size) {
     return grown ? grown : array;
 }
 
-/* The CRC-32 of gzip and PNG, of data that follow those whose CRC is `crc` (0 at the start). */
+/* The CRC-32 of gzip and PNG. `crc` is that of the data before, 0 at the start. */
 static uint32_t crc_32(uint32_t crc, const unsigned char *data, size_t size) {
-    static const uint32_t table[16] = {   /* of half a byte */
+    static const uint32_t table[16] = {   /* for half a byte */
         0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4, 0x4db26158, 0x5005713c,
         0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c, 0x9b64c2b0, 0x86d3d2d4, 0xa00ae278, 0xbdbdf21c};
     crc = ~crc;
@@ -138,10 +138,10 @@ typedef struct {
 
 typedef struct {
     Cursor in;
-    unsigned byte;   /* the last one taken from `in`, of which this many bits, the lowest, are used */
+    unsigned byte;   /* the last one taken from `in`; its lowest `used` bits are used up */
     int used, is_full;
     Bytes out;
-    uint64_t most;   /* bytes wanted: with so many in `out` all stops, as after a failure */
+    uint64_t most;   /* bytes wanted; once `out` holds them, everything stops as after a failure */
     size_t member;   /* where in `out` this member begins: no distance reaches before it */
 } Inflater;
 
@@ -166,7 +166,7 @@ static void put_byte(Inflater *s, unsigned byte) {
 }
 
 /* Make a code from lengths[count] in 0..15. Only a code of one bit, or of none, may be incomplete. */
-static void make_code(Inflater *s, PrefixCode *code, const unsigned char *lengths, int count, int may_be_1) {
+static void make_code(Inflater *s, PrefixCode *code, const unsigned char *lengths, int count, int may_be_one) {
     int unused = 1, place[17] = {0};   /* where the symbols of each length begin */
     memset(code->count, 0, sizeof code->count);
     for (int i = 0; i < count; i++)
@@ -176,8 +176,8 @@ static void make_code(Inflater *s, PrefixCode *code, const unsigned char *length
         unused = 2 * unused - code->count[length];
         require(&s->in, unused >= 0, "has an over-subscribed code");
     }
-    may_be_1 = may_be_1 && place[16] <= 1 && place[16] == code->count[1];
-    require(&s->in, unused == 0 || may_be_1, "has an incomplete code");
+    may_be_one = may_be_one && place[16] <= 1 && place[16] == code->count[1];
+    require(&s->in, unused == 0 || may_be_one, "has an incomplete code");
     for (int i = 0; i < count; i++)
         if (lengths[i])
             code->symbol[place[lengths[i]]++] = i;
@@ -277,7 +277,7 @@ static void inflate_member(Inflater *s) {
         take_byte(in);
     for (unsigned text = NAME; text <= COMMENT; text *= 2)
         while ((flags & text) && take_byte(in)) { }
-    take_little_endian(in, flags & HEADER_CRC ? 2 : 0);   /* those who decompress all do without it */
+    take_little_endian(in, flags & HEADER_CRC ? 2 : 0);   /* gzip does not check it either */
     s->member = s->out.size;
     for (unsigned last = 0; !last && !in->failed;) {
         last = take_bits(s, 1);
@@ -296,7 +296,7 @@ int gzip_inflate(const unsigned char *data, size_t size, const char *name, uint6
     require(&s.in, size > 0, "is empty, expected a gzip stream");
     while (!s.in.failed && s.in.at < size) {
         inflate_member(&s);
-        while (s.in.at < size && data[s.in.at] == 0)   /* tapes and disks fill their last block with zeros */
+        while (s.in.at < size && data[s.in.at] == 0)   /* padding, as on tapes */
             s.in.at++;
     }
     if (s.in.failed && !s.is_full) {
@@ -309,7 +309,7 @@ int gzip_inflate(const unsigned char *data, size_t size, const char *name, uint6
 
 /* ---- files ---- */
 
-/* The first `most` bytes of a file, or all. What is no file is refused: pipes wait, /dev/zero never ends. */
+/* The first `most` bytes of a file, or all. Pipes may block and /dev/zero never ends: both are refused. */
 static int file_bytes(const char *path, uint64_t most, Bytes *bytes, Error *error) {
     Cursor c = {.name = path, .error = error};
     struct stat status = {0};
@@ -339,7 +339,7 @@ static int has_extension(const char *path, const char *extension) {
     return length > end && strcasecmp(path + length - end, extension) == 0;
 }
 
-/* The first `most` bytes of what a file holds, which is inflated if its name or its content says gzip. */
+/* The first `most` bytes of a file, inflated if its name or its content says gzip. */
 static int file_read(const char *path, uint64_t most, Bytes *bytes, Error *error) {
     const uint64_t packed = 2 * most + (1 << 20);   /* no real gzip stream is longer than what is in it */
     if (file_bytes(path, packed, bytes, error))
@@ -404,7 +404,7 @@ static void put_chunk(FILE *stream, const char *type, const unsigned char *data,
     fwrite(crc, 1, 4, stream);
 }
 
-/* A PNG whose pixels are not compressed, for they are few: each row is a deflate block of type "stored". */
+/* A PNG without compression, since the pixels are few: each row is a deflate block of type "stored". */
 static int write_png(void *stream, const void *context) {
     const Image *image = context;
     const size_t row = (size_t)image->width * (size_t)image->channels, length = row + 1, inverse = ~length;
@@ -688,10 +688,10 @@ int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *e
     return 0;
 }
 
-/* Add the images of a file. What is larger than its header promises is not read to its end. */
+/* Add the images of a file, reading no more of it than its header promises. */
 static int dataset_read(Dataset *dataset, const char *path, int is_mnist, Error *error) {
     uint32_t header[4];
-    uint64_t most = is_mnist ? 16 : (uint64_t)MOST_RECORDS * RECORD + 1;   /* a byte more tells of too many */
+    uint64_t most = is_mnist ? 16 : (uint64_t)MOST_RECORDS * RECORD + 1;   /* one more than allowed */
     Bytes bytes;
     int status = file_read(path, most, &bytes, error);
     if (status == 0 && is_mnist) {
@@ -762,7 +762,7 @@ void dataset_image(const Dataset *dataset, uint32_t index, unsigned char *out) {
         digit_draw(dataset->seed, dataset->split, index, out);
 }
 
-/* FNV-1a over little-endian words of 8 bytes. The shift brings what the upper half of a word does down. */
+/* FNV-1a over little-endian words of 8 bytes. Without the shift, high bits would never reach low ones. */
 uint64_t dataset_digest(const Dataset *d) {
     const uint64_t head[6] = {d->count, (uint64_t)d->height, (uint64_t)d->width, (uint64_t)d->channels,
                               d->pixels ? 0 : 1 + (uint64_t)d->split, d->pixels ? 0 : d->seed};
@@ -799,7 +799,7 @@ uint32_t dataset_shuffle(uint64_t seed, uint32_t epoch, uint32_t position, uint3
 
 /* ---- safetensors: reading ---- */
 
-/* JSON is UTF-8. Another byte, such as a path may hold, is written as the private character U+EF00 + byte. */
+/* JSON is UTF-8. Bytes of a path that are not are written as private characters, U+EF00 + byte. */
 enum { RAW_BYTE = 0xef00 };
 
 /* What follows reads not JSON but what the header of a safetensors file can be: an object of objects with
@@ -919,8 +919,10 @@ static TensorEntry take_tensor(Cursor *c, const char *name, const unsigned char 
         entry.data = data + begin;
         entry.size = (size_t)(end - begin);
     }
-    const int fits = entry.size == entry.count * each || entry.type == TYPE_OTHER;   /* of unknown size */
-    require(c, fits, "data_offsets do not fit the shape");
+    /* Of another type no more is known than that an element has at least one bit. */
+    const int is_other = entry.type == TYPE_OTHER;
+    require(c, is_other ? entry.count / 8 <= entry.size : entry.size == entry.count * each,
+            "data_offsets do not fit the shape");
     return entry;
 }
 
@@ -935,7 +937,7 @@ static int compare_names(const void *left, const void *right) {
     return strcmp(*(const char *const *)left, *(const char *const *)right);
 }
 
-/* Sorted, a hundred megabytes of short names are checked in a second, and not in a day. */
+/* A header may hold a million names: sorted, equal ones are found in a second, pair by pair in hours. */
 static void sort_names(Cursor *c, void *items, int count, size_t size) {
     qsort(items, (size_t)count, size, compare_names);
     for (char *item = items; count > 1; count--, item += size)

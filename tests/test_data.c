@@ -940,6 +940,7 @@ static void test_tensor_headers(void) {
         { "{" TENSOR("a", "F32", "[1,1,1,1,1,1,1,1,1]", "0", "4") "}", 4, "more numbers than expected" },
         { "{" TENSOR("\\u001b[2J\xff", "F33", "[2]", "1", "2") "}", 2, "tensor \\x1b[2J\\xff: its data" },
         { "{" TENSOR("a", "F32", "[2]", "0", "8,9") "}", 8, "more numbers than expected" },
+        { "{" TENSOR("a", "F33", "[2305843009213693952]", "0", "0") "}", 0, "data_offsets do not fit" },
         { "{" TENSOR("a", "F32", "[2]", "8", "0") "}", 8, "data_offsets leave the file" },
         { "{" TENSOR("a", "F32", "[2]", "0", "9") "}", 8, "data_offsets leave the file" },
         { "{" TENSOR("a", "F32", "[2]", "0", "9000000000000000000") "}", 8, "data_offsets leave the file" },
