@@ -166,7 +166,7 @@ static void put_byte(Inflater *s, unsigned byte) {
 }
 
 /* Make a code from lengths[count] in 0..15. Only a code of one bit, or of none, may be incomplete. */
-static void make_code(Inflater *s, PrefixCode *code, const unsigned char *lengths, int count, int may_be_one) {
+static void make_code(Inflater *s, PrefixCode *code, const unsigned char *lengths, int count, int allow_one) {
     int unused = 1, place[17] = {0};   /* where the symbols of each length begin */
     memset(code->count, 0, sizeof code->count);
     for (int i = 0; i < count; i++)
@@ -176,8 +176,8 @@ static void make_code(Inflater *s, PrefixCode *code, const unsigned char *length
         unused = 2 * unused - code->count[length];
         require(&s->in, unused >= 0, "has an over-subscribed code");
     }
-    may_be_one = may_be_one && place[16] <= 1 && place[16] == code->count[1];
-    require(&s->in, unused == 0 || may_be_one, "has an incomplete code");
+    allow_one = allow_one && place[16] <= 1 && place[16] == code->count[1];
+    require(&s->in, unused == 0 || allow_one, "has an incomplete code");
     for (int i = 0; i < count; i++)
         if (lengths[i])
             code->symbol[place[lengths[i]]++] = i;
