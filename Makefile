@@ -16,6 +16,11 @@ DESTDIR =
 # `$(call accepts,FLAG)` is FLAG if the compiler can build and link a program with it, else nothing.
 accepts = $(shell echo 'int main(void){return 0;}' | $(CC) $(1) -x c - -o /dev/null 2>/dev/null && echo $(1))
 
+# A machine that was named and that the compiler does not know is an error; a compiler without "native" builds for any.
+ifeq ($(call accepts,-march=$(MARCH)),)
+$(if $(filter native,$(MARCH)),,$(error MARCH=$(MARCH): $(CC) knows no such machine))
+endif
+
 OPENMP := $(call accepts,-fopenmp)
 SIMD   := $(call accepts,-fopenmp-simd)
 ARCH   := $(call accepts,-march=$(MARCH)) $(call accepts,-mprefer-vector-width=512) \
@@ -25,14 +30,19 @@ ARCH   := $(call accepts,-march=$(MARCH)) $(call accepts,-mprefer-vector-width=5
 # -fno-tree-loop-distribute-patterns: gcc would call memset for the sums that are to stay in registers.
 # -fno-thread-jumps: gcc would take the clamps of exp as three ways through what follows and compute all of them.
 # -fno-math-errno, -fno-trapping-math: square roots and selections may run in vector registers; values do not change.
+# -Wno-pass-failed: clang would warn of each loop that it does not vectorise, which costs speed and nothing else.
 CFLAGS  = -O3 -g -Wall -Wextra -Wpedantic
 FLAGS   = -std=c99 $(CFLAGS) $(ARCH) -ffp-contract=fast -fno-math-errno -fno-trapping-math $(OPENMP) $(SIMD) \
-          $(if $(OPENMP),,-Wno-unknown-pragmas) \
+          $(if $(OPENMP),,-Wno-unknown-pragmas) $(call accepts,-Wno-pass-failed) \
           $(if $(DOUBLE),-DDIFFENC_DOUBLE) $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize-recover=all)
+
+# Threads of some systems have stacks of 128 KiB.
+FRAMES := $(call accepts,-Wframe-larger-than=16384)
 
 PROGRAM = diffenc$(if $(DOUBLE),-double)
 comma   = ,
-BUILD   = build/$(notdir $(CC))-$(MARCH)$(if $(OPENMP),,-serial)$(if $(SANITIZE),-$(subst $(comma),-,$(SANITIZE)))$(if $(DOUBLE),-double)
+space   = $() $()
+BUILD   = build/$(subst $(space),-,$(notdir $(CC)))-$(MARCH)$(if $(OPENMP),,-serial)$(if $(SANITIZE),-$(subst $(comma),-,$(SANITIZE)))$(if $(DOUBLE),-double)
 FLOORS  = tensor autograd nn diffenc data
 LIBRARY = $(FLOORS:%=$(BUILD)/%.o)
 PROVERS = $(BUILD)/check.o $(BUILD)/bench.o $(BUILD)/derivatives.o
@@ -46,24 +56,27 @@ all: $(BUILD)/diffenc
 $(BUILD)/diffenc: $(LIBRARY) $(BUILD)/main.o $(PROVERS)
 	$(CC) $(FLAGS) $(LDFLAGS) $^ -o $@ -lm
 
-$(BUILD)/%.o: %.c diffenc.h | $(BUILD)
+$(BUILD)/%.o: %.c diffenc.h $(BUILD)/command
+	$(COMPILE) $(if $(SANITIZE),,$(FRAMES)) -c $< -o $@
+
+$(BUILD)/%.o: tests/%.c diffenc.h tests/test.h tests/derivatives.h $(BUILD)/command
 	$(COMPILE) -c $< -o $@
 
-$(BUILD)/%.o: tests/%.c diffenc.h tests/test.h tests/derivatives.h | $(BUILD)
-	$(COMPILE) -c $< -o $@
+# Changed only when the command of the compiler changes: then everything is compiled anew.
+$(BUILD)/command: always
+	@mkdir -p $(BUILD)
+	@echo '$(COMPILE) $(LDFLAGS)' | cmp -s - $@ || echo '$(COMPILE) $(LDFLAGS)' >$@
 
 $(BUILD)/test_%: $(BUILD)/test_%.o $(LIBRARY) $(BUILD)/derivatives.o
 	$(CC) $(FLAGS) $(LDFLAGS) $^ -o $@ -lm
 
-$(BUILD):
-	@mkdir -p $@
-
 # The main job in about a minute: train a small DiffEnc on the built-in digits and draw samples.
+RUN = run-digits
 run: all
-	@rm -rf run
+	@test ! -e $(RUN) || { echo "$(RUN) is there already: RUN=DIRECTORY names another, or move it away."; exit 1; }
 	./$(PROGRAM) train --data digits --model diffenc-2-2 --net unet --channels 16 --encoder-channels 8 \
-	    --batch 16 --steps 900 --lr 2e-3 --warmup 50 --clip 1 --save-every 300 --sample-steps 60 --out run
-	@echo "Look at run/samples-900.png and run/loss.png; run/checkpoint.safetensors goes on with --resume."
+	    --batch 16 --steps 900 --lr 2e-3 --warmup 50 --clip 1 --save-every 300 --sample-steps 60 --out $(RUN)
+	@echo "Look at $(RUN)/samples-900.png and $(RUN)/loss.png; \`./$(PROGRAM) train --resume --out $(RUN)\` goes on."
 
 # All tests, in single and in double precision; the last line is the sum of both. MNIST_DIR=DIR adds the real data.
 test:
@@ -93,7 +106,7 @@ bench-peer: all
 # Feed each parser of files with made-up ones for FUZZ_SECONDS (clang and its libFuzzer), beginning with those of the
 # tests. Nothing 64 KiB long may make it ask for 64 MB at once.
 FUZZ_SECONDS = 60
-FUZZERS = idx cifar gzip tensors batch
+FUZZERS = idx cifar gzip tensors batch log
 fuzz:
 	@$(MAKE) --no-print-directory fuzzing CC=clang OPENMP= SIMD= CFLAGS="-O1 -g" \
 	    SANITIZE=fuzzer-no-link,address,undefined
@@ -101,6 +114,8 @@ fuzz:
 fuzzing: $(BUILD)/test_data $(FUZZERS:%=$(BUILD)/fuzz_%)
 	@mkdir -p $(FUZZERS:%=$(BUILD)/corpus/%) $(FUZZERS:%=$(BUILD)/seeds/%)
 	@cp tests/golden/*.batch.safetensors tests/golden/*.checkpoint.safetensors $(BUILD)/seeds/batch
+	@printf 'step,bpd,recon,latent,diffusion,gradient_norm,test_bpd,seconds\n1,2,.1,.1,1.8,3,,0.1\n2,2,.1,.1,1.8,3,1.9,0' \
+	    >$(BUILD)/seeds/log/log.csv
 	FUZZ_SEEDS=$(BUILD)/seeds $(BUILD)/test_data
 	@for f in $(FUZZERS); do \
 	    echo "== $$f"; \
@@ -109,8 +124,12 @@ fuzzing: $(BUILD)/test_data $(FUZZERS:%=$(BUILD)/fuzz_%)
 	        $(BUILD)/corpus/$$f $(BUILD)/seeds/$$f || exit 1; \
 	done
 
-$(BUILD)/fuzz_%: tests/fuzz/fuzz_%.c main.c $(LIBRARY)
-	$(COMPILE) -fsanitize=fuzzer $< $(LIBRARY) -o $@ -lm
+$(BUILD)/fuzz_%: tests/fuzz/fuzz_%.c tests/fuzz/program.h $(BUILD)/program.o $(PROVERS) $(LIBRARY)
+	$(COMPILE) -fsanitize=fuzzer $< $(BUILD)/program.o $(PROVERS) $(LIBRARY) -o $@ -lm
+
+# The whole program under another name than main, for the fuzzers that drive it.
+$(BUILD)/program.o: main.c diffenc.h $(BUILD)/command
+	$(COMPILE) -Dmain=diffenc_main -c $< -o $@
 
 # What needs builds of its own: the same bits with and without OpenMP, valgrind, ThreadSanitizer.
 trust: all
@@ -127,5 +146,5 @@ install: all
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(PROGRAM) $(DESTDIR)$(PREFIX)/bin/$(PROGRAM)
 
-.PHONY: all run test tests check mutants bench bench-peer fuzz fuzzing trust mnist clean install
+.PHONY: all always run test tests check mutants bench bench-peer fuzz fuzzing trust mnist clean install
 .SECONDARY:

@@ -1,13 +1,14 @@
 /* autograd.c - floor 2: tensors that remember how they were made.
  *
- * Calling an operator computes its value at once and notes its inputs; `backward` walks the notes in
- * reverse. A tensor may carry a tangent, its derivative by lambda. An operator that receives tangents
- * records the tangent of its result as ordinary tensors, made with ordinary operators, so one reverse
- * sweep differentiates through values and tangents alike: that is all it takes to train through
- * dy/dlambda.
+ * Calling an operator computes its value at once and notes its inputs; `backward` walks the notes in reverse.
+ * A tensor may carry a tangent, its derivative by lambda. An operator that receives tangents records the
+ * tangent of its result as ordinary tensors, made with ordinary operators, so one reverse sweep
+ * differentiates through values and tangents alike: that is all it takes to train through dy/dlambda.
  *
- * Each operator is three functions: NAME_forward, NAME_backward, and the constructor of its name, which
- * knows the shape and the rule for the tangent. */
+ * Each operator is one block: NAME_forward; NAME_backward; `bare_NAME`, which makes the tensor and looks at
+ * no tangent; and NAME, which adds the rule for the tangent. Rules are made of bare operators, so a tangent
+ * has none of its own, and NULL stands for a tangent of zero throughout: a bare operator that is linear in an
+ * input maps NULL to NULL. */
 
 #include "diffenc.h"
 
@@ -33,7 +34,7 @@ static int same_shape(const Tensor *a, const Tensor *b) {
 
 void graph_begin(Graph *graph, Arena *arena) {
     Graph fresh = {.arena = arena, .shapes_only = graph->shapes_only, .dropout = graph->dropout,
-                   .dropout_stream = graph->dropout_stream, .seconds = graph->seconds};
+                   .dropout_stream = graph->dropout_stream, .times = graph->times};
     *graph = fresh;
     arena_reset(arena);
 }
@@ -42,26 +43,45 @@ static Tensor *tensor_new(Graph *graph, int height, int width, int channels) {
     Tensor *t = arena_allocate(graph->arena, 1, sizeof *t);
     memset(t, 0, sizeof *t);
     t->graph = graph;
-    t->height = height;
-    t->width = width;
-    t->channels = channels;
+    t->height = height, t->width = width, t->channels = channels;
     t->previous = graph->last;
     graph->last = t;
     return t;
 }
 
-static real *reals(Graph *graph, size_t count) {
-    graph->bytes += count * sizeof(real);
-    return graph->shapes_only ? NULL : arena_allocate(graph->arena, count, sizeof(real));
+/* Memory for values; NULL while only shapes are wanted. */
+static void *memory_for(Graph *graph, size_t count, size_t size) {
+    graph->bytes += count * size;
+    return graph->shapes_only ? NULL : arena_allocate(graph->arena, count, size);
+}
+
+/* A tensor whose elements are also kept in double. They are few, those of the schedule and of the images; and
+ * the Fourier features multiply by 2 pi 128 whatever rounding there is in z_t. */
+static void keep_exact(Tensor *t) {
+    if (sizeof(real) < sizeof(double) && t->value)
+        t->exact = arena_allocate(t->graph->arena, element_count(t), sizeof(double));
+}
+
+static double element(const Tensor *a, size_t i) {
+    return a->exact ? a->exact[i] : (double)a->value[i];
+}
+
+static void set_element(Tensor *a, size_t i, double value) {
+    a->value[i] = (real)value;
+    if (a->exact)
+        a->exact[i] = value;
+}
+
+double number_of(const Tensor *a) {
+    return element(a, 0);
 }
 
 Tensor *constant(Graph *graph, int height, int width, int channels, const real *value) {
     Tensor *t = tensor_new(graph, height, width, channels);
-    t->value = reals(graph, element_count(t));
-    if (t->value && value) {
+    t->value = memory_for(graph, element_count(t), sizeof(real));
+    if (t->value && value)
         memcpy(t->value, value, element_count(t) * sizeof(real));
-        t->number_value = value[0];
-    } else if (t->value)
+    else if (t->value)
         memset(t->value, 0, element_count(t) * sizeof(real));
     return t;
 }
@@ -74,45 +94,28 @@ Tensor *from_bytes(Graph *graph, int height, int width, int channels, const unsi
     return t;
 }
 
-/* Numbers and what elementwise operators make are kept in double as well. They are few and small, the
- * schedule and the images; and the Fourier features multiply by 2 pi 128 whatever rounding there is in
- * z_t. */
-static double element(const Tensor *a, size_t i) {
-    return a->wide ? a->wide[i] : element_count(a) == 1 ? a->number_value : (double)a->value[i];
-}
-
-static void set_element(Tensor *a, size_t i, double value) {
-    a->value[i] = (real)value;
-    if (a->wide)
-        a->wide[i] = value;
-    else
-        a->number_value = value;   /* of use only where there is one element */
-}
-
-static double number_of(const Tensor *a) {
-    return a->number_value;
-}
-
-static void set_number(Tensor *a, double value) {
-    set_element(a, 0, value);
+Tensor *gaussian(Graph *graph, int height, int width, int channels, RandomStream stream) {
+    Tensor *t = constant(graph, height, width, channels, NULL);
+    if (t->value)
+        random_normal(stream, t->value, element_count(t));
+    return t;
 }
 
 Tensor *number(Graph *graph, double value) {
     Tensor *t = constant(graph, 1, 1, 1, NULL);
+    keep_exact(t);
     if (t->value)
-        set_number(t, value);
+        set_element(t, 0, value);
     return t;
 }
 
-Tensor *parameter(Graph *graph, int height, int width, int channels, const real *value, const real *flipped,
-                  real *gradient) {
+Tensor *parameter(Graph *graph, int height, int width, int channels, const real *value,
+                  const real *transposed_kernel, real *gradient) {
     Tensor *t = tensor_new(graph, height, width, channels);
     t->value = (real *)value;   /* nothing writes to the value of a leaf */
-    t->flipped = flipped;
+    t->transposed_kernel = transposed_kernel;
     t->gradient = gradient;
     t->needs_gradient = gradient != NULL;
-    if (value && element_count(t) == 1)
-        t->number_value = value[0];
     return t;
 }
 
@@ -121,78 +124,62 @@ static Tensor *result_of(const Operator *op, int height, int width, int channels
                          Tensor *c, Tensor *d) {
     Tensor *t = tensor_new(a->graph, height, width, channels);
     t->op = op;
-    t->value = reals(a->graph, element_count(t));
+    t->value = memory_for(a->graph, element_count(t), sizeof(real));
     t->input[0] = a, t->input[1] = b, t->input[2] = c, t->input[3] = d;
     for (int i = 0; i < 4; i++)
         t->needs_gradient |= t->input[i] && t->input[i]->needs_gradient;
     return t;
 }
 
-static Tensor *elementwise(const Operator *op, const Tensor *shape, Tensor *a, Tensor *b) {
-    Tensor *t = result_of(op, shape->height, shape->width, shape->channels, a, b, NULL, NULL);
-    if (sizeof(real) < sizeof(double) && t->value && element_count(t) > 1)
-        t->wide = arena_allocate(t->graph->arena, element_count(t), sizeof(double));
+static Tensor *exact_result(const Operator *op, int height, int width, int channels, Tensor *a, Tensor *b) {
+    Tensor *t = result_of(op, height, width, channels, a, b, NULL, NULL);
+    keep_exact(t);
     return t;
 }
 
-/* A constructor that gives tangents asks `if (carries_tangent(y))`, makes the tangent out of ordinary
- * operators, and hands it over with set_tangent. In between no operator looks at tangents, so the tangent
- * has none of its own. */
-static int carries_tangent(Tensor *y) {
-    if (y->graph->inside_tangent)
-        return 0;
-    for (int i = 0; i < 4; i++)
-        if (y->input[i] && y->input[i]->tangent)
-            return y->graph->inside_tangent = 1;
-    return 0;
+/* The seconds counted for an operator, forward and backward, or NULL where none are. */
+static double *clock_of(const Tensor *t) {
+    OperatorTime *time = t->graph->times;
+    while (time && time->op && time->op != t->op)
+        time++;
+    if (time)
+        time->op = t->op;
+    return time ? time->seconds : NULL;
 }
 
-static Tensor *set_tangent(Tensor *y, Tensor *tangent) {
-    y->graph->inside_tangent = 0;
-    y->tangent = tangent;
+/* Call forward. What it takes from the arena, as backward does, is scratch memory and taken back. */
+static Tensor *compute(Tensor *y) {
+    if (y->graph->shapes_only)
+        return y;
+    double *seconds = clock_of(y), start = seconds ? seconds_now() : 0;
+    const ArenaMark mark = arena_mark(y->graph->arena);
+    y->op->forward(y);
+    arena_release(y->graph->arena, mark);
+    if (seconds)
+        seconds[0] += seconds_now() - start;
     return y;
 }
 
-/* Sums and products in which NULL stands for a tangent of zero. */
-static Tensor *add_or(Tensor *a, Tensor *b) {
-    return a && b ? add(a, b) : a ? a : b;
-}
-static Tensor *mul_or(Tensor *a, Tensor *b) {
-    return a && b ? mul(a, b) : NULL;
-}
+/* ---- reverse mode ---- */
 
-/* ---- gradients ---- */
-
-/* Where to add gradient for `a`: zeros the first time. NULL if nobody wants it. */
-static real *gradient_to_add(Tensor *a) {
-    if (!a || !a->needs_gradient)
-        return NULL;
-    if (a->gradient_is_empty)
-        memset(a->gradient, 0, element_count(a) * sizeof(real));
-    a->gradient_is_empty = 0;
-    return a->gradient;
+/* Where to add what the gradient of `a` receives; NULL if nobody wants it. The one rule for all operators: a
+ * gradient is added to and never written over, so an operator may get the same tensor as several inputs. */
+static real *gradient_of(Tensor *a) {
+    return a && a->needs_gradient ? a->gradient : NULL;
 }
 
-/* The same for loops that can write as well as add: *start is what to add to, NULL the first time. */
-static real *gradient_to_write(Tensor *a, const real **start) {
-    if (!a || !a->needs_gradient)
-        return NULL;
-    *start = a->gradient_is_empty ? NULL : a->gradient;
-    a->gradient_is_empty = 0;
-    return a->gradient;
-}
-
+/* Gradients are needed for a short while only, and the memory of one serves the next of its size. */
 static void take_gradient(Tensor *a) {
     Graph *graph = a->graph;
     const size_t count = element_count(a);
-    a->gradient_is_empty = 1;
-    for (int i = 0; i < graph->spare_count; i++)
+    for (int i = 0; i < graph->spare_count && !a->gradient; i++)
         if (graph->spare[i].count == count) {
             a->gradient = graph->spare[i].memory;
             graph->spare[i] = graph->spare[--graph->spare_count];
-            return;
         }
-    a->gradient = arena_allocate(graph->arena, count, sizeof(real));
+    if (!a->gradient)
+        a->gradient = arena_allocate(graph->arena, count, sizeof(real));
+    memset(a->gradient, 0, count * sizeof(real));
 }
 
 static void give_gradient_back(Tensor *a) {
@@ -204,71 +191,96 @@ static void give_gradient_back(Tensor *a) {
     a->gradient = NULL;
 }
 
-static double *clock_of(const Tensor *t, int direction);
-
 void backward(Tensor *result, double weight) {
     assert(element_count(result) == 1);
     if (!result->needs_gradient)
         return;
     take_gradient(result);
     result->gradient[0] = (real)weight;
-    result->gradient_is_empty = 0;
     for (Tensor *t = result; t; t = t->previous) {
         if (!t->op || !t->gradient)
             continue;
         for (int i = 0; i < 4; i++)
             if (t->input[i] && t->input[i]->needs_gradient && !t->input[i]->gradient)
                 take_gradient(t->input[i]);
-        double *clock = clock_of(t, 1), start = clock ? seconds_now() : 0;
+        double *seconds = clock_of(t), start = seconds ? seconds_now() : 0;
+        const ArenaMark mark = arena_mark(t->graph->arena);
         t->op->backward(t);
-        if (clock)
-            *clock += seconds_now() - start;
+        arena_release(t->graph->arena, mark);
+        if (seconds)
+            seconds[1] += seconds_now() - start;
         give_gradient_back(t);
     }
 }
 
-/* ---- elementwise arithmetic ---- */
+/* The gradient of an input += factor * dy, or its sum where the input is a single number. */
+static void add_gradient(Tensor *input, const real *dy, size_t count, double factor) {
+    const real f = (real)factor;
+    real *dx = gradient_of(input);
+    if (dx && element_count(input) == count)
+        for (size_t i = 0; i < count; i++)
+            dx[i] += f * dy[i];
+    else if (dx) {
+        double sum = 0;
+        for (size_t i = 0; i < count; i++)
+            sum += dy[i];
+        dx[0] += (real)(factor * sum);
+    }
+}
+
+/* ---- sums and differences ---- */
+
+/* A new tensor of the shape of a and b, one of which may be a single number. */
+static Tensor *elementwise(const Operator *op, Tensor *a, Tensor *b) {
+    assert(same_shape(a, b) || element_count(a) == 1 || element_count(b) == 1);
+    const Tensor *shape = element_count(a) >= element_count(b) ? a : b;
+    return exact_result(op, shape->height, shape->width, shape->channels, a, b);
+}
 
 /* Element i of an operand that may be a single number: index i * step. */
 static size_t step_of(const Tensor *a) {
     return element_count(a) > 1;
 }
 
-static Tensor *larger(Tensor *a, Tensor *b) {
-    return element_count(a) >= element_count(b) ? a : b;
-}
-
-/* dinput += factor * sum or elements of dy, as the operand was a number or a tensor. */
-static void add_gradient(Tensor *input, const real *dy, size_t count, double factor) {
-    const real *start = NULL, f = (real)factor;
-    real *dx = gradient_to_write(input, &start);
-    if (dx && element_count(input) == count) {
-        if (start)
-            for (size_t i = 0; i < count; i++)
-                dx[i] += f * dy[i];
-        else
-            for (size_t i = 0; i < count; i++)
-                dx[i] = f * dy[i];
-    } else if (dx) {
-        double sum = 0;
-        for (size_t i = 0; i < count; i++)
-            sum += dy[i];
-        dx[0] = (start ? dx[0] : 0) + (real)(factor * sum);
-    }
-}
-
-/* input[0] * number[0] + input[1] * number[1]: addition and subtraction. */
+/* a + factor b */
 static void add_forward(Tensor *y) {
     const Tensor *a = y->input[0], *b = y->input[1];
     const size_t a_step = step_of(a), b_step = step_of(b), count = element_count(y);
     for (size_t i = 0; i < count; i++)
-        set_element(y, i, y->number[0] * element(a, i * a_step) + y->number[1] * element(b, i * b_step));
+        set_element(y, i, element(a, i * a_step) + y->number[0] * element(b, i * b_step));
 }
 
 static void add_backward(Tensor *y) {
-    add_gradient(y->input[0], y->gradient, element_count(y), y->number[0]);
-    add_gradient(y->input[1], y->gradient, element_count(y), y->number[1]);
+    add_gradient(y->input[0], y->gradient, element_count(y), 1);
+    add_gradient(y->input[1], y->gradient, element_count(y), y->number[0]);
 }
+
+static const Operator ADD = {"add", add_forward, add_backward};
+
+static Tensor *bare_affine(double factor, Tensor *a, double offset);
+
+static Tensor *bare_add(Tensor *a, double factor, Tensor *b) {
+    if (!b)
+        return a;
+    if (!a)
+        return factor == 1 ? b : bare_affine(factor, b, 0);
+    Tensor *y = elementwise(&ADD, a, b);
+    y->number[0] = factor;
+    return compute(y);
+}
+
+static Tensor *combine(Tensor *a, double factor, Tensor *b) {
+    Tensor *y = bare_add(a, factor, b), *y_dot = bare_add(a->tangent, factor, b->tangent);
+    if (y_dot && element_count(y_dot) < element_count(y))   /* that of a number alone: the same everywhere */
+        y_dot = bare_add(constant(y->graph, y->height, y->width, y->channels, NULL), 1, y_dot);
+    y->tangent = y_dot;
+    return y;
+}
+
+Tensor *add(Tensor *a, Tensor *b) { return combine(a, 1, b); }
+Tensor *sub(Tensor *a, Tensor *b) { return combine(a, -1, b); }
+
+/* ---- products ---- */
 
 static void mul_forward(Tensor *y) {
     const Tensor *a = y->input[0], *b = y->input[1];
@@ -282,13 +294,25 @@ static void mul_backward(Tensor *y) {
     for (int side = 0; side < 2; side++) {
         Tensor *a = y->input[side], *b = y->input[1 - side];
         const size_t b_step = step_of(b);
-        real *da = gradient_to_add(a);
+        real *da = gradient_of(a);
         if (da && element_count(a) == count)
             for (size_t i = 0; i < count; i++)
                 da[i] += y->gradient[i] * b->value[i * b_step];
         else if (da)
             da[0] += (real)dot(y->gradient, b->value, count);
     }
+}
+
+static const Operator MUL = {"multiply", mul_forward, mul_backward};
+
+static Tensor *bare_mul(Tensor *a, Tensor *b) {
+    return a && b ? compute(elementwise(&MUL, a, b)) : NULL;
+}
+
+Tensor *mul(Tensor *a, Tensor *b) {
+    Tensor *y = bare_mul(a, b);
+    y->tangent = bare_add(bare_mul(a->tangent, b), 1, bare_mul(a, b->tangent));
+    return y;
 }
 
 static void affine_forward(Tensor *y) {
@@ -300,37 +324,53 @@ static void affine_backward(Tensor *y) {
     add_gradient(y->input[0], y->gradient, element_count(y), y->number[0]);
 }
 
-/* The value of the input; its tangent was replaced. */
-static void copy_forward(Tensor *y) {
-    for (size_t i = 0; i < element_count(y); i++)
-        set_element(y, i, element(y->input[0], i));
+static const Operator AFFINE = {"affine", affine_forward, affine_backward};
+
+static Tensor *bare_affine(double factor, Tensor *a, double offset) {
+    if (!a)
+        return NULL;
+    Tensor *y = exact_result(&AFFINE, a->height, a->width, a->channels, a, NULL);
+    y->number[0] = factor;
+    y->number[1] = offset;
+    return compute(y);
 }
 
-static void copy_backward(Tensor *y) {
-    add_gradient(y->input[0], y->gradient, element_count(y), 1);
+Tensor *affine(double factor, Tensor *a, double offset) {
+    Tensor *y = bare_affine(factor, a, offset);
+    y->tangent = bare_affine(factor, a->tangent, 0);
+    return y;
+}
+
+Tensor *with_tangent(Tensor *a, Tensor *tangent) {
+    Tensor *y = bare_affine(1, a, 0);
+    y->tangent = tangent;
+    return y;
+}
+
+Tensor *without_tangent(Tensor *a) {
+    return a->tangent ? with_tangent(a, NULL) : a;
 }
 
 /* ---- elementwise functions ---- */
 
 typedef enum {
-    EXP, EXPM1, LOG, RECIPROCAL, SQRT, ABS, SIGN, LOGISTIC, SOFTPLUS, TANH, SWISH, SWISH_SLOPE, SINE, COSINE
+    EXP, EXPM1, RECIPROCAL, SQRT, ABS, SIGN, LOGISTIC, SOFTPLUS, TANH, SWISH, SWISH_SLOPE, SINE, COSINE
 } Function;
 
-static double logistic_of(double x) {
+static double sigmoid_of(double x) {
     return 1 / (1 + exp(-x));
 }
 
-static double
-cycle(double x) { /* radians of a number of cycles; whole cycles are taken off without rounding */
-    return TWO_PI * (x - floor(x + 0.5));
+/* Radians of a number of cycles; whole cycles are taken off without rounding. */
+static double radians(double cycles) {
+    return TWO_PI * (cycles - floor(cycles + 0.5));
 }
 
-static double function_of(Function f, double x) {
-    const double s = f == SWISH || f == SWISH_SLOPE || f == LOGISTIC ? logistic_of(x) : 0;
+static double function_at(Function f, double x) {
+    const double s = f == SWISH || f == SWISH_SLOPE || f == LOGISTIC ? sigmoid_of(x) : 0;
     switch (f) {
     case EXP: return exp(x);
     case EXPM1: return expm1(x);
-    case LOG: return log(x);
     case RECIPROCAL: return 1 / x;
     case SQRT: return sqrt(x);
     case ABS: return fabs(x);
@@ -340,226 +380,293 @@ static double function_of(Function f, double x) {
     case TANH: return tanh(x);
     case SWISH: return x * s;
     case SWISH_SLOPE: return s * (1 + x * (1 - s));
-    case SINE: return sin(cycle(x));
-    case COSINE: return cos(cycle(x));
+    case SINE: return sin(radians(x));
+    case COSINE: return cos(radians(x));
     }
     return 0;
 }
 
 /* d function / dx at x, where its value is y. */
-static double slope_of(Function f, double x, double y) {
-    const double s = f == SWISH || f == SWISH_SLOPE ? logistic_of(x) : 0;
+static double slope_at(Function f, double x, double y) {
+    const double s = f == SWISH || f == SWISH_SLOPE ? sigmoid_of(x) : 0;
     switch (f) {
     case EXP: return y;
     case EXPM1: return y + 1;
-    case LOG: return 1 / x;
     case RECIPROCAL: return -y * y;
     case SQRT: return 0.5 / y;
     case ABS: return x > 0 ? 1 : x < 0 ? -1 : 0;
     case SIGN: return 0;
     case LOGISTIC: return y * (1 - y);
-    case SOFTPLUS: return logistic_of(x);
+    case SOFTPLUS: return sigmoid_of(x);
     case TANH: return 1 - y * y;
     case SWISH: return s * (1 + x * (1 - s));
     case SWISH_SLOPE: return s * (1 - s) * (2 + x * (1 - 2 * s));
-    case SINE: return TWO_PI * cos(cycle(x));
-    case COSINE: return -TWO_PI * sin(cycle(x));
+    case SINE: return TWO_PI * cos(radians(x));
+    case COSINE: return -TWO_PI * sin(radians(x));
     }
     return 0;
 }
 
 static void function_forward(Tensor *y) {
     for (size_t i = 0; i < element_count(y); i++)
-        set_element(y, i, function_of((Function)y->option, element(y->input[0], i)));
+        set_element(y, i, function_at((Function)y->option, element(y->input[0], i)));
 }
 
 static void function_backward(Tensor *y) {
-    real *dx = gradient_to_add(y->input[0]);
+    real *dx = gradient_of(y->input[0]);
     for (size_t i = 0; i < element_count(y); i++)
         dx[i] +=
-            (real)(y->gradient[i] * slope_of((Function)y->option, element(y->input[0], i), element(y, i)));
+            (real)(y->gradient[i] * slope_at((Function)y->option, element(y->input[0], i), element(y, i)));
 }
 
-/* ---- sums ---- */
+static const Operator FUNCTION = {"function", function_forward, function_backward};
 
-static void total_forward(Tensor *y) {
+static Tensor *bare_function(Function f, Tensor *a) {
+    Tensor *y = exact_result(&FUNCTION, a->height, a->width, a->channels, a, NULL);
+    y->option = (int)f;
+    return compute(y);
+}
+
+/* The slope as tensors, of the argument x and the value y, so that it can be differentiated again. */
+static Tensor *slope_tensor(Function f, Tensor *x, Tensor *y) {
+    switch (f) {
+    case EXP: return y;
+    case EXPM1: return bare_affine(1, y, 1);
+    case RECIPROCAL: return bare_affine(-1, bare_mul(y, y), 0);
+    case SQRT: return bare_affine(0.5, bare_function(RECIPROCAL, y), 0);
+    case ABS: return bare_function(SIGN, x);
+    case LOGISTIC: return bare_mul(y, bare_affine(-1, y, 1));
+    case SOFTPLUS: return bare_function(LOGISTIC, x);
+    case TANH: return bare_affine(-1, bare_mul(y, y), 1);
+    case SWISH: return bare_function(SWISH_SLOPE, x);
+    case SINE: return bare_affine(TWO_PI, bare_function(COSINE, x), 0);
+    case COSINE: return bare_affine(-TWO_PI, bare_function(SINE, x), 0);
+    default: assert(!"a function that is only ever a slope"); return NULL;
+    }
+}
+
+static Tensor *function(Function f, Tensor *a) {
+    Tensor *y = bare_function(f, a);
+    y->tangent = a->tangent ? bare_mul(slope_tensor(f, a, y), a->tangent) : NULL;
+    return y;
+}
+
+Tensor *exponential(Tensor *a) { return function(EXP, a); }
+Tensor *exponential_minus_1(Tensor *a) { return function(EXPM1, a); }
+Tensor *reciprocal(Tensor *a) { return function(RECIPROCAL, a); }
+Tensor *square_root(Tensor *a) { return function(SQRT, a); }
+Tensor *absolute(Tensor *a) { return function(ABS, a); }
+Tensor *logistic(Tensor *a) { return function(LOGISTIC, a); }
+Tensor *softplus(Tensor *a) { return function(SOFTPLUS, a); }
+Tensor *hyperbolic_tangent(Tensor *a) { return function(TANH, a); }
+Tensor *swish(Tensor *a) { return function(SWISH, a); }
+Tensor *sine(Tensor *cycles) { return function(SINE, cycles); }
+Tensor *cosine(Tensor *cycles) { return function(COSINE, cycles); }
+
+/* ---- reductions ---- */
+
+static void sum_forward(Tensor *y) {
     const size_t count = element_count(y->input[0]);
-    double sum = 0;
+    double total = 0;
     for (size_t i = 0; i < count; i++)
-        sum += y->input[0]->value[i];
-    set_number(y, sum);
+        total += y->input[0]->value[i];
+    set_element(y, 0, total);
 }
 
-static void total_backward(Tensor *y) {
-    real *dx = gradient_to_add(y->input[0]);
+static void sum_backward(Tensor *y) {
+    real *dx = gradient_of(y->input[0]);
     const size_t count = element_count(y->input[0]);
     for (size_t i = 0; i < count; i++)
         dx[i] += y->gradient[0];
 }
 
+static const Operator SUM = {"sum", sum_forward, sum_backward};
+
+static Tensor *bare_sum(Tensor *a) {
+    return a ? compute(exact_result(&SUM, 1, 1, 1, a, NULL)) : NULL;
+}
+
+Tensor *sum(Tensor *a) {
+    Tensor *y = bare_sum(a);
+    y->tangent = bare_sum(a->tangent);
+    return y;
+}
+
 static void squared_norm_forward(Tensor *y) {
     const Tensor *x = y->input[0];
-    set_number(y, dot(x->value, x->value, element_count(x)));
+    set_element(y, 0, dot(x->value, x->value, element_count(x)));
 }
 
 static void squared_norm_backward(Tensor *y) {
     add_gradient(y->input[0], y->input[0]->value, element_count(y->input[0]), 2 * (double)y->gradient[0]);
 }
 
-/* ---- linear maps ---- */
+static const Operator SQUARED_NORM = {"squared norm", squared_norm_forward, squared_norm_backward};
 
-/* A kernel's flipped copy: the one its owner keeps, or one made here and kept for the rest of the graph. */
-static const real *flipped(Tensor *kernel) {
-    if (!kernel->flipped) {
-        real *made = arena_allocate(kernel->graph->arena, element_count(kernel), sizeof(real));
-        flip_kernel(kernel->height, kernel->width, kernel->channels, kernel->value, made);
-        kernel->flipped = made;
-    }
-    return kernel->flipped;
+Tensor *squared_norm(Tensor *a) {
+    Tensor *y = compute(exact_result(&SQUARED_NORM, 1, 1, 1, a, NULL));
+    y->tangent = bare_affine(2, bare_sum(bare_mul(a, a->tangent)), 0);
+    return y;
 }
 
-/* dbias [channels] += the sum of dy over all positions. */
-static void bias_backward(Tensor *bias, const Tensor *y) {
-    real *dbias = gradient_to_add(bias);
-    if (dbias)
+/* ---- one vector everywhere ---- */
+
+static void broadcast_forward(Tensor *y) {
+    for (int i = 0; i < positions(y); i++)
+        memcpy(y->value + (size_t)i * y->channels, y->input[0]->value, y->channels * sizeof(real));
+}
+
+/* The gradient of a vector that was used at every position of y: of a bias, too. */
+static void add_sum_over_positions(Tensor *vector, const Tensor *y) {
+    real *d = gradient_of(vector);
+    if (d)
         for (int i = 0; i < positions(y); i++)
             for (int c = 0; c < y->channels; c++)
-                dbias[c] += y->gradient[(size_t)i * y->channels + c];
+                d[c] += y->gradient[(size_t)i * y->channels + c];
 }
 
+static void broadcast_backward(Tensor *y) {
+    add_sum_over_positions(y->input[0], y);
+}
+
+static const Operator BROADCAST = {"broadcast", broadcast_forward, broadcast_backward};
+
+static Tensor *bare_broadcast(Tensor *vector, int height, int width) {
+    return compute(result_of(&BROADCAST, height, width, vector->channels, vector, NULL, NULL, NULL));
+}
+
+/* ---- convolution ---- */
+
+/* A kernel with its taps reversed and in and out exchanged, as the gradient by the input needs it: the copy
+ * its owner keeps, or else one in scratch memory. */
+static const real *transposed_kernel(const Tensor *kernel) {
+    if (kernel->transposed_kernel)
+        return kernel->transposed_kernel;
+    real *made = arena_allocate(kernel->graph->arena, element_count(kernel), sizeof(real));
+    flip_kernel(kernel->height, kernel->width, kernel->channels, kernel->value, made);
+    return made;
+}
+
+/* input: x, kernel, bias, residual. option: with plain sums. */
 static void convolve_forward(Tensor *y) {
     const Tensor *x = y->input[0], *kernel = y->input[1];
     const int h = x->height, w = x->width, in = x->channels, out = y->channels;
     const real *bias = y->input[2] ? y->input[2]->value : NULL,
                *start = y->input[3] ? y->input[3]->value : NULL;
-    Arena *scratch = y->graph->arena;
-    if (kernel->height != 9)
-        matrix_product(h * w, in, out, x->value, kernel->value, bias, start, y->value, scratch);
-    else if (y->graph->plain_sums && !y->graph->inside_tangent)
-        convolve3x3(h, w, in, out, x->value, kernel->value, bias, start, y->value, scratch);
+    if (kernel->height == 1)
+        matrix_product(h * w, in, out, x->value, kernel->value, bias, start, y->value, y->graph->arena);
     else
-        convolve3x3_fast(h, w, in, out, x->value, kernel->value, bias, start, y->value, scratch);
+        (y->option ? convolve3x3 : convolve3x3_fast)(h, w, in, out, x->value, kernel->value, bias, start,
+                                                     y->value, y->graph->arena);
 }
 
 static void convolve_backward(Tensor *y) {
-    Tensor *x = y->input[0], *kernel = y->input[1], *residual = y->input[3];
-    const int h = x->height, w = x->width, in = x->channels, out = y->channels;
+    Tensor *x = y->input[0], *kernel = y->input[1];
+    const int h = x->height, w = x->width, in = x->channels, out = y->channels, is_3x3 = kernel->height == 9;
     Arena *scratch = y->graph->arena;
-    const real *start;
-    real *dx = gradient_to_write(x, &start), *dkernel = gradient_to_add(kernel);
-    if (dx && kernel->height == 9)
-        convolve3x3_fast(h, w, out, in, y->gradient, flipped(kernel), NULL, start, dx, scratch);
+    real *dx = gradient_of(x), *dkernel = gradient_of(kernel);
+    if (dx && is_3x3)
+        convolve3x3_fast(h, w, out, in, y->gradient, transposed_kernel(kernel), NULL, dx, dx, scratch);
     else if (dx)
-        matrix_product(h * w, out, in, y->gradient, flipped(kernel), NULL, start, dx, scratch);
-    if (dkernel && kernel->height == 9)
+        matrix_product(h * w, out, in, y->gradient, transposed_kernel(kernel), NULL, dx, dx, scratch);
+    if (dkernel && is_3x3)
         convolve3x3_by_kernel_fast(h, w, in, out, x->value, y->gradient, dkernel, scratch);
     else if (dkernel)
         matrix_product_transposed(h * w, in, out, x->value, y->gradient, dkernel, scratch);
-    bias_backward(y->input[2], y);
-    if (residual)
-        add_gradient(residual, y->gradient, element_count(y), 1);
+    add_sum_over_positions(y->input[2], y);
+    if (y->input[3])
+        add_gradient(y->input[3], y->gradient, element_count(y), 1);
 }
 
-/* Tap (a, b) of the kernel maps x [h, w] to every second position of y [2h, 2w], beginning at (a, b). */
-static Product upsample_tap(const Tensor *x, const Tensor *y, int tap) {
-    const ptrdiff_t out = y->channels;
-    Product p = {.lines = x->height,
-                 .rows = x->width,
-                 .columns = y->channels,
-                 .segments = 1,
-                 .inner = x->channels,
-                 .a = x->value,
-                 .a_line = (ptrdiff_t)x->width * x->channels,
-                 .a_row = x->channels,
-                 .a_inner = 1,
-                 .b = y->input[1]->value + (ptrdiff_t)tap * x->channels * out,
-                 .b_row = out,
-                 .c = y->value + ((tap / 2) * (ptrdiff_t)y->width + tap % 2) * out,
-                 .c_line = 2 * (ptrdiff_t)y->width * out,
-                 .c_row = 2 * out,
-                 .bias = y->input[2] ? y->input[2]->value : NULL};
-    return p;
+static const Operator CONVOLVE = {"convolution", convolve_forward, convolve_backward};
+
+static Tensor *bare_convolve(Tensor *x, Tensor *kernel, Tensor *bias, Tensor *residual, int plain_sums) {
+    Tensor *y = result_of(&CONVOLVE, x->height, x->width, kernel->channels, x, kernel, bias, residual);
+    y->option = plain_sums;
+    return compute(y);
 }
 
+static Tensor *convolve_as(Tensor *x, Tensor *kernel, Tensor *bias, Tensor *residual, int plain_sums) {
+    assert((kernel->height == 9 || kernel->height == 1) && kernel->width == x->channels && !kernel->tangent);
+    Tensor *y = bare_convolve(x, kernel, bias, residual, plain_sums);
+    Tensor *bias_dot = bias ? bias->tangent : NULL, *residual_dot = residual ? residual->tangent : NULL;
+    if (x->tangent)
+        y->tangent = bare_convolve(x->tangent, kernel, bias_dot, residual_dot, 0);
+    else
+        y->tangent = bare_add(residual_dot, 1,
+                              bias_dot ? bare_broadcast(bias_dot, y->height, y->width) : NULL);
+    return y;
+}
+
+Tensor *convolve(Tensor *x, Tensor *kernel, Tensor *bias, Tensor *residual) {
+    return convolve_as(x, kernel, bias, residual, 0);
+}
+
+Tensor *convolve_by_plain_sums(Tensor *x, Tensor *kernel, Tensor *bias, Tensor *residual) {
+    return convolve_as(x, kernel, bias, residual, 1);
+}
+
+/* ---- upsampling ---- */
+
+/* Where position i of x lies in y under tap (tap / 2, tap % 2) of the kernel, counted in numbers. */
+static size_t upsampled_place(const Tensor *x, const Tensor *y, int tap, int i) {
+    const int row = 2 * (i / x->width) + tap / 2, column = 2 * (i % x->width) + tap % 2;
+    return ((size_t)row * y->width + column) * y->channels;
+}
+
+/* Each tap is a matrix product, whose rows are dealt out to every second position of every second line. */
 static void upsample_forward(Tensor *y) {
+    const Tensor *x = y->input[0], *kernel = y->input[1];
+    const int in = x->channels, out = y->channels;
+    Arena *scratch = y->graph->arena;
+    real *part = arena_allocate(scratch, (size_t)positions(x) * out, sizeof(real));
     for (int tap = 0; tap < 4; tap++) {
-        const Product p = upsample_tap(y->input[0], y, tap);
-        product(&p, y->graph->arena);
+        matrix_product(positions(x), in, out, x->value, kernel->value + (size_t)tap * in * out,
+                       y->input[2] ? y->input[2]->value : NULL, NULL, part, scratch);
+        for (int i = 0; i < positions(x); i++)
+            memcpy(y->value + upsampled_place(x, y, tap, i), part + (size_t)i * out, out * sizeof(real));
     }
 }
 
 static void upsample_backward(Tensor *y) {
     Tensor *x = y->input[0], *kernel = y->input[1];
-    const ptrdiff_t in = x->channels, out = y->channels;
-    const real *start;
-    real *dx = gradient_to_write(x, &start), *dkernel = gradient_to_add(kernel);
-    for (int tap = 0; tap < 4; tap++) {
-        const Product f = upsample_tap(x, y, tap);
-        const real *dy = y->gradient + (f.c - y->value);
-        if (dx) {   /* dx[i][j] += dy[2i+a][2j+b] kernel[a,b]^T */
-            const Product p = {.lines = f.lines,
-                               .rows = f.rows,
-                               .columns = (int)in,
-                               .segments = 1,
-                               .inner = (int)out,
-                               .a = dy,
-                               .a_line = f.c_line,
-                               .a_row = f.c_row,
-                               .a_inner = 1,
-                               .b = flipped(kernel) + (3 - tap) * in * out,
-                               .b_row = in,
-                               .c = dx,
-                               .c_line = f.a_line,
-                               .c_row = in,
-                               .start = tap ? dx : start};
-            product(&p, y->graph->arena);
-        }
-        if (dkernel) {   /* dkernel[a,b] += sum over i, j of x[i][j]^T dy[2i+a][2j+b] */
-            real *dtap = dkernel + tap * in * out;
-            const Product p = {.lines = 1,
-                               .rows = (int)in,
-                               .columns = (int)out,
-                               .segments = f.lines,
-                               .inner = f.rows,
-                               .a = x->value,
-                               .a_row = 1,
-                               .a_segment = f.a_line,
-                               .a_inner = in,
-                               .b = dy,
-                               .b_segment = f.c_line,
-                               .b_row = f.c_row,
-                               .c = dtap,
-                               .c_row = out,
-                               .start = dtap};
-            product(&p, y->graph->arena);
-        }
-    }
-    bias_backward(y->input[2], y);
-}
-
-static void matrix_multiply_forward(Tensor *y) {
-    const Tensor *a = y->input[0], *b = y->input[1];
-    matrix_product(positions(a), a->channels, b->channels, a->value, b->value, NULL, NULL, y->value,
-                   y->graph->arena);
-}
-
-static void matrix_multiply_backward(Tensor *y) {
-    Tensor *a = y->input[0], *b = y->input[1];
+    const int in = x->channels, out = y->channels;
+    const size_t size = (size_t)in * out;
     Arena *scratch = y->graph->arena;
-    const ArenaMark mark = arena_mark(scratch);
-    const real *start;
-    real *da = gradient_to_write(a, &start), *db = gradient_to_add(b);
-    if (da) {
-        real *bt = arena_allocate(scratch, element_count(b), sizeof(real));
-        transpose(b->value, positions(b), b->channels, bt);
-        matrix_product(positions(a), b->channels, a->channels, y->gradient, bt, NULL, start, da, scratch);
+    real *dx = gradient_of(x), *dkernel = gradient_of(kernel);
+    const real *transposed = dx ? transposed_kernel(kernel) : NULL;
+    real *dpart = arena_allocate(scratch, (size_t)positions(x) * out, sizeof(real));
+    for (int tap = 0; tap < 4; tap++) {
+        for (int i = 0; i < positions(x); i++)
+            memcpy(dpart + (size_t)i * out, y->gradient + upsampled_place(x, y, tap, i), out * sizeof(real));
+        if (dx)
+            matrix_product(positions(x), out, in, dpart, transposed + (3 - tap) * size, NULL, dx, dx,
+                           scratch);
+        if (dkernel)
+            matrix_product_transposed(positions(x), in, out, x->value, dpart, dkernel + tap * size, scratch);
     }
-    if (db)
-        matrix_product_transposed(positions(a), a->channels, b->channels, a->value, y->gradient, db, scratch);
-    arena_release(scratch, mark);
+    add_sum_over_positions(y->input[2], y);
 }
 
-/* A copy of x [rows, columns] times a factor, transposed if asked. */
+static const Operator UPSAMPLE = {"upsampling", upsample_forward, upsample_backward};
+
+static Tensor *bare_upsample(Tensor *x, Tensor *kernel, Tensor *bias) {
+    return x ? compute(result_of(&UPSAMPLE, 2 * x->height, 2 * x->width, kernel->channels, x, kernel, bias,
+                                 NULL))
+             : NULL;
+}
+
+Tensor *upsample(Tensor *x, Tensor *kernel, Tensor *bias) {
+    assert(kernel->height == 4 && kernel->width == x->channels && !kernel->tangent);
+    assert(!bias || !bias->tangent);
+    Tensor *y = bare_upsample(x, kernel, bias);
+    y->tangent = bare_upsample(x->tangent, kernel, NULL);
+    return y;
+}
+
+/* ---- matrix products ---- */
+
+/* A copy of x [rows, columns] times a factor, transposed if asked, in scratch memory. */
 static real *scaled_copy(const Tensor *x, double factor, int transposed) {
     real *copy = arena_allocate(x->graph->arena, element_count(x), sizeof(real));
     if (transposed)
@@ -571,89 +678,50 @@ static real *scaled_copy(const Tensor *x, double factor, int transposed) {
     return copy;
 }
 
-static void outer_product_forward(Tensor *y) {
+/* y = factor a b, or factor a b^T (option 1). */
+static void matrix_multiply_forward(Tensor *y) {
     const Tensor *a = y->input[0], *b = y->input[1];
-    const ArenaMark mark = arena_mark(y->graph->arena);
-    matrix_product(positions(a), a->channels, positions(b), a->value, scaled_copy(b, y->number[0], 1), NULL,
-                   NULL, y->value, y->graph->arena);
-    arena_release(y->graph->arena, mark);
+    matrix_product(positions(a), a->channels, y->channels, a->value,
+                   scaled_copy(b, y->number[0], y->option), NULL, NULL, y->value, y->graph->arena);
 }
 
-static void outer_product_backward(Tensor *y) {
+/* da += factor dy b^T (option 1: dy b);  db += factor a^T dy (option 1: dy^T a) */
+static void matrix_multiply_backward(Tensor *y) {
     Tensor *a = y->input[0], *b = y->input[1];
+    const int rows = positions(a), inner = a->channels, columns = y->channels;
     Arena *scratch = y->graph->arena;
-    const ArenaMark mark = arena_mark(scratch);
-    const real *start;
-    real *da = gradient_to_write(a, &start), *db = gradient_to_add(b);
+    real *da = gradient_of(a), *db = gradient_of(b);
     if (da)
-        matrix_product(positions(a), positions(b), a->channels, y->gradient, scaled_copy(b, y->number[0], 0),
-                       NULL, start, da, scratch);
-    if (db)
-        matrix_product_transposed(positions(a), positions(b), a->channels, y->gradient,
-                                  scaled_copy(a, y->number[0], 0), db, scratch);
-    arena_release(scratch, mark);
+        matrix_product(rows, columns, inner, y->gradient, scaled_copy(b, y->number[0], !y->option), NULL, da,
+                       da, scratch);
+    const real *a_scaled = db ? scaled_copy(a, y->number[0], 0) : NULL;
+    if (db && y->option)
+        matrix_product_transposed(rows, columns, inner, y->gradient, a_scaled, db, scratch);
+    else if (db)
+        matrix_product_transposed(rows, inner, columns, a_scaled, y->gradient, db, scratch);
+}
+
+static const Operator MATRIX_MULTIPLY = {"matrix product", matrix_multiply_forward, matrix_multiply_backward};
+
+static Tensor *bare_matrix_multiply(double factor, Tensor *a, Tensor *b, int b_transposed) {
+    if (!a || !b)
+        return NULL;
+    const int columns = b_transposed ? positions(b) : b->channels;
+    Tensor *y = result_of(&MATRIX_MULTIPLY, a->height, a->width, columns, a, b, NULL, NULL);
+    y->number[0] = factor;
+    y->option = b_transposed;
+    return compute(y);
+}
+
+Tensor *matrix_multiply(double factor, Tensor *a, Tensor *b, int b_transposed) {
+    assert(a->channels == (b_transposed ? b->channels : positions(b)));
+    Tensor *y = bare_matrix_multiply(factor, a, b, b_transposed);
+    y->tangent = bare_add(bare_matrix_multiply(factor, a->tangent, b, b_transposed), 1,
+                          bare_matrix_multiply(factor, a, b->tangent, b_transposed));
+    return y;
 }
 
 /* ---- attention ---- */
-
-static void attention_weights_forward(Tensor *p) {
-    outer_product_forward(p);
-    softmax_rows(p->value, positions(p), p->channels);
-}
-
-static void attention_weights_backward(Tensor *p) {
-    softmax_rows_backward(p->value, p->gradient, positions(p), p->channels);   /* ours alone: done in place */
-    outer_product_backward(p);
-}
-
-/* Rows that are worked on at a time: 28 rows of 784 logits are 88 KB, well within a core's own cache. */
-enum { ATTENTION_ROWS = 28 };
-
-static void attend_forward(Tensor *y) {
-    const Tensor *q = y->input[0], *k = y->input[1], *v = y->input[2];
-    Arena *scratch = y->graph->arena;
-    const ArenaMark mark = arena_mark(scratch);
-    const int rows = positions(q), columns = positions(k), channels = q->channels;
-    const real *kt = scaled_copy(k, y->number[0], 1);
-    for (int i = 0; i < rows; i += ATTENTION_ROWS) {
-        const int n = rows - i < ATTENTION_ROWS ? rows - i : ATTENTION_ROWS;
-        real *p = (real *)y->saved + (size_t)i * columns;
-        matrix_product(n, channels, columns, q->value + (size_t)i * channels, kt, NULL, NULL, p, scratch);
-        softmax_rows(p, n, columns);
-        matrix_product(n, columns, v->channels, p, v->value, NULL, NULL, y->value + (size_t)i * v->channels,
-                       scratch);
-    }
-    arena_release(scratch, mark);
-}
-
-/* For a few rows at a time: dP = dy v^T, dS = softmax backward, then dq = dS k, dk += dS^T q, dv += P^T
- * dy. */
-static void attend_backward(Tensor *y) {
-    Tensor *q = y->input[0], *k = y->input[1], *v = y->input[2];
-    Arena *scratch = y->graph->arena;
-    const ArenaMark mark = arena_mark(scratch);
-    const int rows = positions(q), columns = positions(k), channels = q->channels;
-    const real *start = NULL, *k_scaled = scaled_copy(k, y->number[0], 0),
-               *q_scaled = scaled_copy(q, y->number[0], 0);
-    const real *vt = scaled_copy(v, 1, 1);
-    real *ds = arena_allocate(scratch, (size_t)ATTENTION_ROWS * columns, sizeof(real));
-    real *dq = gradient_to_write(q, &start), *dk = gradient_to_add(k), *dv = gradient_to_add(v);
-    for (int i = 0; i < rows; i += ATTENTION_ROWS) {
-        const int n = rows - i < ATTENTION_ROWS ? rows - i : ATTENTION_ROWS;
-        const real *p = (real *)y->saved + (size_t)i * columns, *dy = y->gradient + (size_t)i * v->channels;
-        const size_t at = (size_t)i * channels;
-        matrix_product(n, v->channels, columns, dy, vt, NULL, NULL, ds, scratch);
-        softmax_rows_backward(p, ds, n, columns);
-        if (dq)
-            matrix_product(n, columns, channels, ds, k_scaled, NULL, start ? dq + at : NULL, dq + at,
-                           scratch);
-        if (dk)
-            matrix_product_transposed(n, columns, channels, ds, q_scaled + at, dk, scratch);
-        if (dv)
-            matrix_product_transposed(n, columns, v->channels, p, dy, dv, scratch);
-    }
-    arena_release(scratch, mark);
-}
 
 /* p_dot = p (s_dot - sum(p s_dot)) per row, for a softmax p and the tangent s_dot of what went in. */
 static void softmax_tangent_forward(Tensor *y) {
@@ -664,7 +732,7 @@ static void softmax_tangent_forward(Tensor *y) {
 
 static void softmax_tangent_backward(Tensor *y) {
     const int columns = y->channels;
-    real *dp = gradient_to_add(y->input[0]), *ds_dot = gradient_to_add(y->input[1]);
+    real *dp = gradient_of(y->input[0]), *ds_dot = gradient_of(y->input[1]);
     for (int i = 0; i < positions(y); i++) {
         const size_t row = (size_t)i * columns;
         const real *p = y->input[0]->value + row, *s_dot = y->input[1]->value + row, *g = y->gradient + row;
@@ -678,62 +746,172 @@ static void softmax_tangent_backward(Tensor *y) {
     }
 }
 
-/* ---- normalisation ---- */
+static const Operator SOFTMAX_TANGENT = {"softmax tangent", softmax_tangent_forward,
+                                         softmax_tangent_backward};
+
+static void attention_weights_forward(Tensor *p) {
+    matrix_multiply_forward(p);
+    softmax_rows(p->value, positions(p), p->channels);
+}
+
+static void attention_weights_backward(Tensor *p) {
+    softmax_rows_backward(p->value, p->gradient, positions(p), p->channels);   /* ours alone: done in place */
+    matrix_multiply_backward(p);
+}
+
+static const Operator ATTENTION_WEIGHTS = {"attention weights", attention_weights_forward,
+                                           attention_weights_backward};
+
+Tensor *attention_weights(Tensor *q, Tensor *k) {
+    assert(q->channels == k->channels);
+    const double factor = 1 / sqrt(q->channels);
+    Tensor *p = result_of(&ATTENTION_WEIGHTS, q->height, q->width, positions(k), q, k, NULL, NULL);
+    p->number[0] = factor;
+    p->option = 1;
+    compute(p);
+    Tensor *s_dot = bare_add(bare_matrix_multiply(factor, q->tangent, k, 1), 1,
+                             bare_matrix_multiply(factor, q, k->tangent, 1));
+    if (s_dot)
+        p->tangent =
+            compute(result_of(&SOFTMAX_TANGENT, p->height, p->width, p->channels, p, s_dot, NULL, NULL));
+    return p;
+}
+
+/* Rows that are worked on at a time: 28 rows of 784 logits are 88 KB, well within a core's own cache. */
+enum { ATTENTION_ROWS = 28 };
+
+/* saved: the weights [rows, columns]. */
+static void attend_forward(Tensor *y) {
+    const Tensor *q = y->input[0], *k = y->input[1], *v = y->input[2];
+    Arena *scratch = y->graph->arena;
+    const int rows = positions(q), columns = positions(k), channels = q->channels;
+    const real *k_transposed = scaled_copy(k, y->number[0], 1);
+    for (int i = 0; i < rows; i += ATTENTION_ROWS) {
+        const int n = rows - i < ATTENTION_ROWS ? rows - i : ATTENTION_ROWS;
+        real *p = (real *)y->saved + (size_t)i * columns, *to = y->value + (size_t)i * v->channels;
+        matrix_product(n, channels, columns, q->value + (size_t)i * channels, k_transposed, NULL, NULL, p,
+                       scratch);
+        softmax_rows(p, n, columns);
+        matrix_product(n, columns, v->channels, p, v->value, NULL, NULL, to, scratch);
+    }
+}
+
+/* For a few rows at a time: dP = dy v^T, dS = softmax backward, then dq += dS k, dk += dS^T q, dv += P^T dy.
+ * */
+static void attend_backward(Tensor *y) {
+    Tensor *q = y->input[0], *k = y->input[1], *v = y->input[2];
+    Arena *scratch = y->graph->arena;
+    const int rows = positions(q), columns = positions(k), channels = q->channels;
+    const real *k_scaled = scaled_copy(k, y->number[0], 0), *q_scaled = scaled_copy(q, y->number[0], 0);
+    const real *v_transposed = scaled_copy(v, 1, 1);
+    real *ds = arena_allocate(scratch, (size_t)ATTENTION_ROWS * columns, sizeof(real));
+    real *dq = gradient_of(q), *dk = gradient_of(k), *dv = gradient_of(v);
+    for (int i = 0; i < rows; i += ATTENTION_ROWS) {
+        const int n = rows - i < ATTENTION_ROWS ? rows - i : ATTENTION_ROWS;
+        const real *p = (real *)y->saved + (size_t)i * columns, *dy = y->gradient + (size_t)i * v->channels;
+        const size_t at = (size_t)i * channels;
+        matrix_product(n, v->channels, columns, dy, v_transposed, NULL, NULL, ds, scratch);
+        softmax_rows_backward(p, ds, n, columns);
+        if (dq)
+            matrix_product(n, columns, channels, ds, k_scaled, NULL, dq + at, dq + at, scratch);
+        if (dk)
+            matrix_product_transposed(n, columns, channels, ds, q_scaled + at, dk, scratch);
+        if (dv)
+            matrix_product_transposed(n, columns, v->channels, p, dy, dv, scratch);
+    }
+}
+
+static const Operator ATTEND = {"attention", attend_forward, attend_backward};
+
+Tensor *attend(Tensor *q, Tensor *k, Tensor *v) {
+    if (q->tangent || k->tangent || v->tangent)
+        return matrix_multiply(1, attention_weights(q, k), v, 0);
+    Tensor *y = result_of(&ATTEND, q->height, q->width, v->channels, q, k, v, NULL);
+    y->number[0] = 1 / sqrt(q->channels);
+    y->saved = memory_for(y->graph, (size_t)positions(q) * positions(k), sizeof(real));
+    return compute(y);
+}
+
+/* ---- group normalisation ---- */
 
 int group_count(int channels) {
     int groups = channels / 4 < 32 ? channels / 4 : 32;
     return groups > 0 && channels % groups == 0 ? groups : 0;
 }
 
-/* What the loops of tensor.c want to know; the dropout mask is made anew each time instead of being kept.
- * The tangent shares `saved`, stream and position with its value, and so has the same statistics and the
- * same mask. */
+/* What the loops of tensor.c want to know. The dropout mask is made anew each time instead of being kept. */
 static GroupNorm norm_of(const Tensor *y, const Tensor *scale, const Tensor *bias) {
     GroupNorm n = {.positions = positions(y), .channels = y->channels, .groups = group_count(y->channels),
                    .swish = y->option != NORM_ONLY, .scale = scale->value, .bias = bias->value,
                    .mean = y->saved, .rstd = (real *)y->saved + group_count(y->channels)};
     if (y->option == NORM_SWISH_DROPOUT && y->number[0] > 0) {
-        real *keep = arena_allocate(y->graph->arena, element_count(y), sizeof(real));
-        random_dropout(y->stream, y->position, element_count(y), y->number[0], keep);
-        n.keep = keep;
+        real *factors = arena_allocate(y->graph->arena, element_count(y), sizeof(real));
+        random_dropout(y->stream, y->position, element_count(y), y->number[0], factors);
+        n.dropout_factor = factors;
     }
     return n;
 }
 
+/* input: x, scale, bias. saved: means, reciprocal standard deviations. */
 static void normalise_forward(Tensor *y) {
-    const ArenaMark mark = arena_mark(y->graph->arena);
     const GroupNorm n = norm_of(y, y->input[1], y->input[2]);
-    group_norm(&n, y->input[0]->value, y->value);
-    arena_release(y->graph->arena, mark);
+    group_norm(&n, y->input[0]->value, y->value, y->graph->arena);
 }
 
 static void normalise_backward(Tensor *y) {
-    const ArenaMark mark = arena_mark(y->graph->arena);
     const GroupNorm n = norm_of(y, y->input[1], y->input[2]);
-    const real *start = NULL;
-    real *dx = gradient_to_write(y->input[0], &start);
-    group_norm_backward(&n, y->input[0]->value, y->gradient, start, dx, gradient_to_add(y->input[1]),
-                        gradient_to_add(y->input[2]), y->graph->arena);
-    arena_release(y->graph->arena, mark);
+    group_norm_backward(&n, y->input[0]->value, y->gradient, gradient_of(y->input[0]),
+                        gradient_of(y->input[1]), gradient_of(y->input[2]), y->graph->arena);
 }
 
+static const Operator NORMALISE = {"group norm", normalise_forward, normalise_backward};
+
+/* input: x, x_dot, scale, bias. */
 static void normalise_tangent_forward(Tensor *y) {
-    const ArenaMark mark = arena_mark(y->graph->arena);
     const GroupNorm n = norm_of(y, y->input[2], y->input[3]);
-    group_norm_tangent(&n, y->input[0]->value, y->input[1]->value, y->value);
-    arena_release(y->graph->arena, mark);
+    group_norm_tangent(&n, y->input[0]->value, y->input[1]->value, y->value, y->graph->arena);
 }
 
 static void normalise_tangent_backward(Tensor *y) {
-    const ArenaMark mark = arena_mark(y->graph->arena);
     const GroupNorm n = norm_of(y, y->input[2], y->input[3]);
     group_norm_tangent_backward(&n, y->input[0]->value, y->input[1]->value, y->gradient,
-                                gradient_to_add(y->input[0]), gradient_to_add(y->input[1]),
-                                gradient_to_add(y->input[2]), gradient_to_add(y->input[3]), y->graph->arena);
-    arena_release(y->graph->arena, mark);
+                                gradient_of(y->input[0]), gradient_of(y->input[1]),
+                                gradient_of(y->input[2]), gradient_of(y->input[3]), y->graph->arena);
 }
 
-/* ---- shapes ---- */
+static const Operator NORMALISE_TANGENT = {"group norm tangent", normalise_tangent_forward,
+                                           normalise_tangent_backward};
+
+Tensor *normalise(Tensor *x, Tensor *scale, Tensor *bias, int kind) {
+    assert(group_count(x->channels) && scale->channels == x->channels && bias->channels == x->channels);
+    assert(!scale->tangent && !bias->tangent);
+    Graph *graph = x->graph;
+    Tensor *y = result_of(&NORMALISE, x->height, x->width, x->channels, x, scale, bias, NULL);
+    y->option = kind;
+    y->saved = memory_for(graph, 2 * (size_t)group_count(x->channels), sizeof(real));
+    if (kind == NORM_SWISH_DROPOUT) {
+        y->number[0] = graph->dropout;
+        y->stream = graph->dropout_stream;
+        y->position = graph->dropout_position;
+        graph->dropout_position +=
+            (uint32_t)((element_count(y) + DROPOUT_RUN - 1) / DROPOUT_RUN * DROPOUT_RUN);
+    }
+    compute(y);
+    if (!x->tangent)
+        return y;
+    /* The tangent has the statistics and the dropout mask of its value. */
+    Tensor *y_dot =
+        result_of(&NORMALISE_TANGENT, x->height, x->width, x->channels, x, x->tangent, scale, bias);
+    y_dot->option = kind;
+    y_dot->saved = y->saved;
+    y_dot->number[0] = y->number[0];
+    y_dot->stream = y->stream;
+    y_dot->position = y->position;
+    y->tangent = compute(y_dot);
+    return y;
+}
+
+/* ---- channels side by side ---- */
 
 static void concatenate_forward(Tensor *y) {
     const Tensor *a = y->input[0], *b = y->input[1];
@@ -747,31 +925,35 @@ static void concatenate_forward(Tensor *y) {
 static void concatenate_backward(Tensor *y) {
     for (int side = 0, first = 0; side < 2; first += y->input[side++]->channels) {
         const int channels = y->input[side]->channels;
-        const real *start = NULL;
-        real *dx = gradient_to_write(y->input[side], &start);
+        real *dx = gradient_of(y->input[side]);
         for (int i = 0; dx && i < positions(y); i++) {
             const real *dy = y->gradient + (size_t)i * y->channels + first;
-            real *to = dx + (size_t)i * channels;
-            if (start)
-                for (int c = 0; c < channels; c++)
-                    to[c] += dy[c];
-            else
-                memcpy(to, dy, channels * sizeof(real));
+            for (int c = 0; c < channels; c++)
+                dx[(size_t)i * channels + c] += dy[c];
         }
     }
 }
 
-static void spread_over_forward(Tensor *y) {
-    for (int i = 0; i < positions(y); i++)
-        memcpy(y->value + (size_t)i * y->channels, y->input[0]->value, y->channels * sizeof(real));
+static const Operator CONCATENATE = {"concatenation", concatenate_forward, concatenate_backward};
+
+static Tensor *bare_concatenate(Tensor *a, Tensor *b) {
+    return compute(result_of(&CONCATENATE, a->height, a->width, a->channels + b->channels, a, b, NULL, NULL));
 }
 
-static void spread_over_backward(Tensor *y) {
-    bias_backward(y->input[0], y);
+Tensor *concatenate(Tensor *a, Tensor *b) {
+    assert(a->height == b->height && a->width == b->width);
+    Tensor *y = bare_concatenate(a, b);
+    if (a->tangent || b->tangent)
+        y->tangent = bare_concatenate(
+            a->tangent ? a->tangent : constant(a->graph, a->height, a->width, a->channels, NULL),
+            b->tangent ? b->tangent : constant(b->graph, b->height, b->width, b->channels, NULL));
+    return y;
 }
+
+/* ---- every channel at several scales ---- */
 
 /* saved: the factors, double [option]. */
-static void outer_scale_forward(Tensor *y) {
+static void multiples_forward(Tensor *y) {
     const double *factor = y->saved;
     const size_t count = element_count(y->input[0]);
     for (size_t i = 0; i < count; i++)
@@ -779,392 +961,134 @@ static void outer_scale_forward(Tensor *y) {
             set_element(y, i * y->option + f, factor[f] * element(y->input[0], i));
 }
 
-static void outer_scale_backward(Tensor *y) {
+static void multiples_backward(Tensor *y) {
     const double *factor = y->saved;
     const size_t count = element_count(y->input[0]);
-    real *dx = gradient_to_add(y->input[0]);
+    real *dx = gradient_of(y->input[0]);
     for (size_t i = 0; i < count; i++)
         for (int f = 0; f < y->option; f++)
             dx[i] += (real)factor[f] * y->gradient[i * y->option + f];
 }
 
-/* saved: for each element of y the index of the element of x that it is. A tangent takes over those of its
- * value (option 1) instead of looking for the largest. */
+static const Operator MULTIPLES = {"multiples", multiples_forward, multiples_backward};
+
+static Tensor *bare_multiples(Tensor *a, const double *factors, int count) {
+    if (!a)
+        return NULL;
+    Tensor *y = exact_result(&MULTIPLES, a->height, a->width, a->channels * count, a, NULL);
+    y->option = count;
+    y->saved = arena_allocate(a->graph->arena, (size_t)count, sizeof(double));
+    memcpy(y->saved, factors, (size_t)count * sizeof(double));
+    return compute(y);
+}
+
+Tensor *multiples(Tensor *a, const double *factors, int count) {
+    Tensor *y = bare_multiples(a, factors, count);
+    y->tangent = bare_multiples(a->tangent, factors, count);
+    return y;
+}
+
+/* ---- max-pooling ---- */
+
+/* Where candidate 0..3 of the pooled element (i, j, c) lies in x. */
+static size_t pool_candidate(const Tensor *x, int i, int j, int c, int candidate) {
+    const size_t row = 2 * (size_t)i + candidate / 2, column = 2 * (size_t)j + candidate % 2;
+    return (row * x->width + column) * x->channels + c;
+}
+
+/* saved: which of its four candidates each element is, a byte each. A tangent takes over those of its value
+ * (option 1) instead of looking for the largest. */
 static void max_pool_forward(Tensor *y) {
     const Tensor *x = y->input[0];
-    const size_t right = x->channels, down = (size_t)x->width * x->channels;
-    uint32_t *chosen = y->saved;
+    unsigned char *chosen = y->saved;
     size_t at = 0;
     for (int i = 0; i < y->height; i++)
         for (int j = 0; j < y->width; j++)
             for (int c = 0; c < y->channels; c++, at++) {
-                const size_t corner = 2 * i * down + 2 * j * right + c;
-                const size_t candidate[4] = {corner, corner + right, corner + down, corner + down + right};
-                if (!y->option) {
-                    size_t best = corner;
-                    for (int k = 1; k < 4; k++)
-                        best = x->value[candidate[k]] > x->value[best] ? candidate[k] : best;
-                    chosen[at] = (uint32_t)best;
+                size_t best = pool_candidate(x, i, j, c, y->option ? chosen[at] : 0);
+                for (int k = 0; !y->option && k < 4; k++) {
+                    const size_t candidate = pool_candidate(x, i, j, c, k);
+                    if (k == 0 || x->value[candidate] > x->value[best])
+                        best = candidate, chosen[at] = (unsigned char)k;
                 }
-                y->value[at] = x->value[chosen[at]];
+                y->value[at] = x->value[best];
             }
 }
 
 static void max_pool_backward(Tensor *y) {
-    const uint32_t *chosen = y->saved;
-    real *dx = gradient_to_add(y->input[0]);
-    for (size_t i = 0; i < element_count(y); i++)
-        dx[chosen[i]] += y->gradient[i];
+    const unsigned char *chosen = y->saved;
+    real *dx = gradient_of(y->input[0]);
+    size_t at = 0;
+    for (int i = 0; i < y->height; i++)
+        for (int j = 0; j < y->width; j++)
+            for (int c = 0; c < y->channels; c++, at++)
+                dx[pool_candidate(y->input[0], i, j, c, chosen[at])] += y->gradient[at];
 }
 
-/* ---- losses ---- */
+static const Operator MAX_POOL = {"max pool", max_pool_forward, max_pool_backward};
 
-/* saved: the derivative by the log variance, the derivatives by u, the pixels. */
+Tensor *max_pool(Tensor *x) {
+    assert(x->height % 2 == 0 && x->width % 2 == 0);
+    Tensor *y = result_of(&MAX_POOL, x->height / 2, x->width / 2, x->channels, x, NULL, NULL, NULL);
+    y->saved = memory_for(x->graph, element_count(y), 1);
+    compute(y);
+    if (!x->tangent)
+        return y;
+    Tensor *y_dot = result_of(&MAX_POOL, y->height, y->width, y->channels, x->tangent, NULL, NULL, NULL);
+    y_dot->saved = y->saved;
+    y_dot->option = 1;
+    y->tangent = compute(y_dot);
+    return y;
+}
+
+/* ---- the likelihood of pixels ---- */
+
+/* What forward keeps: the pixels, the derivatives by each u and by the precision. */
 typedef struct {
     double by_precision;
     real *by_u;
     unsigned char *k;
 } Likelihood;
 
+/* input: u, log variance. */
 static void level_likelihood_forward(Tensor *y) {
     Likelihood *l = y->saved;
     Arena *scratch = y->graph->arena;
-    const ArenaMark mark = arena_mark(scratch);
     const size_t count = element_count(y->input[0]);
     double *u = arena_allocate(scratch, count, sizeof *u);
     for (size_t i = 0; i < count; i++)
         u[i] = element(y->input[0], i);
-    set_number(y, level_softmax(count, u, l->k, exp(-number_of(y->input[1])), l->by_u, &l->by_precision));
-    arena_release(scratch, mark);
+    set_element(y, 0, level_softmax(count, u, l->k, exp(-number_of(y->input[1])), l->by_u, &l->by_precision));
 }
 
 static void level_likelihood_backward(Tensor *y) {
     const Likelihood *l = y->saved;
-    real *dlog_variance = gradient_to_add(y->input[1]);
-    if (y->input[0]->needs_gradient)
-        add_gradient(y->input[0], l->by_u, element_count(y->input[0]), y->gradient[0]);
+    real *dlog_variance = gradient_of(y->input[1]);
+    add_gradient(y->input[0], l->by_u, element_count(y->input[0]), y->gradient[0]);
     if (dlog_variance)
         dlog_variance[0] -= (real)(y->gradient[0] * l->by_precision * exp(-number_of(y->input[1])));
 }
 
-/* ---- the operators ---- */
-
-enum {
-    ADD,
-    MUL,
-    AFFINE,
-    COPY,
-    FUNCTION,
-    TOTAL,
-    SQUARED_NORM,
-    CONVOLVE,
-    UPSAMPLE,
-    MATRIX_MULTIPLY,
-    OUTER_PRODUCT,
-    ATTENTION_WEIGHTS,
-    ATTEND,
-    SOFTMAX_TANGENT,
-    NORMALISE,
-    NORMALISE_TANGENT,
-    CONCATENATE,
-    SPREAD_OVER,
-    OUTER_SCALE,
-    MAX_POOL,
-    LEVEL_LIKELIHOOD
-};
-
-static const Operator OPERATORS[OPERATOR_COUNT] = {
-    [ADD] = {"add", add_forward, add_backward},
-    [MUL] = {"multiply", mul_forward, mul_backward},
-    [AFFINE] = {"affine", affine_forward, affine_backward},
-    [COPY] = {"copy", copy_forward, copy_backward},
-    [FUNCTION] = {"function", function_forward, function_backward},
-    [TOTAL] = {"total", total_forward, total_backward},
-    [SQUARED_NORM] = {"squared norm", squared_norm_forward, squared_norm_backward},
-    [CONVOLVE] = {"convolution", convolve_forward, convolve_backward},
-    [UPSAMPLE] = {"upsampling", upsample_forward, upsample_backward},
-    [MATRIX_MULTIPLY] = {"matrix product", matrix_multiply_forward, matrix_multiply_backward},
-    [OUTER_PRODUCT] = {"outer product", outer_product_forward, outer_product_backward},
-    [ATTENTION_WEIGHTS] = {"attention weights", attention_weights_forward, attention_weights_backward},
-    [ATTEND] = {"attention", attend_forward, attend_backward},
-    [SOFTMAX_TANGENT] = {"softmax tangent", softmax_tangent_forward, softmax_tangent_backward},
-    [NORMALISE] = {"group norm", normalise_forward, normalise_backward},
-    [NORMALISE_TANGENT] = {"group norm tangent", normalise_tangent_forward, normalise_tangent_backward},
-    [CONCATENATE] = {"concatenation", concatenate_forward, concatenate_backward},
-    [SPREAD_OVER] = {"spread", spread_over_forward, spread_over_backward},
-    [OUTER_SCALE] = {"outer scale", outer_scale_forward, outer_scale_backward},
-    [MAX_POOL] = {"max pool", max_pool_forward, max_pool_backward},
-    [LEVEL_LIKELIHOOD] = {"level likelihood", level_likelihood_forward, level_likelihood_backward},
-};
-
-const char *operator_name(int index) {
-    return index >= 0 && index < OPERATOR_COUNT ? OPERATORS[index].name : NULL;
-}
-
-static double *clock_of(const Tensor *t, int direction) {
-    return t->graph->seconds ? t->graph->seconds + 2 * (t->op - OPERATORS) + direction : NULL;
-}
-
-static Tensor *compute(Tensor *y) {
-    if (y->graph->shapes_only)
-        return y;
-    double *clock = clock_of(y, 0), start = clock ? seconds_now() : 0;
-    y->op->forward(y);
-    if (element_count(y) == 1 && (real)y->number_value != y->value[0])
-        y->number_value = y->value[0];   /* the operator knows nothing of double */
-    if (clock)
-        *clock += seconds_now() - start;
-    return y;
-}
-
-Tensor *with_tangent(Tensor *a, Tensor *tangent) {
-    Tensor *y = compute(elementwise(&OPERATORS[COPY], a, a, NULL));
-    y->tangent = tangent;
-    return y;
-}
-
-static Tensor *combine(Tensor *a, Tensor *b, double b_factor) {
-    Tensor *y = elementwise(&OPERATORS[ADD], larger(a, b), a, b);
-    assert(same_shape(a, b) || element_count(a) == 1 || element_count(b) == 1);
-    y->number[0] = 1;
-    y->number[1] = b_factor;
-    compute(y);
-    if (!carries_tangent(y))
-        return y;
-    Tensor *b_dot = b->tangent && b_factor != 1 ? affine(b_factor, b->tangent, 0) : b->tangent;
-    Tensor *y_dot = add_or(a->tangent, b_dot);
-    if (element_count(y_dot) < element_count(y))   /* the tangent of the number alone: the same everywhere */
-        y_dot = add(constant(y->graph, y->height, y->width, y->channels, NULL), y_dot);
-    return set_tangent(y, y_dot);
-}
-
-Tensor *add(Tensor *a, Tensor *b) {
-    return combine(a, b, 1);
-}
-
-Tensor *sub(Tensor *a, Tensor *b) {
-    return combine(a, b, -1);
-}
-
-Tensor *mul(Tensor *a, Tensor *b) {
-    Tensor *y = compute(elementwise(&OPERATORS[MUL], larger(a, b), a, b));
-    assert(same_shape(a, b) || element_count(a) == 1 || element_count(b) == 1);
-    return carries_tangent(y) ? set_tangent(y, add_or(mul_or(a->tangent, b), mul_or(a, b->tangent))) : y;
-}
-
-Tensor *affine(double factor, Tensor *a, double offset) {
-    Tensor *y = elementwise(&OPERATORS[AFFINE], a, a, NULL);
-    y->number[0] = factor;
-    y->number[1] = offset;
-    compute(y);
-    return carries_tangent(y) ? set_tangent(y, affine(factor, a->tangent, 0)) : y;
-}
-
-static Tensor *function(Function f, Tensor *a);
-
-/* The slope of a function as tensors: of its argument x and its value y, so that it can be differentiated
- * again. */
-static Tensor *slope_tensor(Function f, Tensor *x, Tensor *y) {
-    switch (f) {
-    case EXP: return y;
-    case EXPM1: return affine(1, y, 1);
-    case LOG: return function(RECIPROCAL, x);
-    case RECIPROCAL: return affine(-1, mul(y, y), 0);
-    case SQRT: return affine(0.5, function(RECIPROCAL, y), 0);
-    case ABS: return function(SIGN, x);
-    case LOGISTIC: return mul(y, affine(-1, y, 1));
-    case SOFTPLUS: return function(LOGISTIC, x);
-    case TANH: return affine(-1, mul(y, y), 1);
-    case SWISH: return function(SWISH_SLOPE, x);
-    case SINE: return affine(TWO_PI, function(COSINE, x), 0);
-    case COSINE: return affine(-TWO_PI, function(SINE, x), 0);
-    default: assert(!"a function that is only ever a slope"); return NULL;
-    }
-}
-
-static Tensor *function(Function f, Tensor *a) {
-    Tensor *y = elementwise(&OPERATORS[FUNCTION], a, a, NULL);
-    y->option = (int)f;
-    compute(y);
-    return carries_tangent(y) ? set_tangent(y, mul(slope_tensor(f, a, y), a->tangent)) : y;
-}
-
-Tensor *exponential(Tensor *a) { return function(EXP, a); }
-Tensor *exponential_minus_1(Tensor *a) { return function(EXPM1, a); }
-Tensor *logarithm(Tensor *a) { return function(LOG, a); }
-Tensor *reciprocal(Tensor *a) { return function(RECIPROCAL, a); }
-Tensor *square_root(Tensor *a) { return function(SQRT, a); }
-Tensor *absolute(Tensor *a) { return function(ABS, a); }
-Tensor *logistic(Tensor *a) { return function(LOGISTIC, a); }
-Tensor *softplus(Tensor *a) { return function(SOFTPLUS, a); }
-Tensor *hyperbolic_tangent(Tensor *a) { return function(TANH, a); }
-Tensor *swish(Tensor *a) { return function(SWISH, a); }
-Tensor *sine(Tensor *cycles) { return function(SINE, cycles); }
-Tensor *cosine(Tensor *cycles) { return function(COSINE, cycles); }
-
-Tensor *total(Tensor *a) {
-    Tensor *y = compute(result_of(&OPERATORS[TOTAL], 1, 1, 1, a, NULL, NULL, NULL));
-    return carries_tangent(y) ? set_tangent(y, total(a->tangent)) : y;
-}
-
-Tensor *squared_norm(Tensor *a) {
-    Tensor *y = compute(result_of(&OPERATORS[SQUARED_NORM], 1, 1, 1, a, NULL, NULL, NULL));
-    return carries_tangent(y) ? set_tangent(y, affine(2, total(mul(a, a->tangent)), 0)) : y;
-}
-
-Tensor *convolve(Tensor *x, Tensor *kernel, Tensor *bias, Tensor *residual) {
-    assert((kernel->height == 9 || kernel->height == 1) && kernel->width == x->channels && !kernel->tangent);
-    Tensor *y = compute(
-        result_of(&OPERATORS[CONVOLVE], x->height, x->width, kernel->channels, x, kernel, bias, residual));
-    if (!carries_tangent(y))
-        return y;
-    Tensor *bias_dot = bias ? bias->tangent : NULL, *residual_dot = residual ? residual->tangent : NULL;
-    if (x->tangent)
-        return set_tangent(y, convolve(x->tangent, kernel, bias_dot, residual_dot));
-    if (bias_dot)
-        bias_dot = spread_over(bias_dot, y->height, y->width);
-    return set_tangent(y, add_or(bias_dot, residual_dot));
-}
-
-Tensor *upsample(Tensor *x, Tensor *kernel, Tensor *bias) {
-    assert(kernel->height == 4 && kernel->width == x->channels && !kernel->tangent &&
-           !(bias && bias->tangent));
-    Tensor *y = compute(result_of(&OPERATORS[UPSAMPLE], 2 * x->height, 2 * x->width, kernel->channels, x,
-                                  kernel, bias, NULL));
-    return carries_tangent(y) ? set_tangent(y, upsample(x->tangent, kernel, NULL)) : y;
-}
-
-Tensor *matrix_multiply(Tensor *a, Tensor *b) {
-    assert(a->channels == positions(b));
-    Tensor *y =
-        compute(result_of(&OPERATORS[MATRIX_MULTIPLY], a->height, a->width, b->channels, a, b, NULL, NULL));
-    if (!carries_tangent(y))
-        return y;
-    return set_tangent(y, add_or(a->tangent ? matrix_multiply(a->tangent, b) : NULL,
-                                 b->tangent ? matrix_multiply(a, b->tangent) : NULL));
-}
-
-Tensor *outer_product(double factor, Tensor *a, Tensor *b) {
-    assert(a->channels == b->channels);
-    Tensor *y = result_of(&OPERATORS[OUTER_PRODUCT], a->height, a->width, positions(b), a, b, NULL, NULL);
-    y->number[0] = factor;
-    compute(y);
-    if (!carries_tangent(y))
-        return y;
-    return set_tangent(y, add_or(a->tangent ? outer_product(factor, a->tangent, b) : NULL,
-                                 b->tangent ? outer_product(factor, a, b->tangent) : NULL));
-}
-
-Tensor *attention_weights(Tensor *q, Tensor *k) {
-    assert(q->channels == k->channels);
-    const double factor = 1 / sqrt(q->channels);
-    Tensor *p = result_of(&OPERATORS[ATTENTION_WEIGHTS], q->height, q->width, positions(k), q, k, NULL, NULL);
-    p->number[0] = factor;
-    compute(p);
-    if (!carries_tangent(p))
-        return p;
-    Tensor *s_dot = add_or(q->tangent ? outer_product(factor, q->tangent, k) : NULL,
-                           k->tangent ? outer_product(factor, q, k->tangent) : NULL);
-    return set_tangent(p, compute(result_of(&OPERATORS[SOFTMAX_TANGENT], p->height, p->width, p->channels, p,
-                                            s_dot, NULL, NULL)));
-}
-
-Tensor *attend(Tensor *q, Tensor *k, Tensor *v) {
-    if (q->tangent || k->tangent || v->tangent)
-        return matrix_multiply(attention_weights(q, k), v);
-    Tensor *y = result_of(&OPERATORS[ATTEND], q->height, q->width, v->channels, q, k, v, NULL);
-    y->number[0] = 1 / sqrt(q->channels);
-    y->saved = reals(y->graph, (size_t)positions(q) * positions(k));
-    return compute(y);
-}
-
-Tensor *normalise(Tensor *x, Tensor *scale, Tensor *bias, int kind) {
-    assert(group_count(x->channels) && scale->channels == x->channels && bias->channels == x->channels);
-    Graph *graph = x->graph;
-    Tensor *y = result_of(&OPERATORS[NORMALISE], x->height, x->width, x->channels, x, scale, bias, NULL);
-    y->option = kind;
-    y->saved = reals(graph, 2 * (size_t)group_count(x->channels));
-    if (kind == NORM_SWISH_DROPOUT) {
-        y->number[0] = graph->dropout;
-        y->stream = graph->dropout_stream;
-        y->position = graph->dropout_position;
-        graph->dropout_position +=
-            (uint32_t)((element_count(y) + DROPOUT_RUN - 1) / DROPOUT_RUN * DROPOUT_RUN);
-    }
-    compute(y);
-    if (!carries_tangent(y))
-        return y;
-    Tensor *y_dot = result_of(&OPERATORS[NORMALISE_TANGENT], x->height, x->width, x->channels, x, x->tangent,
-                              scale, bias);
-    y_dot->option = kind;
-    y_dot->saved = y->saved;
-    y_dot->number[0] = y->number[0];
-    y_dot->stream = y->stream;
-    y_dot->position = y->position;
-    return set_tangent(y, compute(y_dot));
-}
-
-Tensor *concatenate(Tensor *a, Tensor *b) {
-    assert(a->height == b->height && a->width == b->width);
-    Tensor *y = compute(
-        result_of(&OPERATORS[CONCATENATE], a->height, a->width, a->channels + b->channels, a, b, NULL, NULL));
-    if (!carries_tangent(y))
-        return y;
-    Graph *graph = y->graph;
-    return set_tangent(y, concatenate(
-        a->tangent ? a->tangent : constant(graph, a->height, a->width, a->channels, NULL),
-        b->tangent ? b->tangent : constant(graph, b->height, b->width, b->channels, NULL)));
-}
-
-Tensor *spread_over(Tensor *vector, int height, int width) {
-    assert(positions(vector) == 1);
-    Tensor *y = compute(
-        result_of(&OPERATORS[SPREAD_OVER], height, width, vector->channels, vector, NULL, NULL, NULL));
-    return carries_tangent(y) ? set_tangent(y, spread_over(vector->tangent, height, width)) : y;
-}
-
-Tensor *outer_scale(Tensor *a, const double *factors, int count) {
-    const Tensor shape = {.height = a->height, .width = a->width, .channels = a->channels * count};
-    Tensor *y = elementwise(&OPERATORS[OUTER_SCALE], &shape, a, NULL);
-    y->option = count;
-    y->saved = arena_allocate(a->graph->arena, (size_t)count, sizeof(double));
-    memcpy(y->saved, factors, (size_t)count * sizeof(double));
-    compute(y);
-    return carries_tangent(y) ? set_tangent(y, outer_scale(a->tangent, factors, count)) : y;
-}
-
-Tensor *max_pool(Tensor *x) {
-    assert(x->height % 2 == 0 && x->width % 2 == 0);
-    Tensor *y =
-        result_of(&OPERATORS[MAX_POOL], x->height / 2, x->width / 2, x->channels, x, NULL, NULL, NULL);
-    y->saved = reals(x->graph, element_count(y) * ((sizeof(uint32_t) + sizeof(real) - 1) / sizeof(real)));
-    compute(y);
-    if (!carries_tangent(y))
-        return y;
-    Tensor *y_dot =
-        result_of(&OPERATORS[MAX_POOL], y->height, y->width, y->channels, x->tangent, NULL, NULL, NULL);
-    y_dot->saved = y->saved;
-    y_dot->option = 1;
-    return set_tangent(y, compute(y_dot));
-}
+static const Operator LEVEL_LIKELIHOOD = {"level likelihood", level_likelihood_forward,
+                                          level_likelihood_backward};
 
 Tensor *level_likelihood(Tensor *u, Tensor *log_variance, const unsigned char *k) {
     assert(element_count(log_variance) == 1 && !u->tangent && !log_variance->tangent);
-    Tensor *y = result_of(&OPERATORS[LEVEL_LIKELIHOOD], 1, 1, 1, u, log_variance, NULL, NULL);
     const size_t count = element_count(u);
+    Tensor *y = exact_result(&LEVEL_LIKELIHOOD, 1, 1, 1, u, log_variance);
     Likelihood *l = y->saved = arena_allocate(u->graph->arena, 1, sizeof *l);
-    l->by_u = reals(u->graph, count);
-    if (!u->graph->shapes_only) {
-        l->k = arena_allocate(u->graph->arena, count, 1);
+    l->by_u = memory_for(u->graph, count, sizeof(real));
+    l->k = memory_for(u->graph, count, 1);
+    if (l->k)
         memcpy(l->k, k, count);
-    }
     return compute(y);
 }
 
-void level_choose(const Tensor *u, const Tensor *log_variance, const double *uniform, unsigned char *k) {
+void level_choose(const Tensor *u, const Tensor *log_variance, const RandomStream *draws, unsigned char *k) {
     const double precision = exp(-number_of(log_variance));
     for (size_t i = 0; i < element_count(u); i++) {
         const double ui = element(u, i);
-        k[i] = (unsigned char)(uniform ? level_draw(ui, precision, uniform[i]) : nearest_level(ui));
+        k[i] = (unsigned char)(draws ? level_draw(ui, precision, random_uniform(*draws, (uint32_t)i))
+                                     : nearest_level(ui));
     }
 }

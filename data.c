@@ -353,6 +353,18 @@ static int file_read(const char *path, uint64_t most, Bytes *bytes, Error *error
     return status;
 }
 
+/* The new name of a file is on the disk when its directory is. A directory that can be written but not read,
+ * or a file system that cannot do it (EINVAL), is no failure. `path` is spoilt. */
+static int directory_sync(char *path) {
+    char *slash = strrchr(path, '/');
+    strcpy(slash ? slash + 1 : path, ".");
+    const int file = open(path, O_RDONLY | O_CLOEXEC);
+    const int reason = file >= 0 && fsync(file) != 0 && errno != EINVAL ? errno : 0;
+    if (file >= 0)
+        close(file);
+    return reason;
+}
+
 int file_replace(const char *path, FileWriter write, const void *context, Error *error) {
     char target[PATH_MAX], temporary[PATH_MAX + 32];
     struct stat status;
@@ -378,6 +390,8 @@ int file_replace(const char *path, FileWriter write, const void *context, Error 
         reason = errno;
     if (reason)
         unlink(temporary);
+    else
+        reason = directory_sync(temporary);
     return reason ? refuse(error, "%s: %s", path, strerror(reason)) : 0;
 }
 

@@ -1,16 +1,17 @@
-/* diffenc.c - floor 4: the method, and nothing else.
+/* diffenc.c - floor 4: the method, whole, and nothing else.
  *
  * Written to be read beside the paper: Nielsen, Christensen, Dittadi, Winther, "DiffEnc: Variational
  * Diffusion with a Learned Encoder", ICLR 2024 [DiffEnc], which extends Kingma, Salimans, Poole, Ho,
- * "Variational Diffusion Models", 2021 [VDM]. Symbols are the papers': alpha, sigma, gamma = -lambda =
- * -log SNR, z_t, x_t, y, v, eps; 0 <= s < t <= 1. An expression such as add(mul(alpha, x), mul(sigma,
- * eps)) computes at once and remembers how, so all of it can be differentiated. No loop over pixels, no
- * memory, no thread and no file appears here. */
+ * "Variational Diffusion Models", 2021 [VDM]. Symbols are the papers': alpha, sigma, gamma = -lambda = -log
+ * SNR, z_t, x_t, y, v, eps; 0 <= s < t <= 1. An expression such as add(mul(alpha, x), mul(sigma, eps))
+ * computes at once and remembers how, so all of it can be differentiated. First the equations, in the paper's
+ * order, then the three algorithms made of them: a training step, the bound on a data set, ancestral
+ * sampling. */
 
 #include "diffenc.h"
 
 #include <math.h>
-#include <stddef.h>
+#include <string.h>
 
 Method method_begin(Network *network) {
     Method m = {.network = network, .graph = &network->graph, .config = &network->model->config};
@@ -38,8 +39,8 @@ Tensor *scale_pixels(const Method *m, const unsigned char *k) {
                       1.0 / 256 - 1);
 }
 
-/* gamma(t) = b + |w| t; b = gamma_min, |w| = gamma_max - gamma_min when the schedule is fixed. [VDM,
- * noise schedule] */
+/* gamma(t) = b + |w| t; b = gamma_min, |w| = gamma_max - gamma_min when the schedule is fixed. [VDM
+ * section 3.2] */
 Tensor *gamma_at(const Method *m, double t) {
     return add(m->gamma_min, affine(t, m->gamma_range, 0));
 }
@@ -49,25 +50,27 @@ static Tensor *gamma_difference(const Method *m, double s, double t) {
     return affine(s - t, m->gamma_range, 0);
 }
 
+/* [VDM (4), section 3.2; SNR: (2), (5)] */
 Tensor *alpha_squared(Tensor *gamma) { return logistic(affine(-1, gamma, 0)); }
 Tensor *sigma_squared(Tensor *gamma) { return logistic(gamma); }
 Tensor *alpha_of(Tensor *gamma) { return square_root(alpha_squared(gamma)); }
 Tensor *sigma_of(Tensor *gamma) { return square_root(sigma_squared(gamma)); }
 Tensor *snr_of(Tensor *gamma) { return exponential(affine(-1, gamma, 0)); }
 
-/* The networks see the normalised time (gamma_t - gamma_min)/(gamma_max - gamma_min) = t. By lambda =
- * -gamma its derivative is -1/(gamma_max - gamma_min). */
-Tensor *time_by_lambda(const Method *m) {
-    return affine(-1, reciprocal(m->gamma_range), 0);
+/* The networks see lambda, as (gamma_t - gamma_min)/(gamma_max - gamma_min) with these two constants also
+ * where the end points are learned: then gradients reach them through this input too. */
+Tensor *network_time(const Method *m, Tensor *gamma_t) {
+    const double low = m->config->gamma_min, range = m->config->gamma_max - low;
+    return affine(1 / range, sub(gamma_t, number(m->graph, low)), 0);
 }
 
 /* ---- the encoder ---- */
 
 /* VDM          x_t = x
  * DiffEnc-nt   x_t = alpha_t^2 x
- * DiffEnc      x_t = alpha_t^2 x + sigma_t^2 y(x, lambda_t)     [DiffEnc, parameterization of the encoder]
+ * DiffEnc      x_t = alpha_t^2 x + sigma_t^2 y(x, lambda_t)     [DiffEnc section 4]
  *
- * For dy/dlambda, the time enters the encoder with its derivative by lambda, and y comes out with it. */
+ * dy/dlambda at fixed x is a tangent: gamma enters the encoder with its derivative by lambda, which is -1. */
 Encoded encode(const Method *m, Tensor *x, double t, int with_derivative) {
     Encoded e = {x, NULL, NULL};
     Tensor *gamma_t = gamma_at(m, t);
@@ -76,15 +79,16 @@ Encoded encode(const Method *m, Tensor *x, double t, int with_derivative) {
     e.x_t = mul(alpha_squared(gamma_t), x);
     if (m->config->kind == DIFFENC_NT)
         return e;
-    Tensor *y = encoder_network(m->network, x, t, with_derivative ? time_by_lambda(m) : NULL);
+    Tensor *gamma_dot = with_derivative ? number(m->graph, -1) : NULL;
+    Tensor *y = encoder_network(m->network, x, network_time(m, with_tangent(gamma_t, gamma_dot)), t > 0);
     e.y_dot = y->tangent;
-    e.y = with_derivative ? with_tangent(y, NULL) : y;
+    e.y = without_tangent(y);
     e.x_t = add(e.x_t, mul(sigma_squared(gamma_t), e.y));
     return e;
 }
 
 /* dx_t/dlambda = sigma_t^2 (x_t - y + dy/dlambda), for which the generative model has sigma_t^2 x^; y = 0
- * for nt, and VDM's x does not move. [DiffEnc, same] */
+ * for nt, and VDM's x does not move. [DiffEnc section 4] */
 Tensor *exact_counterterm(const Method *m, Encoded e, Tensor *gamma_t) {
     if (m->config->kind == VDM)
         return affine(0, e.x_t, 0);
@@ -94,20 +98,21 @@ Tensor *exact_counterterm(const Method *m, Encoded e, Tensor *gamma_t) {
 
 /* ---- forward process ---- */
 
-/* z_t = alpha_t x_t + sigma_t eps, a draw from q(z_t | x) = N(alpha_t x_t, sigma_t^2 I). */
+/* z_t = alpha_t x_t + sigma_t eps, a draw from q(z_t | x) = N(alpha_t x_t, sigma_t^2 I). [VDM (1);
+ * DiffEnc section 3] */
 Tensor *diffuse(Tensor *x_t, Tensor *gamma_t, Tensor *eps) {
     return add(mul(alpha_of(gamma_t), x_t), mul(sigma_of(gamma_t), eps));
 }
 
-/* v_t = alpha_t eps - sigma_t x_t */
+/* v_t = alpha_t eps - sigma_t x_t     [DiffEnc section 4] */
 Tensor *v_target(Tensor *x_t, Tensor *gamma_t, Tensor *eps) {
     return sub(mul(alpha_of(gamma_t), eps), mul(sigma_of(gamma_t), x_t));
 }
 
 /* ---- prediction ---- */
 
-/* v:    x^ = alpha_t z_t - sigma_t v^
- * eps:  x^ = (z_t - sigma_t eps^) / alpha_t
+/* v:    x^ = alpha_t z_t - sigma_t v^            [DiffEnc section 4]
+ * eps:  x^ = (z_t - sigma_t eps^) / alpha_t     [VDM (10), (29), (30)]
  * x:    x^ itself */
 Tensor *x_from_output(const Method *m, Tensor *output, Tensor *z_t, Tensor *gamma_t) {
     Tensor *alpha = alpha_of(gamma_t), *sigma = sigma_of(gamma_t);
@@ -121,8 +126,9 @@ Tensor *x_from_output(const Method *m, Tensor *output, Tensor *z_t, Tensor *gamm
 
 Predicted predict(const Method *m, Tensor *z_t, double t) {
     Predicted p;
-    p.output = score_network(m->network, z_t, t);
-    p.x_hat = x_from_output(m, p.output, z_t, gamma_at(m, t));
+    Tensor *gamma_t = gamma_at(m, t);
+    p.output = score_network(m->network, z_t, network_time(m, gamma_t));
+    p.x_hat = x_from_output(m, p.output, z_t, gamma_t);
     return p;
 }
 
@@ -136,7 +142,7 @@ static Tensor *drift_gap(const Method *m, Encoded e, Predicted p) {
     return m->config->kind == DIFFENC ? add(gap, sub(e.y, e.y_dot)) : gap;
 }
 
-/* v:    r = v_t - v^   + sigma_t gap                             [DiffEnc, v-parameterization; VDM: no gap]
+/* v:    r = v_t - v^   + sigma_t gap                             [DiffEnc section 4; VDM: no gap]
  * eps:  r = eps - eps^ + alpha_t sigma_t gap
  * x:    r = x^ - x_t   + sigma_t^2 gap */
 Tensor *continuous_residual(const Method *m, Encoded e, Predicted p, Tensor *gamma_t, Tensor *eps) {
@@ -157,8 +163,8 @@ Tensor *continuous_residual(const Method *m, Encoded e, Predicted p, Tensor *gam
     return m->config->kind == VDM ? r : add(r, mul(gap_factor, drift_gap(m, e, p)));
 }
 
-/* L_inf at one t: 1/2 gamma'(t) weight ||r||^2, weight = alpha_t^2 (v), 1 (eps), SNR (x). [DiffEnc,
- * infinite depth; VDM, continuous-time model] */
+/* L_inf at one t: 1/2 gamma'(t) weight ||r||^2, weight = alpha_t^2 (v), 1 (eps), SNR (x). [DiffEnc
+ * section 3, infinite-depth limit; VDM (15), (16) for x, (17) for eps] */
 Tensor *continuous_loss(const Method *m, Tensor *r, Tensor *gamma_t) {
     Tensor *loss = affine(0.5, mul(m->gamma_range, squared_norm(r)), 0);
     switch (m->config->prediction) {
@@ -172,25 +178,25 @@ Tensor *continuous_loss(const Method *m, Tensor *r, Tensor *gamma_t) {
 /* ---- diffusion loss, finite time ---- */
 
 /* rho = sigma_ts^2 / sigma_t^2 = -expm1(gamma_s - gamma_t), the share of the noise of z_t that came after
- * s. */
+ * s. [VDM (32)] */
 static Tensor *noise_share(const Method *m, double s, double t) {
     return affine(-1, exponential_minus_1(gamma_difference(m, s, t)), 0);
 }
 
-/* sigma_Q^2 = sigma_s^2 rho, the variance of q(z_s | z_t, x). [VDM, appendix A] */
+/* sigma_Q^2 = sigma_s^2 rho, the variance of q(z_s | z_t, x). [VDM (23) to (25), appendix A.2] */
 static Tensor *posterior_variance(const Method *m, double s, double t) {
     return mul(sigma_squared(gamma_at(m, s)), noise_share(m, s, t));
 }
 
 /* (lambda_s - lambda_t) sigma_t^2: the generative model's stand-in for the encoder's change is this
- * times x^. [DiffEnc, parameterization of the generative model] */
+ * times x^. [DiffEnc section 4] */
 static Tensor *counterterm_factor(const Method *m, double s, double t) {
     return mul(affine(-1, gamma_difference(m, s, t), 0), sigma_squared(gamma_at(m, t)));
 }
 
 /* ||mu_P - mu_Q||^2 / sigma_Q^2, where z_t cancels:
  *     mu_P - mu_Q = alpha_s [rho (x^ - x_t) + (lambda_s - lambda_t) sigma_t^2 x^ - (x_s - x_t)]
- * (VDM: the first term only). [DiffEnc, finite depth] */
+ * (VDM: the first term only). [DiffEnc sections 3 and 4; VDM (12) to (14)] */
 Tensor *step_distance(const Method *m, Encoded at_s, Encoded at_t, Predicted p, double s, double t) {
     Tensor *difference = mul(noise_share(m, s, t), sub(p.x_hat, at_t.x_t));
     if (m->config->kind != VDM) {
@@ -214,10 +220,15 @@ Tensor *step_kl(const Method *m, Tensor *distance, double w) {
     return affine(w / 2, distance, dimension(m) / 2.0 * (w - 1 - log(w)));
 }
 
+/* The w of the least E KL, 1/w* = 1 + E||mu_P - mu_Q||^2 / (d sigma_Q^2); there KL* = -(d/2) log w*. */
+double best_variance_ratio(double mean_distance, int d) {
+    return 1 / (1 + mean_distance / d);
+}
+
 /* ---- the other two terms ---- */
 
 /* -log p(k | z_0): per value a softmax over the 256 levels c of -(z_0/alpha_0 - x(c))^2 / (2
- * exp(gamma_0)), with z_0/alpha_0 = x_0 + exp(gamma_0/2) eps_0. */
+ * exp(gamma_0)), with z_0/alpha_0 = x_0 + exp(gamma_0/2) eps_0. [VDM (8)] */
 Tensor *reconstruction_loss(const Method *m, const unsigned char *k, Tensor *x_0, Tensor *eps_0) {
     Tensor *gamma_0 = gamma_at(m, 0);
     Tensor *z_over_alpha = add(x_0, mul(exponential(affine(0.5, gamma_0, 0)), eps_0));
@@ -225,7 +236,8 @@ Tensor *reconstruction_loss(const Method *m, const unsigned char *k, Tensor *x_0
 }
 
 /* KL(q(z_1|x) || N(0,I)) = 1/2 sum(alpha_1^2 x_1^2 + sigma_1^2 - log sigma_1^2 - 1), where what does not
- * depend on x is the small difference of sigma^2 - 1 = -alpha^2 and -log sigma^2 = log(1 + exp(-gamma)). */
+ * depend on x is the small difference of sigma^2 - 1 = -alpha^2 and -log sigma^2 = log(1 + exp(-gamma)). [VDM
+ * (11)] */
 Tensor *latent_loss(const Method *m, Tensor *x_1) {
     Tensor *gamma_1 = gamma_at(m, 1), *alpha2 = alpha_squared(gamma_1);
     Tensor *per_value = sub(softplus(affine(-1, gamma_1, 0)), alpha2);
@@ -234,8 +246,7 @@ Tensor *latent_loss(const Method *m, Tensor *x_1) {
 
 /* ---- the objective ---- */
 
-/* -log p(x) <= recon + latent + diffusion, estimated at one t and one eps. [VDM,
- * variational lower bound] */
+/* -log p(x) <= recon + latent + diffusion, estimated at one t and one eps. [VDM (11)] */
 LossTerms objective(const Method *m, Example e) {
     const Config *c = m->config;
     const int h = c->height, w = c->width, channels = c->image_channels;
@@ -266,20 +277,26 @@ Tensor *bits_per_dimension(const Method *m, LossTerms terms) {
     return affine(1 / (dimension(m) * log(2)), sum, 0);
 }
 
-/* t_i = (u + i/B) mod 1; with finite T rounded up to the next multiple of 1/T. [VDM,
- * low-discrepancy sampler] */
-double example_time(double u, int example, int batch, int timesteps) {
-    const double t = fmod(u + (double)example / batch, 1);
-    if (timesteps == 0)
-        return t;
-    const double i = ceil(t * timesteps);   /* t = 0 belongs to the first step */
-    return fmax(i, 1) / timesteps;
+/* With finite T, t is rounded up to the next multiple of 1/T; t = 0 belongs to the first step. */
+static double on_grid(double t, int T) {
+    return T > 0 ? fmax(ceil(t * T), 1) / T : t;
+}
+
+/* t_i = (u + i/B) mod 1: one uniform u, times evenly spread over a batch. [VDM appendix I.1] */
+double example_time(double u, int i, int batch, int T) {
+    return on_grid(fmod(u + (double)i / batch, 1), T);
+}
+
+/* t_j = (u + j (sqrt 5 - 1)/2) mod 1: any run of consecutive draws meets all times evenly, so that an
+ * evaluation does not depend on how its images are sorted. */
+double evaluation_time(double u, double j, int T) {
+    return on_grid(fmod(u + j * ((sqrt(5) - 1) / 2), 1), T);
 }
 
 /* ---- sampling ---- */
 
-/* mu_P = alpha_ts (sigma_s^2/sigma_t^2) z_t + alpha_s rho x^                          [VDM]
- *        + alpha_s (lambda_s - lambda_t) sigma_t^2 x^   for DiffEnc, nt and trained   [DiffEnc] */
+/* mu_P = alpha_ts (sigma_s^2/sigma_t^2) z_t + alpha_s rho x^              [VDM (28), (31) to (33)]
+ *        + alpha_s (lambda_s - lambda_t) sigma_t^2 x^   for DiffEnc, nt and trained   [DiffEnc section 4] */
 Tensor *generative_mean(const Method *m, Tensor *z_t, Tensor *x_hat, double s, double t) {
     Tensor *gamma_s = gamma_at(m, s), *gamma_t = gamma_at(m, t), *alpha_s = alpha_of(gamma_s);
     Tensor *alpha_ts = mul(alpha_of(gamma_t), reciprocal(alpha_s));
@@ -295,15 +312,224 @@ Tensor *generative_variance(const Method *m, double s, double t) {
     return affine(1 / m->config->variance_ratio, posterior_variance(m, s, t), 0);
 }
 
-/* z_s ~ p(z_s | z_t) = N(mu_P, sigma_P^2 I). The encoder plays no part in sampling. */
+/* z_s ~ p(z_s | z_t) = N(mu_P, sigma_P^2 I). The encoder plays no part in sampling. [VDM (9)] */
 Tensor *ancestral_step(const Method *m, Tensor *z_t, double s, double t, Tensor *eps) {
     const Predicted p = predict(m, z_t, t);
     Tensor *mean = generative_mean(m, z_t, p.x_hat, s, t);
     return add(mean, mul(square_root(generative_variance(m, s, t)), eps));
 }
 
+/* The deterministic sampler is ours and not the papers': DDIM for an x_t that moves,
+ *     eps^ = (z_t - alpha_t x^)/sigma_t,   z_s = alpha_s (1 + (lambda_s - lambda_t) sigma_t^2) x^ + sigma_s
+ * eps^ (VDM: without the bracket). */
+Tensor *deterministic_step(const Method *m, Tensor *z_t, Tensor *x_hat, double s, double t) {
+    Tensor *gamma_s = gamma_at(m, s), *gamma_t = gamma_at(m, t);
+    Tensor *eps_hat = mul(reciprocal(sigma_of(gamma_t)), sub(z_t, mul(alpha_of(gamma_t), x_hat)));
+    Tensor *x_s = x_hat;
+    if (m->config->kind != VDM)
+        x_s = add(x_hat, mul(counterterm_factor(m, s, t), x_hat));
+    return diffuse(x_s, gamma_s, eps_hat);
+}
+
 /* argmax or a draw of p(k | z_0), whose logits are -(z_0/alpha_0 - x(k))^2 exp(-gamma_0)/2 */
-void decode_pixels(const Method *m, Tensor *z_0, const double *u, unsigned char *k) {
+void decode_pixels(const Method *m, Tensor *z_0, const RandomStream *draws, unsigned char *k) {
     Tensor *gamma_0 = gamma_at(m, 0);
-    level_choose(mul(z_0, reciprocal(alpha_of(gamma_0))), gamma_0, u, k);
+    level_choose(mul(z_0, reciprocal(alpha_of(gamma_0))), gamma_0, draws, k);
+}
+
+/* ---- algorithm 1: one training step ---- */
+
+static Tensor *gaussian_image(const Method *m, RandomStream stream) {
+    return gaussian(m->graph, m->config->height, m->config->width, m->config->image_channels, stream);
+}
+
+static void terms_of(LossTerms terms, double out[3]) {
+    out[0] = number_of(terms.recon);
+    out[1] = number_of(terms.latent);
+    out[2] = number_of(terms.diffusion);
+}
+
+/* One example's loss terms, and its share of the gradient of the mean over the batch. */
+static void differentiate_example(const Method *m, Example example, int batch, double terms_out[3]) {
+    const LossTerms terms = objective(m, example);
+    terms_of(terms, terms_out);
+    backward(bits_per_dimension(m, terms), 1.0 / batch);
+}
+
+typedef struct {
+    const unsigned char *images;   /* [batch, d] */
+    const Example *given;          /* NULL, or [batch]: these, instead of draws of time and noise */
+    int batch;
+    uint32_t step;
+    uint64_t seed;
+    double u, (*terms)[3];         /* [batch] */
+} Batch;
+
+/* Times, noise, objective, gradient. */
+static void training_example(Network *n, int i, void *context) {
+    const Batch *b = context;
+    const uint32_t index = (uint32_t)i;
+    n->graph.dropout = n->model->config.dropout;
+    n->graph.dropout_stream = random_stream(b->seed, RANDOM_DROPOUT, b->step, index);
+    const Method m = method_begin(n);
+    const Example example = {
+        .k = b->images + (size_t)i * dimension(&m),
+        .t = example_time(b->u, i, b->batch, m.config->timesteps),
+        .eps = gaussian_image(&m, random_stream(b->seed, RANDOM_NOISE, b->step, index))->value,
+        .eps_0 = gaussian_image(&m, random_stream(b->seed, RANDOM_NOISE_0, b->step, index))->value};
+    differentiate_example(&m, example, b->batch, b->terms[i]);
+}
+
+/* The mean of each term over a batch, in bits per dimension. */
+static void mean_terms(const Config *c, int batch, double (*terms)[3], double mean[3]) {
+    const double per_bit = 1 / (c->height * c->width * c->image_channels * log(2));
+    for (int term = 0; term < 3; term++) {
+        mean[term] = 0;
+        for (int i = 0; i < batch; i++)
+            mean[term] += terms[i][term] * per_bit / batch;
+    }
+}
+
+/* Why a step cannot be taken: the first term of the loss that is not finite, or else the largest one, and the
+ * same of the gradient by parameter. A NaN may have a sign, which means nothing. */
+static int diverged(const Model *m, const double mean[3], const real *gradient, Error *error) {
+    static const char *const names[3] = {"recon", "latent", "diffusion"};
+    double norm;
+    const Parameter *p = steepest_parameter(m, gradient, &norm);
+    int term = 0;
+    for (int i = 1; i < 3 && isfinite(mean[term]); i++)
+        if (!(mean[i] <= mean[term]))
+            term = i;
+    return fail(error, "step %llu: diverged: the %s loss is %g, the gradient of %s has the norm %g",
+                (unsigned long long)m->step + 1, names[term], fabs(mean[term]), p->name, fabs(norm));
+}
+
+int training_step(Model *model, Workers *workers, const Optimizer *optimizer, const unsigned char *images,
+                  int batch, uint64_t seed, StepReport *r, Error *error) {
+    const uint32_t step = (uint32_t)model->step;
+    Batch b = {.images = images, .batch = batch, .step = step, .seed = seed,
+               .u = random_uniform(random_stream(seed, RANDOM_TIME, step, 0), 0),
+               .terms = workers_results(workers, (size_t)batch, sizeof *b.terms)};
+    double mean[3];
+    const real *gradient = workers_gradient(workers, batch, training_example, &b);
+    if (!gradient)
+        return fail(error, "step %llu: stopped", (unsigned long long)model->step + 1);
+    mean_terms(&model->config, batch, b.terms, mean);
+    *r = (StepReport){mean[0], mean[1], mean[2], mean[0] + mean[1] + mean[2], NAN};
+    if (isfinite(r->total))
+        r->gradient_norm = optimizer_step(model, optimizer, gradient, workers->threads);
+    return isfinite(r->gradient_norm) ? 0 : diverged(model, mean, gradient, error);
+}
+
+static void given_example(Network *n, int i, void *context) {
+    const Batch *b = context;
+    n->graph.dropout = 0;
+    const Method m = method_begin(n);
+    differentiate_example(&m, b->given[i], b->batch, b->terms[i]);
+}
+
+const real *batch_gradient(Workers *workers, const Example *examples, int batch, double (*terms)[3]) {
+    Batch b = {.given = examples, .batch = batch, .terms = terms};
+    return workers_gradient(workers, batch, given_example, &b);
+}
+
+/* ---- algorithm 2: the bound on a data set ---- */
+
+typedef struct {
+    const unsigned char *images;   /* [count, d] */
+    int count, repeats;
+    uint64_t seed;
+    double u;
+    double (*terms)[4];            /* [count]: recon, latent, diffusion, total */
+    double *distance;              /* or [T, count] */
+} Evaluation;
+
+/* The mean over some draws of time and noise. */
+static void evaluate_example(Network *n, int i, void *context) {
+    const Evaluation *e = context;
+    double *out = e->terms[i];
+    memset(out, 0, sizeof e->terms[i]);
+    for (int repeat = 0; repeat < e->repeats && !network_stopped(n); repeat++) {
+        const uint32_t draw = (uint32_t)repeat, index = (uint32_t)i;
+        double terms[3];
+        network_begin(n);
+        const Method m = method_begin(n);
+        const Example example = {
+            .k = e->images + (size_t)i * dimension(&m),
+            .t = evaluation_time(e->u, (double)repeat * e->count + i, m.config->timesteps),
+            .eps = gaussian_image(&m, random_stream(e->seed, RANDOM_EVAL_NOISE, draw, index))->value,
+            .eps_0 = gaussian_image(&m, random_stream(e->seed, RANDOM_EVAL_NOISE_0, draw, index))->value};
+        terms_of(objective(&m, example), terms);
+        for (int term = 0; term < 3; term++)
+            out[term] += terms[term] / (e->repeats * dimension(&m) * log(2));
+    }
+    out[3] = out[0] + out[1] + out[2];
+}
+
+void evaluate(Workers *workers, const unsigned char *images, int count, int repeats, uint64_t seed,
+              double (*terms)[4]) {
+    Evaluation e = {.images = images, .count = count, .repeats = repeats, .seed = seed, .terms = terms,
+                    .u = random_uniform(random_stream(seed, RANDOM_EVAL_TIME, 0, 0), 0)};
+    workers_run(workers, workers->model->ema, count, evaluate_example, &e);
+}
+
+/* ||mu_P - mu_Q||^2 / sigma_Q^2 of every step, from which the best sigma_P^2 follows. */
+static void every_step(Network *n, int i, void *context) {
+    const Evaluation *e = context;
+    const int T = n->model->config.timesteps;
+    for (int step = 1; step <= T && !network_stopped(n); step++) {
+        network_begin(n);
+        const Method m = method_begin(n);
+        Tensor *x = scale_pixels(&m, e->images + (size_t)i * dimension(&m));
+        Tensor *eps =
+            gaussian_image(&m, random_stream(e->seed, RANDOM_EVAL_STEP_NOISE, (uint32_t)step, (uint32_t)i));
+        e->distance[(size_t)(step - 1) * e->count + i] =
+            number_of(distance_at(&m, x, eps, (step - 1.0) / T, (double)step / T));
+    }
+}
+
+void step_distances(Workers *workers, const unsigned char *images, int count, uint64_t seed,
+                    double *distance) {
+    Evaluation e = {.images = images, .count = count, .seed = seed, .distance = distance};
+    workers_run(workers, workers->model->ema, count, every_step, &e);
+}
+
+/* ---- algorithm 3: sampling ---- */
+
+typedef struct {
+    int timesteps, deterministic, draw_pixels;
+    uint64_t seed;
+    unsigned char *images;   /* [count, d] */
+    char *finite;            /* [count]: whether z_0 is */
+} Sampling;
+
+/* z_1 ~ N(0, I);  z_s ~ p(z_s | z_t), or the deterministic step, for t = 1, .., 1/T;  then pixels. */
+static void sample_example(Network *n, int i, void *context) {
+    const Sampling *s = context;
+    const int T = s->timesteps;
+    const uint32_t index = (uint32_t)i;
+    Method m = method_begin(n);
+    Tensor *z = gaussian_image(&m, random_stream(s->seed, RANDOM_SAMPLER, (uint32_t)T + 1, index));
+    for (int step = T; step >= 1 && !network_stopped(n); step--) {
+        z = network_renew(n, z);   /* a graph for each step, which begins with z_t alone */
+        m = method_begin(n);
+        const double before = (step - 1.0) / T, t = (double)step / T;
+        if (s->deterministic)
+            z = deterministic_step(&m, z, predict(&m, z, t).x_hat, before, t);
+        else
+            z = ancestral_step(&m, z, before, t, gaussian_image(&m, random_stream(s->seed, RANDOM_SAMPLER,
+                                                                                  (uint32_t)step, index)));
+    }
+    s->finite[i] = isfinite(number_of(squared_norm(z))) != 0;
+    const RandomStream pixels = random_stream(s->seed, RANDOM_PIXELS, 0, index);
+    decode_pixels(&m, z, s->draw_pixels ? &pixels : NULL, s->images + (size_t)i * dimension(&m));
+}
+
+int sample_images(Workers *workers, int count, int timesteps, int deterministic, uint64_t seed,
+                  int draw_pixels, unsigned char *images) {
+    Sampling s = {timesteps, deterministic, draw_pixels, seed, images,
+                  workers_results(workers, (size_t)count, 1)};
+    memset(s.finite, 1, (size_t)count);
+    workers_run(workers, workers->model->ema, count, sample_example, &s);
+    return memchr(s.finite, 0, (size_t)count) ? -1 : 0;
 }

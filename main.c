@@ -1,8 +1,8 @@
-/* main.c - the roof: the command line, the training loop, progress and logs.
+/* main.c - the roof: the command line, settings and checkpoints, progress and logs.
  *
- * Results go to stdout, progress to stderr. Exit status 0, 1 for a failure, 2 for wrong usage; a training
- * stopped by a signal saves everything and exits with 128 + the signal's number, as the shell would say
- * it. */
+ * Results go to stdout, progress to stderr. Exit status 0, 1 for a failure, 2 for wrong usage. SIGINT,
+ * SIGTERM, SIGHUP and SIGPIPE end what is being computed, save what a training has learned, and give 128 +
+ * the signal's number, as the shell would say it. */
 
 #define _POSIX_C_SOURCE 200809L
 
@@ -11,11 +11,14 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
+#include <limits.h>
 #include <math.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -29,54 +32,231 @@ enum { OK = 0, FAILURE = 1, USAGE = 2, HELP = 3 };
 enum { MAX_THREADS = 256, MAX_BATCH = 1 << 20 };
 
 static const double LOG_2 = 0.6931471805599453;
+static const char *const TERMS[4] = {"recon", "latent", "diffusion", "total"};
 
-static int report(const Error *error) {
-    fprintf(stderr, "diffenc: %s\n", error->text);
-    return FAILURE;
+/* The only way of an Error to the terminal: it may quote a file, and a file may hold anything. */
+static void say(const char *command, const Error *error) {
+    char text[4 * sizeof error->text];
+    fprintf(stderr, "diffenc: %s%s\n", command, printable(error->text, text, sizeof text));
 }
 
-/* ---- options ---- */
+/* ---- signals ---- */
 
-typedef enum {
-    OPTION_INT,
-    OPTION_REAL,
-    OPTION_SEED,
-    OPTION_TEXT,
-    OPTION_FLAG,
-    OPTION_CHOICE,
-    OPTION_MODEL
-} OptionType;
+/* The one global that is not const: a handler has no other way to say something. */
+static volatile sig_atomic_t stop_signal = 0;
 
-enum { TEXT_SIZE = 1024 };   /* bytes of a text an option holds */
+static const struct {
+    int number;
+    const char *name;
+} SIGNALS[4] = {{SIGINT, "SIGINT"}, {SIGTERM, "SIGTERM"}, {SIGHUP, "SIGHUP"}, {SIGPIPE, "SIGPIPE"}};
 
-/* One option of a command. `target` points to an int (INT, FLAG, CHOICE), a double, a uint64_t, a
- * char[TEXT_SIZE] or a Config; what it holds before parsing is the default. Numbers must lie in [low,
- * high]. The argument of a choice lists the choices, "a|b|c", and the int counts them from 0. */
+/* A second SIGINT or SIGTERM ends the program at once. The other two are not repeated by anyone's wish: where
+ * a terminal closes, its hang-up and then its broken pipes arrive while the checkpoint is being written. */
+static void on_signal(int number) {
+    stop_signal = number;
+    signal(SIGINT, SIG_DFL);
+    signal(SIGTERM, SIG_DFL);
+    signal(SIGHUP, SIG_IGN);
+    signal(SIGPIPE, SIG_IGN);
+}
+
+/* SA_RESTART: a write goes on where the signal interrupted it. What the parent ignores (nohup) stays ignored.
+ */
+static void catch_signals(void) {
+    const struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
+    struct sigaction before;
+    for (int i = 0; i < 4; i++)
+        if (sigaction(SIGNALS[i].number, NULL, &before) == 0 && before.sa_handler != SIG_IGN)
+            sigaction(SIGNALS[i].number, &action, NULL);
+}
+
+static const char *signal_name(void) {
+    int i = 0;
+    while (i < 3 && SIGNALS[i].number != stop_signal)
+        i++;
+    return SIGNALS[i].name;
+}
+
+/* ---- a command's options, and everything it works with ---- */
+
+enum { TEXT_SIZE = 1024 }; /* bytes of a text that an option holds */
+
+/* What a training was told; it travels in a checkpoint. */
+typedef struct {
+    Config config;
+    Optimizer optimizer;
+    int batch;
+    uint64_t seed;
+    char data[TEXT_SIZE];
+    uint64_t data_digest; /* of these images, wherever they lie; 0: not known */
+    uint64_t step;        /* of the checkpoint */
+} Settings;
+
+typedef struct {
+    /* Options; which command has which is said by OPTIONS. */
+    int threads, steps, save_every, sample_every, sample_steps, eval_every, eval_limit, resume;
+    int count, sampler, draw, split, limit, repeats, timesteps;
+    uint64_t seed, given; /* bit i of `given`: OPTIONS[i] was on the command line */
+    char out[TEXT_SIZE], where[TEXT_SIZE], ratio[TEXT_SIZE], batch[TEXT_SIZE]; /* where "": as in training */
+    Settings settings;
+    const char *checkpoint;
+    double need; /* bytes of memory, as far as known */
+    Model model;
+    Workers workers;
+    Dataset data;
+    Error error;
+    /* Of a training. */
+    unsigned char *test; /* [test_count] images */
+    int test_count, lock; /* descriptor of OUT/.lock */
+    FILE *log;
+    double started, last_line;
+    uint64_t first_step;
+    int line_is_open; /* the terminal's cursor stands behind the progress line */
+} Job;
+
+/* Who takes an option: commands, and the metadata of checkpoints. What is FIXED makes the model and the order
+ * of the data, and cannot change when a training is resumed. */
+enum { TRAIN = 1, SAMPLE = 2, EVAL = 4, SHOW = 8, GRAD = 16, RECORD = 32, KEPT = 64 };
+enum { SETTING = TRAIN | RECORD, FIXED = SETTING | KEPT };
+
+typedef enum { INT, RANGE, NUMBER, COUNT, TEXT, FLAG, CHOICE, MODEL } OptionType;
+
+/* `place` in a Job is an int (INT, FLAG), two of them (RANGE, "A..B"), a double, a uint64_t (COUNT), a
+ * char[TEXT_SIZE], an int or an enumeration (CHOICE) or a Config (MODEL); what stands there before parsing is
+ * the default. Numbers must lie in [low, high]; where both are 0, config_check knows the range. The argument
+ * of a choice lists the choices, counted from 0. A text whose argument is FILE must be given. */
 typedef struct {
     const char *name;
+    int takers;
     OptionType type;
-    void *target;
+    size_t place;
     double low, high;
     const char *argument, *help;
-    int given;
 } Option;
 
-/* What an option holds, as text; numbers with the fewest digits that read back as the same number. */
-static void option_text(const Option *o, char text[TEXT_SIZE]) {
+/* An enumeration is read and written as an int. */
+typedef char ENUMERATIONS_ARE_INTS[sizeof(NetKind) == sizeof(int) ? 1 : -1];
+
+#define IN(member) offsetof(Job, member)
+#define C(member) IN(settings.config.member)
+#define O(member) IN(settings.optimizer.member)
+
+static const Option OPTIONS[] = {
+    {"model", FIXED, MODEL, IN(settings.config), 0, 0, "NAME", "vdm-L, diffenc-L-nt or diffenc-L-E"},
+    {"net", FIXED, CHOICE, C(net), 0, 0, "flat|unet", "body of the score network"},
+    {"channels", FIXED, INT, C(channels), 0, 0, "N", "of the score network, a multiple of 4"},
+    {"encoder-channels", FIXED, INT, C(encoder_channels), 0, 0, "N", "of the encoder, a multiple of 4"},
+    {"fourier", FIXED, RANGE, C(fourier_first), 0, 0, "A..B", "features of z at 2^A .. 2^B cycles"},
+    {"predict", FIXED, CHOICE, C(prediction), 0, 0, "v|eps|x", "what the score network predicts"},
+    {"schedule", FIXED, CHOICE, C(schedule), 0, 0, "fixed|learned", "the end points of gamma(t)"},
+    {"gamma-min", FIXED, NUMBER, C(gamma_min), 0, 0, "X", "gamma(0); where a learned schedule starts"},
+    {"gamma-max", FIXED, NUMBER, C(gamma_max), 0, 0, "X", "gamma(1); where a learned schedule starts"},
+    {"timesteps", FIXED, INT, C(timesteps), 0, 0, "T", "number of time steps; 0: continuous time"},
+    {"variance-ratio", FIXED, NUMBER, C(variance_ratio), 0, 0, "W", "sigma_Q^2 / sigma_P^2, finite T only"},
+    {"batch", FIXED, INT, IN(settings.batch), 1, MAX_BATCH, "N", "examples in a step"},
+    {"seed", FIXED, COUNT, IN(settings.seed), 0, 0, "N", "same seed, binary and machine: the same bits"},
+    {"data", SETTING, TEXT, IN(settings.data), 0, 0, "DIR|digits",
+     "(Fashion-)MNIST, CIFAR-10; built-in digits"},
+    {"dropout", SETTING, NUMBER, C(dropout), 0, 0, "X", "rate in training"},
+    {"lr", SETTING, NUMBER, O(learning_rate), 0, 1e6, "X", "learning rate of AdamW"},
+    {"warmup", SETTING, INT, O(warmup), 0, 2e9, "N", "steps over which the learning rate rises from 0"},
+    {"cooldown", SETTING, NUMBER, O(cooldown), 0, 1, "X", "over this last share of the steps it falls to 0"},
+    {"weight-decay", SETTING, NUMBER, O(weight_decay), 0, 1e6, "X", "of AdamW, not on biases"},
+    {"clip", SETTING, NUMBER, O(clip), 0, 1e30, "X", "largest norm of the whole gradient; 0: no clipping"},
+    {"ema", SETTING, NUMBER, O(ema), 0, 1, "X", "decay of the moving average of the weights"},
+    {"step", RECORD, COUNT, IN(settings.step), 0, 0, "", ""},
+    {"data-digest", RECORD, COUNT, IN(settings.data_digest), 0, 0, "", ""},
+    {"height", RECORD, INT, C(height), 0, 0, "", ""},
+    {"width", RECORD, INT, C(width), 0, 0, "", ""},
+    {"image-channels", RECORD, INT, C(image_channels), 0, 0, "", ""},
+    {"data", EVAL | SHOW, TEXT, IN(where), 0, 0, "DIR|digits", "needed unless it was trained on digits"},
+    {"split", EVAL, CHOICE, IN(split), 0, 0, "train|test", "which images"},
+    {"limit", EVAL, INT, IN(limit), 0, 1e9, "N", "only N images, evenly over the split; 0: all"},
+    {"repeats", EVAL, INT, IN(repeats), 1, 1e6, "N", "draws of time and noise for each image"},
+    {"timesteps", EVAL, INT, IN(timesteps), -1, 1e6, "T", "T; 0: continuous time; -1: as in training"},
+    {"variance-ratio", EVAL, TEXT, IN(ratio), 0, 0, "W|optimal", "as for train, or the best at each t"},
+    {"count", SAMPLE, INT, IN(count), 1, 65536, "N", "images"},
+    {"count", SHOW, INT, IN(count), 1, 64, "N", "test images, evenly over the split"},
+    {"steps", TRAIN, INT, IN(steps), 0, 2e9, "N", "in total, resumed or not; 0: initial checkpoint only"},
+    {"steps", SAMPLE, INT, IN(steps), 0, 1e6, "T", "0: the model's T, or 250 in continuous time"},
+    {"seed", SAMPLE | EVAL, COUNT, IN(seed), 0, 0, "N", "the same seed, the same result"},
+    {"sampler", SAMPLE, CHOICE, IN(sampler), 0, 0, "ancestral|deterministic", "draws of z_s, or none"},
+    {"pixels", SAMPLE, CHOICE, IN(draw), 0, 0, "likely|drawn", "the likeliest given z_0, or drawn"},
+    {"batch", GRAD, TEXT, IN(batch), 0, 0, "FILE", "images U8 [B,H,W,C], t [B], eps, eps0 [B,H,W,C]"},
+    {"threads", TRAIN | SAMPLE | EVAL | SHOW | GRAD, INT, IN(threads), 1, MAX_THREADS, "N",
+     "a training step and grad use 16 at most, the rest one for each image"},
+    {"save-every", TRAIN, INT, IN(save_every), 0, 2e9, "N", "between checkpoints; 0: at the end only"},
+    {"sample-every", TRAIN, INT, IN(sample_every), 0, 2e9, "N", "between grids; 0: at the end only"},
+    {"sample-steps", TRAIN, INT, IN(sample_steps), 0, 1e6, "T",
+     "sampler steps of a grid, or all of a finite T where that is less; 0: no grids"},
+    {"eval-every", TRAIN, INT, IN(eval_every), 0, 2e9, "N", "between bounds on test images; 0: none"},
+    {"eval-limit", TRAIN, INT, IN(eval_limit), 1, 1e9, "N", "test images of such a bound"},
+    {"out", TRAIN, TEXT, IN(out), 0, 0, "DIR", "where checkpoint, log.csv, loss.png and samples go"},
+    {"out", SAMPLE, TEXT, IN(out), 0, 0, "FILE", "a grid of the images: .png, .pgm or .ppm"},
+    {"out", SHOW, TEXT, IN(out), 0, 0, "FILE", "of each image x_t, y, dx_t/dlambda over t"},
+    {"out", GRAD, TEXT, IN(out), 0, 0, "FILE", "loss.recon, .latent, .diffusion in nats, bpd, grad.NAME"},
+    {"resume", TRAIN, FLAG, IN(resume), 0, 1, "", "go on where the checkpoint in --out stands"},
+};
+enum { OPTION_COUNT = sizeof OPTIONS / sizeof OPTIONS[0] };
+typedef char GIVEN_HAS_A_BIT_FOR_EACH[OPTION_COUNT <= 64 ? 1 : -1];
+
+/* How many threads there are to be had of those asked for: without OpenMP one. */
+static int usable_threads(int asked) {
+#ifdef _OPENMP
+    return asked < omp_get_thread_limit() ? asked : omp_get_thread_limit();
+#else
+    return asked < 1 ? asked : 1;
+#endif
+}
+
+static Settings settings_default(void) {
+    const Settings s = {config_default(), optimizer_default(), .batch = 64, .seed = 1, .data = "digits"};
+    return s;
+}
+
+static Job job_default(void) {
+    Job job = {.threads = 1, .repeats = 1, .timesteps = -1, .seed = 1, .split = SPLIT_TEST};
+#ifdef _OPENMP
+    job.threads = omp_get_max_threads() < MAX_THREADS ? omp_get_max_threads() : MAX_THREADS;
+#endif
+    job.settings = settings_default();
+    return job;
+}
+
+/* The option of this name that one of the takers has, or NULL. */
+static const Option *option_find(int takers, const char *name, size_t length) {
+    for (int i = 0; i < OPTION_COUNT; i++)
+        if (OPTIONS[i].takers & takers && strlen(OPTIONS[i].name) == length &&
+            strncmp(OPTIONS[i].name, name, length) == 0)
+            return &OPTIONS[i];
+    return NULL;
+}
+
+static int is_given(const Job *job, const Option *o) { return job->given >> (o - OPTIONS) & 1; }
+
+/* A number with the fewest digits that read back as the same one, of type real or double. */
+static void number_text(double value, int is_real, char text[32]) {
+    for (int digits = 1, same = 0; digits <= 17 && !same; digits++) {
+        snprintf(text, 32, "%.*g", digits, value);
+        const double read = strtod(text, NULL);
+        same = is_real ? (real)read == (real)value : read == value;
+    }
+}
+
+/* What an option holds, as text. */
+static void option_text(const Option *o, const Job *job, char text[TEXT_SIZE]) {
+    const void *place = (const char *)job + o->place;
     const char *choice = o->argument;
     switch (o->type) {
-    case OPTION_INT: case OPTION_FLAG: snprintf(text, TEXT_SIZE, "%d", *(int *)o->target); break;
-    case OPTION_REAL:
-        for (int digits = 1, same = 0; digits <= 17 && !same; digits++) {
-            snprintf(text, TEXT_SIZE, "%.*g", digits, *(double *)o->target);
-            same = strtod(text, NULL) == *(double *)o->target;
-        }
-        break;
-    case OPTION_SEED: snprintf(text, TEXT_SIZE, "%llu", (unsigned long long)*(uint64_t *)o->target); break;
-    case OPTION_TEXT: snprintf(text, TEXT_SIZE, "%s", (const char *)o->target); break;
-    case OPTION_MODEL: config_model_name(o->target, text); break;
-    case OPTION_CHOICE:
-        for (int i = *(int *)o->target; i > 0; i--)
+    case INT:
+    case FLAG: snprintf(text, TEXT_SIZE, "%d", *(const int *)place); break;
+    case RANGE: snprintf(text, TEXT_SIZE, "%d..%d", ((const int *)place)[0], ((const int *)place)[1]); break;
+    case NUMBER: number_text(*(const double *)place, 0, text); break;
+    case COUNT: snprintf(text, TEXT_SIZE, "%llu", (unsigned long long)*(const uint64_t *)place); break;
+    case TEXT: snprintf(text, TEXT_SIZE, "%s", (const char *)place); break;
+    case MODEL: config_model_name(place, text); break;
+    case CHOICE:
+        for (int i = *(const int *)place; i > 0; i--)
             choice += strcspn(choice, "|") + 1;
         snprintf(text, TEXT_SIZE, "%.*s", (int)strcspn(choice, "|"), choice);
     }
@@ -85,254 +265,252 @@ static void option_text(const Option *o, char text[TEXT_SIZE]) {
 /* The index of `text` among the choices "a|b|c", or -1. */
 static int choice_index(const char *choices, const char *text) {
     const size_t length = strlen(text);
-    int index = 0;
-    for (const char *choice = choices; *choice; index++) {
-        const size_t end = strcspn(choice, "|");
-        if (end == length && strncmp(choice, text, length) == 0)
+    for (int index = 0; *choices; index++) {
+        const size_t end = strcspn(choices, "|");
+        if (end == length && strncmp(choices, text, length) == 0)
             return index;
-        choice += end + (choice[end] == '|');
+        choices += end + (choices[end] == '|');
     }
     return -1;
 }
 
-/* Set an option from a text, or say what was expected: "lr 'x': expected a number from 0 to 1e+06". */
-static int option_set(Option *o, const char *text, Error *error) {
-    char *end = NULL;
+/* Set an option from a text, or say what was expected: "lr 'x': expected a number from 0 to 1000000". */
+static int option_set(const Option *o, Job *job, const char *text, Error *error) {
+    void *place = (char *)job + o->place;
+    const int whole = o->type != NUMBER, anything = o->low == 0 && o->high == 0;
+    const double low = !anything ? o->low : whole ? INT_MIN : -DBL_MAX;
+    const double high = !anything ? o->high : whole ? INT_MAX : DBL_MAX;
+    char *end = NULL, shown[TEXT_SIZE];
     errno = 0;
-    switch (o->type) {
-    case OPTION_TEXT:
-        if (!*text || strlen(text) >= TEXT_SIZE - 64)
-            return fail(error, "%s '%.20s': expected a text of 1 to %d characters", o->name, text,
-                        TEXT_SIZE - 65);
-        snprintf(o->target, TEXT_SIZE, "%s", text);
-        return 0;
-    case OPTION_SEED: {
+    if (o->type == MODEL)
+        return config_parse_model(place, text, error);
+    if (o->type == TEXT) { /* it will be printed, and stand in the header of a checkpoint */
+        if (!*text || strlen(text) >= TEXT_SIZE - 64 ||
+            strcmp(printable(text, shown, sizeof shown), text) != 0)
+            return fail(error, "%s '%.80s': expected 1 to %d bytes of UTF-8 without control characters",
+                        o->name, text, TEXT_SIZE - 65);
+        snprintf(place, TEXT_SIZE, "%s", text);
+    } else if (o->type == CHOICE) {
+        const int index = choice_index(o->argument, text);
+        if (index < 0)
+            return fail(error, "%s '%.40s': expected %s", o->name, text, o->argument);
+        *(int *)place = index;
+    } else if (o->type == RANGE) {
+        int from, to, length = 0;
+        if (sscanf(text, "%4d..%4d%n", &from, &to, &length) != 2 || text[length])
+            return fail(error, "%s '%.40s': expected FIRST..LAST", o->name, text);
+        ((int *)place)[0] = from, ((int *)place)[1] = to;
+    } else if (o->type == COUNT) {
         const unsigned long long value = strtoull(text, &end, 10);
         if (*text < '0' || *text > '9' || *end || errno)
             return fail(error, "%s '%.40s': expected a whole number from 0 to 18446744073709551615", o->name,
                         text);
-        *(uint64_t *)o->target = value;
-        return 0;
+        *(uint64_t *)place = value;
+    } else {
+        const double value = strtod(text, &end);
+        if (!*text || *end || !(value >= low && value <= high) || (whole && value != floor(value)))
+            return fail(error, "%s '%.40s': expected a %snumber from %.10g to %.10g", o->name, text,
+                        whole ? "whole " : "", low, high);
+        if (whole)
+            *(int *)place = (int)value;
+        else
+            *(double *)place = value;
     }
-    case OPTION_CHOICE: {
-        const int index = choice_index(o->argument, text);
-        if (index < 0)
-            return fail(error, "%s '%.40s': expected %s", o->name, text, o->argument);
-        *(int *)o->target = index;
-        return 0;
-    }
-    case OPTION_MODEL: return config_parse_model(o->target, text, error);
-    case OPTION_INT: case OPTION_REAL: case OPTION_FLAG: break;
-    }
-    const double value = strtod(text, &end);
-    const int whole = o->type != OPTION_REAL;
-    if (!*text || *end || !(value >= o->low && value <= o->high) || (whole && value != floor(value)))
-        return fail(error, "%s '%.40s': expected a %snumber from %g to %.10g", o->name, text,
-                    whole ? "whole " : "", o->low, o->high);
-    if (whole)
-        *(int *)o->target = (int)value;
-    else
-        *(double *)o->target = value;
     return 0;
 }
 
-static void print_options(const Option *options, int count) {
-    for (int i = 0; i < count; i++) {
+static void print_help(int command, const char *usage, const Job *job) {
+    printf("usage: diffenc %s\n\n", usage);
+    for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++) {
         char left[64], value[TEXT_SIZE];
-        snprintf(left, sizeof left, "--%s %s", options[i].name, options[i].argument);
-        option_text(&options[i], value);
-        printf("  %-28s %s", left, options[i].help);
-        if (options[i].type != OPTION_FLAG && *value)
+        if (!(o->takers & command))
+            continue;
+        snprintf(left, sizeof left, "--%s %s", o->name, o->argument);
+        option_text(o, job, value);
+        printf("  %-28s %s", left, o->help);
+        if (o->type != FLAG && *value)
             printf(" (default %s)", value);
         printf("\n");
     }
 }
 
-/* Parse the arguments of a command; what is no option goes to `operand` (NULL: none is taken). Returns OK
- * to go on, USAGE after an error, HELP after --help. */
-static int parse_options(int argc, char **argv, Option *options, int count, const char *usage,
-                         const char **operand) {
-    Error error;
-    const char *command = argv[0];
-    for (int i = 1; i < argc; i++) {
-        const char *argument = argv[i], *equals = strchr(argument, '=');
-        if (strcmp(argument, "--help") == 0) {
-            printf("usage: diffenc %s\n\n", usage);
-            print_options(options, count);
+static int wrong_usage(const char *usage, const Error *error) {
+    char place[64];
+    snprintf(place, sizeof place, "%.*s: ", (int)strcspn(usage, " "), usage);
+    say(place, error);
+    return USAGE;
+}
+
+/* The option at argv[*i], and its value, which may be the next argument. */
+static int parse_option(Job *job, int argc, char **argv, int *i, int command) {
+    const char *argument = argv[*i], *equals = strchr(argument, '=');
+    const size_t length = equals ? (size_t)(equals - argument) : strlen(argument);
+    const int is_option = strncmp(argument, "--", 2) == 0;
+    const Option *o = is_option ? option_find(command, argument + 2, length - 2) : NULL;
+    if (!o)
+        return fail(&job->error, "unknown option or argument '%.60s' (see diffenc %s --help)", argument,
+                    argv[0]);
+    job->given |= (uint64_t)1 << (o - OPTIONS);
+    if (o->type == FLAG)
+        return equals ? fail(&job->error, "--%s takes no value", o->name)
+                      : option_set(o, job, "1", &job->error);
+    if (!equals && *i + 1 == argc)
+        return fail(&job->error, "--%s needs a value", o->name);
+    return option_set(o, job, equals ? equals + 1 : argv[++*i], &job->error);
+}
+
+/* Parse the arguments of a command; all but `train` take a checkpoint. Returns OK to go on, USAGE after an
+ * error, HELP after --help. */
+static int parse_options(Job *job, int argc, char **argv, int command, const char *usage) {
+    int status = 0;
+    for (int i = 1; i < argc && status == 0; i++) {
+        if (strcmp(argv[i], "--help") == 0) {
+            print_help(command, usage, job);
             return HELP;
         }
-        if (strncmp(argument, "--", 2) != 0 && operand && !*operand) {
-            *operand = argument;
-            continue;
-        }
-        const size_t length = equals ? (size_t)(equals - argument) : strlen(argument);
-        Option *o = NULL;
-        for (int j = 0; j < count; j++)
-            if (strncmp(argument, "--", 2) == 0 && strlen(options[j].name) + 2 == length &&
-                strncmp(options[j].name, argument + 2, length - 2) == 0)
-                o = &options[j];
-        int status = -1;
-        if (!o)
-            fail(&error, "unknown option or argument '%.60s' (see diffenc %s --help)", argument, command);
-        else if (o->type == OPTION_FLAG)
-            status = equals ? fail(&error, "--%s takes no value", o->name) : option_set(o, "1", &error);
-        else if (!equals && i + 1 == argc)
-            status = fail(&error, "--%s needs a value", o->name);
+        if (strncmp(argv[i], "--", 2) != 0 && command != TRAIN && !job->checkpoint)
+            job->checkpoint = argv[i];
         else
-            status = option_set(o, equals ? equals + 1 : argv[++i], &error);
-        if (status) {
-            fprintf(stderr, "diffenc: %s: %s\n", command, error.text);
-            return USAGE;
-        }
-        o->given = 1;
+            status = parse_option(job, argc, argv, &i, command);
     }
-    return OK;
+    if (status == 0 && command != TRAIN && !job->checkpoint)
+        status = fail(&job->error, "expected a checkpoint (usage: diffenc %s)", usage);
+    for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT && status == 0; o++)
+        if (o->takers & command && strcmp(o->argument, "FILE") == 0 && !is_given(job, o))
+            status = fail(&job->error, "expected --%s FILE (usage: diffenc %s)", o->name, usage);
+    job->threads = usable_threads(job->threads);
+    return status ? wrong_usage(usage, &job->error) : OK;
 }
 
-static int default_threads(void) {
-#ifdef _OPENMP
-    return omp_get_max_threads() < MAX_THREADS ? omp_get_max_threads() : MAX_THREADS;
-#else
-    return 1;
-#endif
-}
-
-/* ---- settings: what a training was told, and how that travels in a checkpoint ---- */
-
-typedef struct {
-    Config config;
-    int net, prediction, schedule;   /* these three of the configuration, as choices */
-    Optimizer optimizer;
-    int batch;
-    uint64_t seed;
-    char data[TEXT_SIZE];
-    uint64_t images;                 /* how many there are in these data */
-} Settings;
-
-static Settings settings_default(void) {
-    Settings s = {.config = config_default(),
-                  .optimizer = optimizer_default(),
-                  .batch = 64,
-                  .seed = 1,
-                  .data = "digits"};
-    s.net = (int)s.config.net;
-    s.prediction = (int)s.config.prediction;
-    s.schedule = (int)s.config.schedule;
-    return s;
-}
-
-/* The table of all settings: the command line, the metadata of a checkpoint and the comparison of the two
- * walk over it. The first FIXED_SETTINGS make the model and the data's order; a resumed training cannot
- * change them. */
-enum { SETTINGS = 19, FIXED_SETTINGS = 13 };
-
-static void settings_options(Settings *s, Option *list) {
-    Config *c = &s->config;
-    Optimizer *o = &s->optimizer;
-    const Option options[SETTINGS] = {
-        {"model", OPTION_MODEL, c, 0, 0, "NAME", "vdm-L, diffenc-L-nt or diffenc-L-E", 0},
-        {"net", OPTION_CHOICE, &s->net, 0, 0, "flat|unet", "body of the score network", 0},
-        {"channels", OPTION_INT, &c->channels, 4, 1024, "N", "of the score network, a multiple of 4", 0},
-        {"encoder-channels", OPTION_INT, &c->encoder_channels, 4, 1024, "N",
-         "of the encoder, a multiple of 4", 0},
-        {"predict", OPTION_CHOICE, &s->prediction, 0, 0, "v|eps|x", "what the score network predicts", 0},
-        {"schedule", OPTION_CHOICE, &s->schedule, 0, 0, "fixed|learned", "the end points of gamma(t)", 0},
-        {"gamma-min", OPTION_REAL, &c->gamma_min, -40, 40, "X", "gamma(0); where a learned schedule starts",
-         0},
-        {"gamma-max", OPTION_REAL, &c->gamma_max, -40, 40, "X", "gamma(1); where a learned schedule starts",
-         0},
-        {"timesteps", OPTION_INT, &c->timesteps, 1, 1e6, "T",
-         "finite number of time steps; without it: continuous", 0},
-        {"variance-ratio", OPTION_REAL, &c->variance_ratio, 1e-6, 1e6, "W",
-         "sigma_Q^2 / sigma_P^2, finite T only", 0},
-        {"batch", OPTION_INT, &s->batch, 1, MAX_BATCH, "N", "examples in a step", 0},
-        {"seed", OPTION_SEED, &s->seed, 0, 0, "N", "the same seed gives the same bits", 0},
-        {"data", OPTION_TEXT, s->data, 0, 0, "DIR|digits",
-         "MNIST, Fashion-MNIST or CIFAR-10, or built-in digits", 0},
-        {"dropout", OPTION_REAL, &c->dropout, 0, 0.99, "X", "rate in training", 0},
-        {"lr", OPTION_REAL, &o->learning_rate, 0, 1e6, "X", "learning rate of AdamW", 0},
-        {"warmup", OPTION_INT, &o->warmup, 0, 2e9, "N", "steps over which the learning rate rises from 0", 0},
-        {"weight-decay", OPTION_REAL, &o->weight_decay, 0, 1e6, "X", "of AdamW, not on biases", 0},
-        {"clip", OPTION_REAL, &o->clip, 0, 1e30, "X", "largest norm of the whole gradient; 0: no clipping",
-         0},
-        {"ema", OPTION_REAL, &o->ema, 0, 1, "X", "decay of the moving average of the weights", 0},
-    };
-    memcpy(list, options, sizeof options);
-}
-
-/* The choices into the configuration; then it must be one that can be built. */
-static int settings_check(Settings *s, Error *error) {
-    s->config.net = (NetKind)s->net;
-    s->config.prediction = (Prediction)s->prediction;
-    s->config.schedule = (ScheduleKind)s->schedule;
-    return config_check(&s->config, error);
-}
+/* ---- settings in a checkpoint ---- */
 
 /* "encoder-channels" on the command line is "encoder_channels" in a file. */
-static void metadata_key(const char *name, char key[32]) {
-    snprintf(key, 32, "%s", name);
+static void metadata_key(const char *name, char key[TEXT_SIZE]) {
+    snprintf(key, TEXT_SIZE, "%s", name);
     for (char *dash = key; (dash = strchr(dash, '-')) != NULL;)
         *dash = '_';
 }
 
-/* All that a checkpoint says about itself besides the tensors and its format: the settings, and what only
- * files know. */
-enum { FILE_OPTIONS = SETTINGS + 5 };
-
-static void file_options(Settings *s, uint64_t *step, Option *list) {
-    const Option more[FILE_OPTIONS - SETTINGS] = {
-        {"step", OPTION_SEED, step, 0, 0, "", "", 0},
-        {"images", OPTION_SEED, &s->images, 0, 0, "", "", 0},
-        {"height", OPTION_INT, &s->config.height, 1, 1e6, "", "", 0},
-        {"width", OPTION_INT, &s->config.width, 1, 1e6, "", "", 0},
-        {"image-channels", OPTION_INT, &s->config.image_channels, 1, 3, "", "", 0},
-    };
-    settings_options(s, list);
-    memcpy(list + SETTINGS, more, sizeof more);
-}
-
-static int settings_read(const TensorFile *f, const char *path, Settings *s, uint64_t *step, Error *error) {
+static int settings_read(const TensorFile *f, const char *path, Job *job) {
     const char *format = tensors_metadata(f, "format"), *version = tensors_metadata(f, "format_version");
-    Option options[FILE_OPTIONS];
-    Error inner;
+    Settings *s = &job->settings;
+    Error *error = &job->error, inner;
     *s = settings_default();
-    *step = 0;
     if (!format || strcmp(format, "diffenc") != 0)
         return fail(error, "%s: is no checkpoint of this program: metadata 'format' is not 'diffenc'", path);
     if (!version || strcmp(version, "1") != 0)
         return fail(error, "%s: format version %.20s, this program reads version 1", path,
                     version ? version : "missing");
-    file_options(s, step, options);
-    for (int i = 0; i < FILE_OPTIONS; i++) {
-        char key[32];
-        metadata_key(options[i].name, key);
-        const char *text = tensors_metadata(f, key);
-        const int continuous = options[i].target == &s->config.timesteps && text && strcmp(text, "0") == 0;
-        if (!text && i == 0)
+    for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++) {
+        char key[TEXT_SIZE];
+        metadata_key(o->name, key);
+        const char *text = o->takers & RECORD ? tensors_metadata(f, key) : NULL;
+        if (!text && o == OPTIONS)
             return fail(error, "%s: metadata 'model' is missing", path);
-        if (text && !continuous && option_set(&options[i], text, &inner))
+        if (text && option_set(o, job, text, &inner))
             return fail(error, "%s: metadata: %s", path, inner.text);
     }
-    if (*step > UINT32_MAX)
-        return fail(error, "%s: metadata: step %llu is beyond 4294967295", path, (unsigned long long)*step);
-    return settings_check(s, &inner) ? fail(error, "%s: metadata: %s", path, inner.text) : 0;
+    if (s->step > UINT32_MAX)
+        return fail(error, "%s: metadata: step %llu is beyond 4294967295", path, (unsigned long long)s->step);
+    return config_check(&s->config, &inner) ? fail(error, "%s: metadata: %s", path, inner.text) : 0;
+}
+
+/* ---- memory ---- */
+
+static size_t image_size(const Config *c) { return (size_t)c->height * c->width * c->image_channels; }
+
+/* The least of `limit` and the number in a file of the system, if there is one ("max" is none). */
+static double system_limit(const char *path, double limit) {
+    double value = limit;
+    FILE *stream = fopen(path, "r");
+    if (stream && fscanf(stream, "%lf", &value) != 1)
+        value = limit;
+    if (stream)
+        fclose(stream);
+    return fmin(limit, value);
+}
+
+/* Bytes that this process may have: the machine's, or less where a limit of the process or of one of its
+ * control groups, from its own up to the root, says so. */
+static double memory_limit(void) {
+    double limit = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    char line[TEXT_SIZE] = "", group[TEXT_SIZE] = "", path[TEXT_SIZE + 64];
+    struct rlimit own;
+    if (getrlimit(RLIMIT_AS, &own) == 0 && own.rlim_cur != RLIM_INFINITY)
+        limit = fmin(limit, (double)own.rlim_cur);
+    limit = system_limit("/sys/fs/cgroup/memory/memory.limit_in_bytes", limit);
+    FILE *stream = fopen("/proc/self/cgroup", "r");
+    while (stream && fgets(line, sizeof line, stream))
+        sscanf(line, "0::%1000[^\n]", group);
+    if (stream)
+        fclose(stream);
+    for (char *end = group + strlen(group); end; end = strrchr(group, '/')) {
+        *end = 0;
+        snprintf(path, sizeof path, "/sys/fs/cgroup%s/memory.max", group);
+        limit = system_limit(path, limit);
+    }
+    return limit;
+}
+
+/* Whether `more` bytes besides those of before are to be had. */
+static int memory_check(Job *job, double more) {
+    const double have = memory_limit();
+    job->need += more;
+    return job->need < have
+               ? 0
+               : fail(&job->error, "this needs about %.0f MiB of memory, there are %.0f MiB for it",
+                      ldexp(job->need, -20), ldexp(have, -20));
+}
+
+/* The same for the vectors of a model and one example's graph for each thread; in training also the gradient
+ * slots, and the gradients in the graph. */
+static int model_memory_check(Job *job, size_t weights, int training) {
+    Model m = {.config = job->settings.config};
+    Network n = {.model = &m, .declaring = 1, .graph = {.shapes_only = 1}};
+    graph_begin(&n.graph, arena_new());
+    const Method method = method_begin(&n);
+    const Example example = {NULL, 0.5, NULL, NULL};
+    objective(&method, example);
+    const double graph = (training ? 1.5 : 1) * (double)n.graph.bytes * job->threads;
+    arena_free(n.graph.arena);
+    free(m.parameter);
+    return memory_check(job, (double)weights * sizeof(real) * (5 + (training ? GRADIENT_SLOTS : 0)) + graph);
+}
+
+/* From here on a signal ends the work instead of the program. */
+static void job_workers(Job *job) {
+    catch_signals();
+    workers_new(&job->workers, &job->model, job->threads);
+    job->workers.stop = &stop_signal;
+}
+
+/* Print what went wrong where status is -1, free everything, return the exit status. */
+static int job_end(Job *job, int status) {
+    if (status < 0) {
+        say("", &job->error);
+        status = stop_signal ? 128 + stop_signal : FAILURE;
+    }
+    workers_free(&job->workers);
+    model_free(&job->model);
+    dataset_close(&job->data);
+    free(job->test);
+    if (job->log)
+        fclose(job->log);
+    return status;
 }
 
 /* ---- checkpoints ---- */
 
 static const char *const VECTORS[4] = {"params", "ema", "adam.m", "adam.v"};
+static const ElementType TYPE_OF_REAL = sizeof(real) == sizeof(double) ? TYPE_F64 : TYPE_F32;
+enum { NAME_SIZE = 80 }; /* "adam.m." and the name of a parameter */
 
-static real *vector_of(Model *m, int index) {
+static real *vector_of(const Model *m, int index) {
     real *const vectors[4] = {m->params, m->ema, m->adam_m, m->adam_v};
     return vectors[index];
 }
 
-static const ElementType TYPE_OF_REAL = sizeof(real) == sizeof(double) ? TYPE_F64 : TYPE_F32;
-
-enum { NAME_SIZE = 80 };   /* "adam.m." and the name of a parameter */
-
-/* A parameter's part of a vector as a tensor of a file. `name` holds "PREFIX.NAME" as long as the result
- * is used. */
+/* A parameter's part of a vector as a tensor called "PREFIX.NAME", which is put into `name`. */
 static TensorOut tensor_out(const char *prefix, const Parameter *p, const real *vector,
                             char name[NAME_SIZE]) {
     TensorOut out = {.name = name, .type = TYPE_OF_REAL, .rank = p->rank, .data = vector + p->offset};
@@ -343,31 +521,32 @@ static TensorOut tensor_out(const char *prefix, const Parameter *p, const real *
 
 /* A checkpoint that could not be read again must not take the place of one that can: what is not finite is
  * not written. */
-static int checkpoint_write(const char *path, Model *m, const Settings *s, Error *error) {
+static int checkpoint_write(const char *path, Job *job) {
+    const Model *m = &job->model;
     const int count = 4 * m->parameter_count;
     TensorOut *out = allocate((size_t)count, sizeof *out);
     char(*names)[NAME_SIZE] = allocate((size_t)count, sizeof *names);
-    char(*text)[2][TEXT_SIZE] = allocate(FILE_OPTIONS, sizeof *text);   /* keys and values */
-    const char *metadata[2 * FILE_OPTIONS + 4] = {"format", "diffenc", "format_version", "1"};
-    Option options[FILE_OPTIONS];
-    Settings copy = *s;
-    int status = 0;
-    file_options(&copy, &m->step, options);
-    for (int i = 0; i < FILE_OPTIONS; i++) {
-        metadata_key(options[i].name, text[i][0]);
-        option_text(&options[i], text[i][1]);
-        metadata[2 * i + 4] = text[i][0], metadata[2 * i + 5] = text[i][1];
-    }
+    char(*text)[TEXT_SIZE] = allocate(2 * OPTION_COUNT, sizeof *text); /* keys and values */
+    const char *metadata[2 * OPTION_COUNT + 4] = {"format", "diffenc", "format_version", "1"};
+    int texts = 0, status = 0;
+    job->settings.step = m->step;
+    for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++)
+        if (o->takers & RECORD) {
+            metadata_key(o->name, text[texts++]);
+            option_text(o, job, text[texts++]);
+        }
+    for (int i = 0; i < texts; i++)
+        metadata[i + 4] = text[i];
     for (int i = 0; i < count && status == 0; i++) {
         const Parameter *p = &m->parameter[i % m->parameter_count];
         const real *vector = vector_of(m, i / m->parameter_count);
         out[i] = tensor_out(VECTORS[i / m->parameter_count], p, vector, names[i]);
         if (!isfinite(dot(vector + p->offset, vector + p->offset, p->count)))
-            status = fail(error, "step %llu: diverged: %s is not finite any more",
+            status = fail(&job->error, "step %llu: diverged: %s is not finite any more",
                           (unsigned long long)m->step, names[i]);
     }
     if (status == 0)
-        status = tensors_write(path, out, count, metadata, FILE_OPTIONS + 2, error);
+        status = tensors_write(path, out, count, metadata, texts / 2 + 2, &job->error);
     free(text);
     free(names);
     free(out);
@@ -378,7 +557,8 @@ static int checkpoint_write(const char *path, Model *m, const Settings *s, Error
  * eval, show), or everything (resume). */
 typedef enum { LOAD_PARAMS, LOAD_EMA, LOAD_ALL } Load;
 
-static int checkpoint_load(const TensorFile *f, const char *path, Load load, Model *m, Error *error) {
+static int checkpoint_load(const TensorFile *f, const char *path, Load load, const Model *m, Error *error) {
+    const char *model = tensors_metadata(f, "model");
     int known = 0;
     for (int i = 0; i < 4 * m->parameter_count; i++) {
         const int vector = i / m->parameter_count;
@@ -390,193 +570,86 @@ static int checkpoint_load(const TensorFile *f, const char *path, Load load, Mod
         if (load != LOAD_ALL && vector != (load == LOAD_PARAMS ? 0 : 1))
             continue;
         if (!entry)
-            return fail(error, "%s: holds no tensor '%s', which model %s needs", path, name,
-                        tensors_metadata(f, "model"));
+            return fail(error, "%s: holds no tensor '%s', which model %s needs", path, name, model);
         if (tensors_copy(entry, path, p->rank, p->shape, vector_of(m, vector) + p->offset, error))
             return -1;
     }
-    /* A tensor the model has no use for says that the file is not what its metadata claim. */
-    return known == f->tensor_count ? 0
-                                    : fail(error, "%s: holds %d tensors that model %s does not have", path,
-                                           f->tensor_count - known, tensors_metadata(f, "model"));
+    if (known != f->tensor_count) /* the file is not what its metadata claim */
+        return fail(error, "%s: holds %d tensors that model %s does not have", path, f->tensor_count - known,
+                    model);
+    return 0;
 }
 
-/* On failure the model is empty, and model_free does no harm. */
-static int checkpoint_read(const char *path, Load load, Model *m, Settings *s, Error *error) {
-    TensorFile f;
-    uint64_t step;
+/* Settings and model from a file. The file's word for the size of a model counts for nothing before the file
+ * was seen to hold its weights and the machine to have memory for its graph. */
+static int checkpoint_take(const TensorFile *f, const char *path, Load load, Job *job) {
+    Error *error = &job->error;
+    const Config *c = &job->settings.config;
     size_t weights = 0;
-    memset(m, 0, sizeof *m);
-    if (tensors_read(path, &f, error))
+    if (settings_read(f, path, job) || model_size(c, &weights, error))
         return -1;
-    int status = settings_read(&f, path, s, &step, error) || model_size(&s->config, &weights, error) ? -1 : 0;
-    if (status == 0 &&
-        weights > f.bytes.size / sizeof(float)) /* before the metadata's word is taken for it */
-        status = fail(error, "%s: holds %zu bytes, too few for the %zu weights of model %s", path,
-                      f.bytes.size, weights, tensors_metadata(&f, "model"));
-    if (status == 0 && (status = model_new(m, &s->config, s->seed, error)) == 0) {
-        m->step = step;
-        if ((status = checkpoint_load(&f, path, load, m, error)) != 0)
-            model_free(m);
-        else if (load == LOAD_ALL && f.tensors[0].type != TYPE_OF_REAL)
-            fprintf(stderr, "diffenc: %s: was written in another precision, goes on in %s\n", path,
-                    TYPE_OF_REAL == TYPE_F64 ? "double" : "single");
+    if (weights > f->bytes.size / sizeof(float))
+        return fail(error, "%s: holds %zu bytes, too few for the %zu weights of model %s", path,
+                    f->bytes.size, weights, tensors_metadata(f, "model"));
+    if (model_memory_check(job, weights, load != LOAD_EMA)) {
+        const Error inner = *error;
+        return fail(error, "%s: %s", path, inner.text);
     }
+    if (model_new(&job->model, c, job->settings.seed, error) ||
+        checkpoint_load(f, path, load, &job->model, error))
+        return -1;
+    job->model.step = job->settings.step;
+    if (load == LOAD_ALL && f->tensors[0].type != TYPE_OF_REAL)
+        fprintf(stderr, "diffenc: %s: was written in another precision, goes on in %s\n", path,
+                TYPE_OF_REAL == TYPE_F64 ? "double" : "single");
+    return 0;
+}
+
+static int checkpoint_read(const char *path, Load load, Job *job) {
+    TensorFile f;
+    if (tensors_read(path, &f, &job->error))
+        return -1;
+    const int status = checkpoint_take(&f, path, load, job);
     tensors_free(&f);
     return status;
 }
 
-/* ---- one training step ---- */
+/* ---- data and pictures ---- */
 
-typedef struct {
-    const Model *model;
-    const unsigned char *images;
-    int batch;
-    uint64_t seed;
-    double u;
-    double (*terms)[3];   /* [batch]: recon, latent, diffusion in nats */
-} Batch;
-
-static size_t image_size(const Config *c) {
-    return (size_t)c->height * c->width * c->image_channels;
+static int data_check(const Dataset *data, const char *where, const Config *c, Error *error) {
+    if (data->height == c->height && data->width == c->width && data->channels == c->image_channels)
+        return 0;
+    return fail(error, "%s: images are %dx%dx%d, the model is for %dx%dx%d", where, data->height, data->width,
+                data->channels, c->height, c->width, c->image_channels);
 }
 
-static real *noise(Network *n, RandomStream stream, size_t count) {
-    real *eps = arena_allocate(n->graph.arena, count, sizeof(real));
-    random_normal(stream, eps, count);
-    return eps;
+/* How many images --limit leaves of the data; 0: all. */
+static int limited(const Dataset *data, int limit) {
+    return limit > 0 && (uint32_t)limit < data->count ? limit : (int)data->count;
 }
 
-static Tensor *image_of(const Method *m, const real *values) {
-    const Config *c = m->config;
-    return constant(m->graph, c->height, c->width, c->image_channels, values);
+/* `count` images, evenly over the whole split: files may be sorted. */
+static unsigned char *images_of(const Dataset *data, int count) {
+    const size_t d = (size_t)data->height * data->width * data->channels;
+    unsigned char *images = allocate((size_t)count, d);
+    for (int i = 0; i < count; i++)
+        dataset_image(data, (uint32_t)((uint64_t)i * data->count / (unsigned)count), images + (size_t)i * d);
+    return images;
 }
 
-static void terms_of(LossTerms terms, double out[3]) {
-    out[0] = terms.recon->number_value;
-    out[1] = terms.latent->number_value;
-    out[2] = terms.diffusion->number_value;
+/* Images in a grid; columns 0: as many as rows. */
+static int grid_write(const char *path, const unsigned char *images, int count, int columns, const Config *c,
+                      Error *error) {
+    int h, w;
+    if (columns == 0)
+        columns = (int)ceil(sqrt(count));
+    unsigned char *grid = image_grid(images, count, columns, c->height, c->width, c->image_channels, &h, &w);
+    const int status = image_write(path, grid, h, w, c->image_channels, error);
+    free(grid);
+    return status;
 }
 
-/* One example's part of the loss and of the gradient of a batch. */
-static void learn(Network *n, Example example, int batch, double terms_out[3]) {
-    const Method m = method_begin(n);
-    const LossTerms terms = objective(&m, example);
-    terms_of(terms, terms_out);
-    backward(bits_per_dimension(&m, terms), 1.0 / batch);
-}
-
-static void training_example(Network *n, int i, void *context) {
-    const Batch *b = context;
-    const Config *c = &b->model->config;
-    const uint32_t step = (uint32_t)b->model->step, index = (uint32_t)i;
-    const size_t d = image_size(c);
-    n->graph.dropout = c->dropout;
-    n->graph.dropout_stream = random_stream(b->seed, RANDOM_DROPOUT, step, index);
-    const Example example = {.k = b->images + (size_t)i * d,
-                             .t = example_time(b->u, i, b->batch, c->timesteps),
-                             .eps = noise(n, random_stream(b->seed, RANDOM_NOISE, step, index), d),
-                             .eps_0 = noise(n, random_stream(b->seed, RANDOM_NOISE_0, step, index), d)};
-    learn(n, example, b->batch, b->terms[i]);
-}
-
-/* The parameter with the largest gradient, or the first one whose gradient is not finite; *norm is that
- * gradient's. */
-static const Parameter *steepest(const Model *m, const real *gradient, double *norm) {
-    const Parameter *found = m->parameter;
-    double most = -1;
-    for (int i = 0; i < m->parameter_count && isfinite(most); i++) {
-        const Parameter *p = &m->parameter[i];
-        const double square = dot(gradient + p->offset, gradient + p->offset, p->count);
-        if (!(square <= most))
-            most = square, found = p;
-    }
-    *norm = sqrt(most);
-    return found;
-}
-
-static const char *const TERMS[3] = {"recon", "latent", "diffusion"};
-
-/* Why a step cannot be taken: the first term of the loss that is not finite, or the largest one, and the same
- * of the gradient by parameter. A NaN may have a sign, which means nothing. */
-static int diverged(const Model *m, const double mean[3], const real *gradient, Error *error) {
-    double norm;
-    const Parameter *p = steepest(m, gradient, &norm);
-    int term = 0;
-    for (int i = 1; i < 3 && isfinite(mean[term]); i++)
-        if (!(mean[i] <= mean[term]))
-            term = i;
-    return fail(error, "step %llu: diverged: the %s loss is %g, the gradient of %s has the norm %g",
-                (unsigned long long)m->step + 1, TERMS[term], fabs(mean[term]), p->name, fabs(norm));
-}
-
-int training_step(Model *model, Workers *workers, const Optimizer *optimizer, const unsigned char *images,
-                  int batch, uint64_t seed, StepReport *r, Error *error) {
-    const double per_bit = 1 / (image_size(&model->config) * LOG_2);
-    Batch b = {.model = model, .images = images, .batch = batch, .seed = seed,
-               .u = random_uniform(random_stream(seed, RANDOM_TIME, (uint32_t)model->step, 0), 0),
-               .terms = workers_results(workers, (size_t)batch, sizeof *b.terms)};
-    model_flip(model, workers->threads);
-    workers_run(workers, model->params, 1, batch, training_example, &b);
-
-    double mean[3] = {0};
-    for (int i = 0; i < batch; i++)
-        for (int term = 0; term < 3; term++)
-            mean[term] += b.terms[i][term] * per_bit / batch;
-    r->total = mean[0] + mean[1] + mean[2];
-    const real *gradient = workers_gradient(workers);
-    if (!isfinite(r->total))
-        return diverged(model, mean, gradient, error);
-    r->gradient_norm = optimizer_step(model, optimizer, gradient, workers->threads);
-    if (!isfinite(r->gradient_norm))
-        return diverged(model, mean, gradient, error);
-    r->recon = mean[0], r->latent = mean[1], r->diffusion = mean[2];
-    return 0;
-}
-
-/* ---- evaluation ---- */
-
-typedef struct {
-    const Model *model;
-    const Dataset *data;
-    int count;
-    uint64_t seed;
-    double u;
-    double (*terms)[4];   /* [count]: recon, latent, diffusion and their sum */
-    double *distance;     /* NULL, or [T, count]: ||mu_P - mu_Q||^2 / sigma_Q^2 of every step */
-} Evaluation;
-
-/* An image of the data, in memory of the current example. */
-static const unsigned char *pixels_of(Network *n, const Dataset *data, int index) {
-    unsigned char *k = arena_allocate(n->graph.arena, image_size(&n->model->config), 1);
-    dataset_image(data, (uint32_t)index, k);
-    return k;
-}
-
-static void evaluation_example(Network *n, int i, void *context) {
-    const Evaluation *e = context;
-    const Config *c = &e->model->config;
-    const size_t d = image_size(c);
-    const uint32_t index = (uint32_t)i;
-    n->graph.dropout = 0;
-    const Example example = {.k = pixels_of(n, e->data, i),
-                             .t = example_time(e->u, i, e->count, c->timesteps),
-                             .eps = noise(n, random_stream(e->seed, RANDOM_EVAL_NOISE, 0, index), d),
-                             .eps_0 = noise(n, random_stream(e->seed, RANDOM_EVAL_NOISE_0, 0, index), d)};
-    Method m = method_begin(n);
-    double *terms = e->terms[i];
-    terms_of(objective(&m, example), terms);
-    terms[3] = terms[0] + terms[1] + terms[2];
-    for (int step = 1; e->distance && step <= c->timesteps; step++) {
-        network_begin(n);
-        m = method_begin(n);
-        Tensor *x = scale_pixels(&m, pixels_of(n, e->data, i));
-        Tensor *eps =
-            image_of(&m, noise(n, random_stream(e->seed, RANDOM_EVAL_NOISE, (uint32_t)step, index), d));
-        const double s = (double)(step - 1) / c->timesteps, t = (double)step / c->timesteps;
-        e->distance[(size_t)(step - 1) * e->count + i] = distance_at(&m, x, eps, s, t)->number_value;
-    }
-}
+/* ---- the bound on images ---- */
 
 /* Mean and standard error of x[i * stride], i < count. */
 static void mean_and_error(const double *x, int count, int stride, double *mean, double *standard_error) {
@@ -589,664 +662,592 @@ static void mean_and_error(const double *x, int count, int stride, double *mean,
     *standard_error = count > 1 ? sqrt(squares / (count - 1.0) / count) : 0;
 }
 
-/* The bound on the first `count` images with the weights `ema`: for each of recon, latent, diffusion and
- * their sum the mean and the standard error in bits per dimension. */
-static void evaluate(Model *model, Workers *workers, const Dataset *data, int count, uint64_t seed,
-                     double result[4][2], double *distance) {
-    const double per_bit = 1 / (image_size(&model->config) * LOG_2);
-    Evaluation e = {.model = model, .data = data, .count = count, .seed = seed, .distance = distance,
-                    .u = random_uniform(random_stream(seed, RANDOM_EVAL_TIME, 0, 0), 0)};
-    e.terms = allocate((size_t)count, sizeof *e.terms);
-    workers_run(workers, model->ema, 0, count, evaluation_example, &e);
-    for (int term = 0; term < 4; term++) {
-        mean_and_error(&e.terms[0][term], count, 4, &result[term][0], &result[term][1]);
-        result[term][0] *= per_bit;
-        result[term][1] *= per_bit;
-    }
-    free(e.terms);
+/* For each of recon, latent, diffusion and total the mean and the standard error over the images. */
+static void bound(Job *job, const unsigned char *images, int count, int repeats, uint64_t seed,
+                  double result[4][2]) {
+    double(*terms)[4] = allocate((size_t)count, sizeof *terms);
+    evaluate(&job->workers, images, count, repeats, seed, terms);
+    for (int term = 0; term < 4; term++)
+        mean_and_error(&terms[0][term], count, 4, &result[term][0], &result[term][1]);
+    free(terms);
 }
 
-/* ---- sampling ---- */
-
-typedef struct {
-    const Config *config;
-    int timesteps, draw_pixels;
-    uint64_t seed;
-    unsigned char *images;
-} Sampling;
-
-static void sample_example(Network *n, int i, void *context) {
-    const Sampling *s = context;
-    const size_t d = image_size(s->config);
-    const int T = s->timesteps;
-    const uint32_t index = (uint32_t)i;
-    real *z = allocate(d, sizeof *z);   /* outside of the arena, which begins anew with each step */
-    n->graph.dropout = 0;
-    random_normal(random_stream(s->seed, RANDOM_SAMPLER, (uint32_t)T + 1, index), z, d);
-    for (int step = T; step >= 1; step--) {
-        network_begin(n);
-        const Method m = method_begin(n);
-        const RandomStream stream = random_stream(s->seed, RANDOM_SAMPLER, (uint32_t)step, index);
-        Tensor *eps = image_of(&m, noise(n, stream, d));
-        const double before = (double)(step - 1) / T, t = (double)step / T;
-        memcpy(z, ancestral_step(&m, image_of(&m, z), before, t, eps)->value, d * sizeof *z);
-    }
-    network_begin(n);
-    const Method m = method_begin(n);
-    double *u = s->draw_pixels ? arena_allocate(n->graph.arena, d, sizeof *u) : NULL;
-    for (size_t j = 0; u && j < d; j++)
-        u[j] = random_uniform(random_stream(s->seed, RANDOM_PIXELS, 0, index), (uint32_t)j);
-    decode_pixels(&m, image_of(&m, z), u, s->images + (size_t)i * d);
-    free(z);
-}
-
-void sample_images(Model *model, Workers *workers, int count, int timesteps, uint64_t seed, int draw_pixels,
-                   unsigned char *images) {
-    Sampling s = {.config = &model->config, .timesteps = timesteps, .draw_pixels = draw_pixels, .seed = seed,
-                  .images = images};
-    workers_run(workers, model->ema, 0, count, sample_example, &s);
-}
-
-static int grid_write(const char *path, const unsigned char *images, int count, int columns, const Config *c,
-                      Error *error) {
-    int height, width;
-    unsigned char *grid =
-        image_grid(images, count, columns, c->height, c->width, c->image_channels, &height, &width);
-    const int status = image_write(path, grid, height, width, c->image_channels, error);
-    free(grid);
-    return status;
-}
-
-static int square_columns(int count) {
-    return (int)ceil(sqrt(count));
-}
-
-/* ---- the log of a training ---- */
-
-/* Loss curves are averages over at most CURVE_POINTS equal runs of steps, so their memory does not grow. */
-enum { CURVE_POINTS = 600 };
-
-typedef struct {
-    FILE *csv;
-    int per_point;
-    double sum[CURVE_POINTS][4];   /* step, recon, latent, diffusion */
-    int count[CURVE_POINTS];
-} Log;
-
-static const char *const LOG_HEADER = "step,bpd,recon,latent,diffusion,gradient_norm,test_bpd,seconds\n";
-
-static void log_point(Log *log, double step, double recon, double latent, double diffusion) {
-    const int at = (int)((step - 1) / log->per_point);
-    if (at < 0 || at >= CURVE_POINTS)
-        return;
-    const double values[4] = {step, recon, latent, diffusion};
-    for (int i = 0; i < 4; i++)
-        log->sum[at][i] += values[i];
-    log->count[at]++;
-}
-
-/* Open log.csv. A resumed one keeps its lines up to the step of the checkpoint; what a crash left behind
- * them, whole lines or half of one, is cut off. */
-static int log_open(Log *log, const char *path, uint64_t step, int steps, Error *error) {
-    char line[256];
-    long kept = 0;
-    memset(log, 0, sizeof *log);
-    log->per_point = steps > 0 ? (steps - 1) / CURVE_POINTS + 1 : 1;
-    log->csv = fopen(path, step > 0 ? "a+" : "w+");
-    if (!log->csv)
-        return fail(error, "%s: cannot be opened for writing: %s", path, strerror(errno));
-    rewind(log->csv);
-    while (fgets(line, sizeof line, log->csv)) {
-        unsigned long long at;
-        double bpd, recon, latent, diffusion;
-        const int numbers = sscanf(line, "%llu,%lf,%lf,%lf,%lf", &at, &bpd, &recon, &latent, &diffusion);
-        if (!strchr(line, '\n') || (numbers == 5 ? at > step : strcmp(line, LOG_HEADER) != 0))
-            break;
-        if (numbers == 5)
-            log_point(log, (double)at, recon, latent, diffusion);
-        kept = ftell(log->csv);
-    }
-    if (ftruncate(fileno(log->csv), kept) || fseek(log->csv, 0, SEEK_END) ||
-        (kept == 0 && fputs(LOG_HEADER, log->csv) < 0) || fflush(log->csv))
-        return fail(error, "%s: cannot be written: %s", path, strerror(errno));
-    return 0;
-}
-
-/* The three terms differ by factors of a thousand and more, so the chart shows their logarithms to base 10:
- * recon green, latent orange, diffusion blue. */
-static int log_draw(const Log *log, const char *path, Error *error) {
-    enum { HEIGHT = 600, WIDTH = 900 };
-    double(*values)[CURVE_POINTS] = allocate(4, sizeof *values);
-    int points = 0;
-    for (int i = 0; i < CURVE_POINTS; i++)
-        if (log->count[i]) {
-            values[0][points] = log->sum[i][0] / log->count[i];
-            for (int j = 1; j < 4; j++)
-                values[j][points] = log10(log->sum[i][j] / log->count[i]);
-            points++;
-        }
-    const Curve curves[3] = {{{values[0], values[1]}, points, {44, 160, 44}},
-                             {{values[0], values[2]}, points, {255, 127, 14}},
-                             {{values[0], values[3]}, points, {31, 119, 180}}};
-    unsigned char *pixels = allocate((size_t)HEIGHT * WIDTH, 3);
-    chart_draw(curves, 3, pixels, HEIGHT, WIDTH);
-    const int status = image_write(path, pixels, HEIGHT, WIDTH, 3, error);
-    free(pixels);
-    free(values);
-    return status;
-}
-
-/* ---- signals ---- */
-
-/* The one global that is not const: a handler has no other way to say something. */
-static volatile sig_atomic_t stop_signal = 0;
-
-static void on_signal(int number) {
-    stop_signal = number;
-    signal(SIGINT, SIG_DFL);   /* a second one ends the program at once */
-    signal(SIGTERM, SIG_DFL);
-}
-
-static void catch_signals(void) {
-    /* SA_RESTART: a write goes on where the signal came upon it. */
-    const struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-}
-
-/* ---- diffenc train ---- */
-
-/* What a training would take: vectors, gradient slots, and one example's graph, with its gradients, for each
- * thread. */
-static int memory_check(const Config *config, int threads, Error *error) {
-    const double have = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-    Model m = {.config = *config};
-    Network n = {.model = &m, .declaring = 1, .graph = {.shapes_only = 1}};
-    size_t weights = 0;
-    if (model_size(config, &weights, error))
-        return -1;
-    graph_begin(&n.graph, arena_new());
-    const Method method = method_begin(&n);
-    const Example example = {NULL, 0.5, NULL, NULL};
-    objective(&method, example);
-    const double need = (double)weights * sizeof(real) * (5 + GRADIENT_SLOTS) +
-                        1.5 * (double)n.graph.bytes * threads;
-    arena_free(n.graph.arena);
-    free(m.parameter);
-    return need < have
-               ? 0
-               : fail(error, "this model needs about %.1f GiB of memory to train, the machine has %.1f GiB",
-                      ldexp(need, -30), ldexp(have, -30));
-}
-
-typedef struct {
-    Settings settings;
-    char out[TEXT_SIZE];
-    int steps, threads, save_every, sample_every, sample_steps, eval_every, eval_limit, resume;
-    Model model;
-    Workers workers;
-    Dataset data, test;
-    Log log;
-    double started, last_line;
-    uint64_t first_step;
-    int line_is_open;   /* the terminal's cursor stands behind the progress line */
-} Training;
+/* ---- diffenc train: its directory ---- */
 
 static void path_in(const char *directory, const char *name, char path[TEXT_SIZE]) {
     snprintf(path, TEXT_SIZE, "%.*s/%.60s", TEXT_SIZE - 64, directory, name);
 }
 
-/* A resumed training goes on with the settings of its checkpoint, `saved`. What was said on the command
- * line must agree, or be something that may change on the way: then it is said. */
-static int resume_settings(Training *t, const Option *options, Settings *saved, Error *error) {
-    Option theirs[SETTINGS];
-    char mine[TEXT_SIZE], was[TEXT_SIZE];
-    settings_options(saved, theirs);
-    for (int i = 0; i < SETTINGS; i++) {
-        option_text(&options[i], mine);
-        option_text(&theirs[i], was);
-        if (!options[i].given || strcmp(mine, was) == 0)
-            continue;
-        if (i < FIXED_SETTINGS)
-            return fail(error, "%s: was trained with --%s %.60s, not %.60s; another --out starts anew",
-                        t->out, options[i].name, was, mine);
-        fprintf(stderr, "diffenc: --%s changes from %s to %s\n", options[i].name, was, mine);
-        if (option_set(&theirs[i], mine, error))
-            return -1;
+/* Whether a training writes files of this name: 1, their temporary ones (file_replace): 2, or 0. */
+static int file_kind(const char *name) {
+    static const char *const names[3] = {"checkpoint.safetensors", "log.csv", "loss.png"};
+    int length = 0, end = 0;
+    sscanf(name, "samples-%*[0-9].png%n", &length);
+    for (int i = 0; i < 3 && length == 0; i++)
+        if (strncmp(name, names[i], strlen(names[i])) == 0)
+            length = (int)strlen(names[i]);
+    if (length == 0 || name[length] == 0)
+        return length > 0;
+    sscanf(name + length, ".tmp.%*[0-9]%n", &end);
+    return end > 0 && name[length + end] == 0 ? 2 : 0;
+}
+
+/* A new training writes over nothing, a resumed one follows no link out of its directory. Temporary files are
+ * of trainings that were killed while they wrote: whoever holds the lock is alone here. */
+static int directory_inspect(Job *job) {
+    char path[TEXT_SIZE];
+    struct stat status;
+    int result = 0;
+    DIR *listing = opendir(job->out);
+    if (!listing)
+        return fail(&job->error, "%s: cannot be read: %s", job->out, strerror(errno));
+    for (struct dirent *entry; result == 0 && (entry = readdir(listing)) != NULL;) {
+        const int kind = file_kind(entry->d_name);
+        path_in(job->out, entry->d_name, path);
+        if (kind == 2)
+            unlink(path);
+        else if (kind == 1 && !job->resume)
+            result = fail(&job->error, "%s: is there already; another --out starts anew", path);
+        else if (kind == 1 && (lstat(path, &status) || !S_ISREG(status.st_mode)))
+            result = fail(&job->error, "%s: is not a regular file; a training writes to no other", path);
     }
-    t->settings = *saved;
-    return 0;
+    closedir(listing);
+    return result;
 }
 
 /* One training at a time in a directory. The lock goes with the process, however that ends. */
-static int directory_lock(const char *directory, Error *error) {
-    char path[TEXT_SIZE];
-    if (mkdir(directory, 0777) && errno != EEXIST)
-        return fail(error, "%s: cannot be created: %s", directory, strerror(errno));
-    path_in(directory, ".lock", path);
-    const int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    if (file < 0)
-        return fail(error, "%s: cannot be written: %s", path, strerror(errno));
+static int directory_enter(Job *job) {
     struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
-    if (fcntl(file, F_SETLK, &lock) == 0)
+    char path[TEXT_SIZE];
+    if (!job->resume && mkdir(job->out, 0777) && errno != EEXIST)
+        return fail(&job->error, "%s: cannot be created: %s", job->out, strerror(errno));
+    path_in(job->out, ".lock", path);
+    job->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0666);
+    if (job->lock < 0)
+        return fail(&job->error, "%s: cannot be written: %s", path, strerror(errno));
+    if (fcntl(job->lock, F_SETLK, &lock) && (errno == EACCES || errno == EAGAIN))
+        return fail(&job->error, "%s: another training is at work in this directory", job->out);
+    if (fcntl(job->lock, F_SETLK, &lock))
+        return fail(&job->error, "%s: cannot be locked: %s", path, strerror(errno));
+    path_in(job->out, "checkpoint.safetensors", path);
+    if (!job->resume && access(path, F_OK) == 0)
+        return fail(&job->error, "%s: there is a checkpoint already; --resume goes on with it, another --out "
+                    "starts anew", path);
+    return directory_inspect(job);
+}
+
+/* Files are written by path, so before each of them: is this still the directory that was locked? */
+static int directory_check(const Job *job, Error *error) {
+    char path[TEXT_SIZE];
+    struct stat locked, here;
+    path_in(job->out, ".lock", path);
+    if (fstat(job->lock, &locked) || stat(path, &here) || locked.st_dev != here.st_dev ||
+        locked.st_ino != here.st_ino)
+        return fail(error, "%s: was removed or replaced while this training was at work in it", job->out);
+    return 0;
+}
+
+/* ---- diffenc train: its log ---- */
+
+static const char *const LOG_HEADER = "step,bpd,recon,latent,diffusion,gradient_norm,test_bpd,seconds\n";
+
+enum { LINE_SIZE = 4096 }; /* a diverging number in full has up to 316 digits */
+
+/* step, bpd, recon, latent, diffusion and gradient norm of a line; 0 if it is none of a log. Behind them come
+ * the test bound, which may be missing, and the seconds. */
+static int log_line(const char *line, double v[6]) {
+    int at = 0;
+    char *end;
+    if (sscanf(line, "%lf,%lf,%lf,%lf,%lf,%lf,%n", v, v + 1, v + 2, v + 3, v + 4, v + 5, &at) != 6 || at == 0)
         return 0;
-    return errno == EACCES || errno == EAGAIN
-               ? fail(error, "%s: another training is at work in this directory", directory)
-               : fail(error, "%s: cannot be locked: %s", path, strerror(errno));
+    strtod(line + at, &end);
+    if (*end++ != ',')
+        return 0;
+    strtod(end, &end);
+    return strcmp(end, "\n") == 0;
 }
 
-/* A training that was killed while it wrote left temporary files (file_replace); the lock says that no one
- * is at them. */
-static void remove_leftovers(const char *directory) {
-    static const char *const names[3] = {"checkpoint.safetensors.tmp.", "loss.png.tmp.", "samples-"};
-    DIR *listing = opendir(directory);
-    for (struct dirent *entry; listing && (entry = readdir(listing)) != NULL;)
-        for (int i = 0; i < 3; i++)
-            if (strncmp(entry->d_name, names[i], strlen(names[i])) == 0 && strstr(entry->d_name, ".tmp."))
-                unlinkat(dirfd(listing), entry->d_name, 0);
-    if (listing)
-        closedir(listing);
+/* Check that a log is that of the checkpoint at `step`: the header, then consecutive steps, that one among
+ * them or just before the first. *kept gets the length up to that step; what is behind it, whole lines or the
+ * beginning of one, was written between the checkpoint and the end of the training. */
+static int log_check(FILE *log, uint64_t step, long *kept) {
+    char line[LINE_SIZE];
+    double value[6], last = 0;
+    for (int i = 0; fgets(line, sizeof line, log); i++) {
+        const size_t length = strlen(line);
+        if (length == 0 || line[length - 1] != '\n')
+            return length < sizeof line - 1 && last >= (double)step &&
+                   (i > 0 ? strspn(line, "0123456789.,+-einfa") == length
+                          : strncmp(line, LOG_HEADER, length) == 0);
+        if (i == 0 ? strcmp(line, LOG_HEADER) != 0
+                   : !log_line(line, value) || (i == 1 ? value[0] > (double)step + 1 : value[0] != last + 1))
+            return 0;
+        last = i == 0 ? 0 : value[0];
+        if (last <= (double)step)
+            *kept = ftell(log);
+    }
+    return *kept == 0 || last == 0 || last >= (double)step;
 }
 
-/* What is said next begins a line of its own. */
-static void end_line(Training *t) {
-    if (t->line_is_open)
+/* Open log.csv: a new one, or that of the training which goes on. */
+static int log_open(Job *job) {
+    char path[TEXT_SIZE];
+    long kept = 0;
+    path_in(job->out, "log.csv", path);
+    int file = job->resume ? open(path, O_RDWR | O_APPEND | O_CLOEXEC | O_NOFOLLOW) : -1;
+    if (file < 0 && (!job->resume || errno == ENOENT))
+        file = open(path, O_RDWR | O_APPEND | O_CLOEXEC | O_CREAT | O_EXCL, 0666);
+    job->log = file < 0 ? NULL : fdopen(file, "a+");
+    if (!job->log)
+        return fail(&job->error, "%s: cannot be opened for writing: %s", path, strerror(errno));
+    rewind(job->log);
+    if (!log_check(job->log, job->model.step, &kept))
+        return fail(&job->error,
+                    "%s: is not the log of this training up to step %llu; without it --resume begins "
+                    "a new one",
+                    path, (unsigned long long)job->model.step);
+    if (ftruncate(fileno(job->log), kept) || fseek(job->log, 0, SEEK_END) ||
+        (kept == 0 && fputs(LOG_HEADER, job->log) < 0) || fflush(job->log))
+        return fail(&job->error, "%s: cannot be written: %s", path, strerror(errno));
+    return 0;
+}
+
+/* The log as a chart: each term averaged over at most POINTS equal runs of steps. The terms differ by factors
+ * of a thousand and more, so their logarithms are shown. */
+static int log_draw(FILE *log, int steps, const char *path, Error *error) {
+    enum { HEIGHT = 600, WIDTH = 900, POINTS = 600 };
+    double(*sum)[POINTS] = allocate_zeroed(5, sizeof *sum), value[6]; /* step, three terms, how many */
+    const int per_point = (steps - 1) / POINTS + 1;
+    char line[LINE_SIZE];
+    int points = 0;
+    for (rewind(log); fgets(line, sizeof line, log);) {
+        const int found = log_line(line, value) && value[0] >= 1 && value[0] <= steps;
+        const int at = found ? ((int)value[0] - 1) / per_point : POINTS;
+        for (int i = 0; i < 5 && at < POINTS; i++)
+            sum[i][at] += i == 4 ? 1 : value[i == 0 ? 0 : i + 1];
+    }
+    fseek(log, 0, SEEK_END);
+    for (int i = 0; i < POINTS; i++)
+        if (sum[4][i] > 0) {
+            for (int j = 0; j < 4; j++)
+                sum[j][points] = j == 0 ? sum[j][i] / sum[4][i] : log10(sum[j][i] / sum[4][i]);
+            points++;
+        }
+    const Curve curves[3] = {{{sum[0], sum[1]}, points, {44, 160, 44}},  /* recon is green, */
+                             {{sum[0], sum[2]}, points, {255, 127, 14}}, /* latent orange, */
+                             {{sum[0], sum[3]}, points, {31, 119, 180}}};
+    unsigned char *pixels = allocate((size_t)HEIGHT * WIDTH, 3);
+    chart_draw(curves, 3, pixels, HEIGHT, WIDTH);
+    const int status = image_write(path, pixels, HEIGHT, WIDTH, 3, error);
+    free(pixels);
+    free(sum);
+    return status;
+}
+
+/* ---- diffenc train ---- */
+
+/* A resumed training goes on with the settings of its checkpoint. What was asked for on the command line must
+ * agree, or be something that may change on the way: then the change is announced. */
+static int resume_settings(Job *job, const Job *asked) {
+    char now[TEXT_SIZE], was[TEXT_SIZE];
+    for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++) {
+        option_text(o, asked, now);
+        option_text(o, job, was);
+        if (!is_given(job, o) || (o->takers & SETTING) != SETTING || strcmp(now, was) == 0)
+            continue;
+        if (o->takers & KEPT)
+            return fail(&job->error, "%s: was trained with --%s %.60s, not %.60s; another --out starts anew",
+                        job->out, o->name, was, now);
+        fprintf(stderr, "diffenc: --%s changes from %s to %s\n", o->name, was, now);
+        if (option_set(o, job, now, &job->error))
+            return -1;
+    }
+    return 0;
+}
+
+/* What is printed next begins a line of its own. */
+static void end_line(Job *job) {
+    if (job->line_is_open)
         fputc('\n', stderr);
-    t->line_is_open = 0;
+    job->line_is_open = 0;
 }
 
-static void progress(Training *t, const StepReport *r) {
-    const double now = seconds_now(), done = (double)(t->model.step - t->first_step);
-    const double per_step = (now - t->started) / done, left = per_step * (t->steps - (double)t->model.step);
-    const int terminal = isatty(STDERR_FILENO), last = t->model.step == (uint64_t)t->steps || stop_signal;
-    if (!last && done > 1 && now - t->last_line < (terminal ? 0.1 : 10))
+static void progress(Job *job, const StepReport *r) {
+    const uint64_t step = job->model.step;
+    const double now = seconds_now(), done = (double)(step - job->first_step);
+    const double per_step = (now - job->started) / done;
+    const long long left = (long long)(per_step * (job->steps - (double)step));
+    const int terminal = isatty(STDERR_FILENO), last = step == (uint64_t)job->steps || stop_signal;
+    if (!last && done > 1 && now - job->last_line < (terminal ? 0.1 : 10))
         return;
-    t->last_line = now;
+    job->last_line = now;
     fprintf(stderr,
-            "%sstep %llu/%d  %.4f bpd (recon %.4f  latent %.4f  diffusion %.4f)  %.1f images/s  %d:%02d:%02d "
-            "left%s",
-            terminal ? "\r" : "", (unsigned long long)t->model.step, t->steps, r->total, r->recon, r->latent,
-            r->diffusion, t->settings.batch / per_step, (int)(left / 3600), (int)(left / 60) % 60,
-            (int)left % 60, terminal ? "  " : "\n");
-    t->line_is_open = terminal;
+            "%sstep %llu/%d  %.4f bpd (recon %.4f  latent %.4f  diffusion %.4f)  %.1f images/s  "
+            "%lld:%02d:%02d left%s",
+            terminal ? "\r" : "", (unsigned long long)step, job->steps, r->total, r->recon, r->latent,
+            r->diffusion, job->settings.batch / per_step, left / 3600, (int)(left / 60 % 60),
+            (int)(left % 60), terminal ? "  " : "\n");
+    job->line_is_open = terminal;
     fflush(stderr);
 }
 
-static int save(Training *t, Error *error) {
+/* The checkpoint, and the log up to it, which a resumed training asks for. A picture that cannot be drawn
+ * ends no training. */
+static int save(Job *job) {
     char path[TEXT_SIZE];
-    path_in(t->out, "checkpoint.safetensors", path);
-    if (checkpoint_write(path, &t->model, &t->settings, error))
+    Error minor;
+    if (job->log)
+        fsync(fileno(job->log));
+    path_in(job->out, "checkpoint.safetensors", path);
+    if (directory_check(job, &job->error) || checkpoint_write(path, job))
         return -1;
-    path_in(t->out, "loss.png", path);
-    return t->model.step > 0 ? log_draw(&t->log, path, error) : 0;
-}
-
-static int sample_grid(Training *t, Error *error) {
-    enum { COUNT = 64 };
-    const Config *c = &t->model.config;
-    char name[64], path[TEXT_SIZE];
-    snprintf(name, sizeof name, "samples-%llu.png", (unsigned long long)t->model.step);
-    path_in(t->out, name, path);
-    unsigned char *images = allocate(COUNT, image_size(c));
-    const int steps = c->timesteps > 0 ? c->timesteps : t->sample_steps;
-    sample_images(&t->model, &t->workers, COUNT, steps, t->settings.seed, 0, images);
-    const int status = grid_write(path, images, COUNT, square_columns(COUNT), c, error);
-    free(images);
-    if (status == 0) {
-        end_line(t);
-        printf("%s\n", path);
+    path_in(job->out, "loss.png", path);
+    if (job->log && job->model.step > 0 && log_draw(job->log, job->steps, path, &minor)) {
+        end_line(job);
+        say("", &minor);
     }
-    return status;
+    return 0;
 }
 
-static int due(uint64_t step, int every) {
-    return every > 0 && step > 0 && step % (uint64_t)every == 0;
+/* A model of finite T has no use for more steps than T. */
+static void sample_grid(Job *job) {
+    enum { COUNT_OF_GRID = 64 };
+    const Config *c = &job->model.config;
+    const int steps = c->timesteps > 0 && c->timesteps < job->sample_steps ? c->timesteps : job->sample_steps;
+    char name[64], path[TEXT_SIZE];
+    Error error;
+    if (steps == 0)
+        return;
+    snprintf(name, sizeof name, "samples-%llu.png", (unsigned long long)job->model.step);
+    path_in(job->out, name, path);
+    unsigned char *images = allocate(COUNT_OF_GRID, image_size(c));
+    int status = sample_images(&job->workers, COUNT_OF_GRID, steps, 0, job->settings.seed, 0, images);
+    if (status)
+        fail(&error, "%s: the samples are not finite", path);
+    else if ((status = directory_check(job, &error)) == 0 && !stop_signal)
+        status = grid_write(path, images, COUNT_OF_GRID, 0, c, &error);
+    free(images);
+    if (stop_signal) /* half-drawn: a resumed training draws it again */
+        return;
+    end_line(job);
+    if (status)
+        say("", &error);
+    else
+        printf("%s\n", path);
+    fflush(stdout);
 }
 
-/* The images of the next step, by the order of its epoch. */
-static void next_images(const Training *t, unsigned char *images) {
-    const Settings *s = &t->settings;
+static int due(uint64_t step, int every) { return every > 0 && step > 0 && step % (uint64_t)every == 0; }
+
+/* One step on the next images in the order of their epoch, with all that follows it: a line in the log, the
+ * evaluation, the progress. */
+static int train_step(Job *job, unsigned char *images) {
+    const Settings *s = &job->settings;
+    StepReport r = {0};
     for (int i = 0; i < s->batch; i++) {
-        const uint64_t n = t->model.step * (uint64_t)s->batch + (uint64_t)i;
-        const uint32_t position = (uint32_t)(n % t->data.count), epoch = (uint32_t)(n / t->data.count);
-        dataset_image(&t->data, dataset_shuffle(s->seed, epoch, position, t->data.count),
+        const uint64_t n = job->model.step * (uint64_t)s->batch + (uint64_t)i;
+        const uint32_t position = (uint32_t)(n % job->data.count), epoch = (uint32_t)(n / job->data.count);
+        dataset_image(&job->data, dataset_shuffle(s->seed, epoch, position, job->data.count),
                       images + (size_t)i * image_size(&s->config));
     }
-}
-
-/* One step with all that follows it: a line in the log, the evaluation, the progress. */
-static int train_step(Training *t, unsigned char *images, Error *error) {
-    const Settings *s = &t->settings;
-    StepReport r = {0};
-    next_images(t, images);
-    if (training_step(&t->model, &t->workers, &s->optimizer, images, s->batch, s->seed, &r, error))
-        return -1;
-    const uint64_t step = t->model.step;
-    log_point(&t->log, (double)step, r.recon, r.latent, r.diffusion);
-    fprintf(t->log.csv, "%llu,%.6f,%.6f,%.6f,%.6f,%.6f,", (unsigned long long)step, r.total, r.recon,
-            r.latent, r.diffusion, r.gradient_norm);
-    if (due(step, t->eval_every)) {
+    job->settings.optimizer.steps = job->steps;
+    if (training_step(&job->model, &job->workers, &s->optimizer, images, s->batch, s->seed, &r, &job->error))
+        return stop_signal ? 0 : -1;   /* a step in which a signal came is not taken */
+    const unsigned long long step = job->model.step;
+    fprintf(job->log, "%llu,%.6f,%.6f,%.6f,%.6f,%.6f,", step, r.total, r.recon, r.latent, r.diffusion,
+            r.gradient_norm);
+    if (due(step, job->eval_every)) {
         double result[4][2];
-        const int limit = (uint32_t)t->eval_limit < t->test.count ? t->eval_limit : (int)t->test.count;
-        evaluate(&t->model, &t->workers, &t->test, limit, s->seed, result, NULL);
-        fprintf(t->log.csv, "%.6f", result[3][0]);
-        end_line(t);
-        printf("step %llu: test %.4f +- %.4f bpd on %d images\n", (unsigned long long)step, result[3][0],
-               result[3][1], limit);
+        bound(job, job->test, job->test_count, 1, s->seed, result);
+        if (!stop_signal) {
+            fprintf(job->log, "%.6f", result[3][0]);
+            end_line(job);
+            printf("step %llu: test %.4f +- %.4f bpd on %d images\n", step, result[3][0], result[3][1],
+                   job->test_count);
+            fflush(stdout);
+        }
     }
-    fprintf(t->log.csv, ",%.3f\n", seconds_now() - t->started);
-    progress(t, &r);
-    return fflush(t->log.csv) ? fail(error, "%s/log.csv: cannot be written: %s", t->out, strerror(errno)) : 0;
+    fprintf(job->log, ",%.3f\n", seconds_now() - job->started);
+    progress(job, &r);
+    return fflush(job->log)
+               ? fail(&job->error, "%s/log.csv: cannot be written: %s", job->out, strerror(errno))
+               : 0;
 }
 
-/* The samples of a step are drawn before the next step, not behind their own: so a training that was stopped
- * or killed in between makes up for them when it goes on. */
-static int train_loop(Training *t, Error *error) {
-    unsigned char *images = allocate((size_t)t->settings.batch, image_size(&t->model.config));
+/* A grid is drawn after the checkpoint of its step and before the next step: a training that was stopped or
+ * killed in between makes up for it when it goes on. */
+static int train_loop(Job *job) {
+    const uint64_t *step = &job->model.step, steps = (uint64_t)job->steps;
+    unsigned char *images = allocate((size_t)job->settings.batch, image_size(&job->model.config));
     int status = 0;
-    t->first_step = t->model.step;
-    t->started = seconds_now();
-    while (status == 0 && t->model.step < (uint64_t)t->steps && !stop_signal) {
-        if (due(t->model.step, t->sample_every))
-            status = sample_grid(t, error);
-        if (status == 0)
-            status = train_step(t, images, error);
-        if (status == 0 && t->model.step < (uint64_t)t->steps && due(t->model.step, t->save_every))
-            status = save(t, error);
+    job->first_step = *step;
+    job->started = seconds_now();
+    while (status == 0 && *step < steps && !stop_signal) {
+        if (due(*step, job->sample_every))
+            sample_grid(job);
+        if (!stop_signal && (status = train_step(job, images)) == 0 && *step < steps &&
+            (due(*step, job->save_every) || due(*step, job->sample_every)))
+            status = save(job);
     }
     free(images);
     if (status == 0)
-        status = save(t, error);
-    if (status == 0 && !stop_signal && t->model.step > 0)
-        status = sample_grid(t, error);
+        status = save(job);
+    if (status == 0 && *step > 0 && !stop_signal)
+        sample_grid(job);
     return status;
 }
 
-static int data_check(const Dataset *data, const char *where, const Config *c, Error *error) {
-    if (data->height == c->height && data->width == c->width && data->channels == c->image_channels)
+/* The data of a training; those of a resumed one may have moved, but not changed. */
+static int train_data(Job *job) {
+    Settings *s = &job->settings;
+    Config *c = &s->config;
+    Dataset test = {0};
+    Error *error = &job->error, inner;
+    if (dataset_open(&job->data, s->data, SPLIT_TRAIN, s->seed, &inner))
+        return fail(error, "%s%s", inner.text, job->resume && !is_given(job, option_find(TRAIN, "data", 4))
+                    ? "; --data says where the data are now" : "");
+    if (!job->resume)
+        c->height = job->data.height, c->width = job->data.width, c->image_channels = job->data.channels;
+    if (data_check(&job->data, s->data, c, error))
+        return -1;
+    const uint64_t digest = dataset_digest(&job->data);
+    if (job->resume && s->data_digest && s->data_digest != digest)
+        return fail(error, "%s: holds other images than this training began with", s->data);
+    s->data_digest = digest;
+    if (!job->eval_every)
         return 0;
-    return fail(error, "%s: images are %dx%dx%d, the model is for %dx%dx%d", where, data->height, data->width,
-                data->channels, c->height, c->width, c->image_channels);
+    if (dataset_open(&test, s->data, SPLIT_TEST, s->seed, error))
+        return -1;
+    const int status = data_check(&test, s->data, c, error);
+    job->test_count = limited(&test, job->eval_limit);
+    job->test = status ? NULL : images_of(&test, job->test_count);
+    dataset_close(&test);
+    return status;
 }
 
 /* Everything that can be refused before memory is taken; a new training's directory is made last. */
-static int train_prepare(Training *t, const Option *options, Error *error) {
-    Settings *s = &t->settings;
-    Config *c = &s->config;
-    char path[TEXT_SIZE];
-    path_in(t->out, "checkpoint.safetensors", path);
-    if (t->resume) {   /* locked before it is read: what another training writes meanwhile would be lost */
-        Settings saved;
+static int train_prepare(Job *job) {
+    Settings *s = &job->settings;
+    Error *error = &job->error;
+    size_t weights;
+    if (job->resume) { /* locked before it is read: what another training writes meanwhile would be lost */
+        const Job asked = *job;
+        char path[TEXT_SIZE];
+        path_in(job->out, "checkpoint.safetensors", path);
         if (access(path, F_OK))
             return fail(error, "%s: there is no checkpoint to resume", path);
-        if (directory_lock(t->out, error) || checkpoint_read(path, LOAD_ALL, &t->model, &saved, error) ||
-            resume_settings(t, options, &saved, error))
+        if (directory_enter(job) || checkpoint_read(path, LOAD_ALL, job) || resume_settings(job, &asked))
             return -1;
     }
-    if (dataset_open(&t->data, s->data, SPLIT_TRAIN, s->seed, error) ||
-        (t->eval_every && dataset_open(&t->test, s->data, SPLIT_TEST, s->seed, error)))
+    if (train_data(job) || config_check(&s->config, error))
         return -1;
-    if (!t->resume)
-        c->height = t->data.height, c->width = t->data.width, c->image_channels = t->data.channels;
-    if (data_check(&t->data, s->data, c, error) || (t->eval_every && data_check(&t->test, s->data, c, error)))
+    job->model.config = s->config; /* with what may change on the way */
+    if (job->resume)
+        return log_open(job);
+    if (model_size(&s->config, &weights, error) ||
+        model_memory_check(job, weights, 1) ||
+        directory_enter(job) || model_new(&job->model, &s->config, s->seed, error))
         return -1;
-    if (t->resume && s->images && s->images != t->data.count)
-        return fail(error, "%s: holds %llu images, the training began with %llu", s->data,
-                    (unsigned long long)t->data.count, (unsigned long long)s->images);
-    s->images = t->data.count;
-    if (settings_check(s, error) || memory_check(c, t->threads, error))
-        return -1;
-    if (!t->resume) {
-        if (directory_lock(t->out, error))
-            return -1;
-        if (access(path, F_OK) == 0)
-            return fail(
-                error,
-                "%s: there is a checkpoint already; --resume goes on with it, another --out starts anew",
-                path);
-        if (model_new(&t->model, c, s->seed, error))
-            return -1;
-    }
-    t->model.config = *c;   /* with what may change on the way */
-    remove_leftovers(t->out);
-    path_in(t->out, "log.csv", path);
-    return log_open(&t->log, path, t->model.step, t->steps, error);
+    return save(job) || log_open(job) ? -1 : 0; /* a log without a checkpoint would be a stranger's */
 }
 
 static int train_command(int argc, char **argv) {
-    Training t = {.settings = settings_default(),
-                  .out = "run",
-                  .steps = 10000,
-                  .threads = default_threads(),
-                  .save_every = 500,
-                  .sample_steps = 100,
-                  .eval_limit = 256};
-    const Option own[] = {
-        {"steps", OPTION_INT, &t.steps, 0, 2e9, "N",
-         "steps in total, resumed or not; 0: initial checkpoint only", 0},
-        {"threads", OPTION_INT, &t.threads, 1, MAX_THREADS, "N", "threads; more than 16 bring nothing", 0},
-        {"save-every", OPTION_INT, &t.save_every, 0, 2e9, "N",
-         "steps between checkpoints; 0: at the end only", 0},
-        {"sample-every", OPTION_INT, &t.sample_every, 0, 2e9, "N",
-         "steps between sample grids; 0: at the end only", 0},
-        {"sample-steps", OPTION_INT, &t.sample_steps, 1, 1e6, "T",
-         "sampler steps of a grid (continuous time)", 0},
-        {"eval-every", OPTION_INT, &t.eval_every, 0, 2e9, "N",
-         "steps between evaluations on the test split; 0: none", 0},
-        {"eval-limit", OPTION_INT, &t.eval_limit, 1, 1e9, "N", "test images of such an evaluation", 0},
-        {"out", OPTION_TEXT, t.out, 0, 0, "DIR", "where checkpoint, log.csv, loss.png and samples go", 0},
-        {"resume", OPTION_FLAG, &t.resume, 0, 1, "", "go on where the checkpoint in --out stands", 0},
-    };
-    enum { COUNT = SETTINGS + sizeof own / sizeof own[0] };
-    Option options[COUNT];
-    settings_options(&t.settings, options);
-    memcpy(options + SETTINGS, own, sizeof own);
-    int status = parse_options(argc, argv, options, COUNT, "train [options]", NULL);
-    if (status)
-        return status;
-    Error error;
-    if (!t.resume && settings_check(&t.settings, &error)) {   /* what the options alone tell is wrong usage */
-        fprintf(stderr, "diffenc: train: --%s\n", error.text);
-        return USAGE;
-    }
-    status = train_prepare(&t, options, &error);
+    Job train = job_default(), *job = &train;
+    job->steps = 10000;
+    job->save_every = 500;
+    job->sample_steps = 100;
+    job->eval_limit = 256;
+    strcpy(job->out, "run");
+    const int parsed = parse_options(job, argc, argv, TRAIN, "train [options]");
+    if (parsed)
+        return parsed;
+    if (!job->resume && config_check(&job->settings.config, &job->error)) /* known from the options alone */
+        return wrong_usage("train", &job->error);
+    int status = train_prepare(job);
     if (status == 0) {
-        const Config *c = &t.model.config;
+        const Config *c = &job->model.config;
         char model[32];
-        workers_new(&t.workers, &t.model, t.threads);
-        catch_signals();
+        job_workers(job);
         config_model_name(c, model);
         printf("%s: %zu weights, %s (%u images of %dx%dx%d), %d threads, from step %llu to %d, into %s\n",
-               model, t.model.weight_count, t.settings.data, (unsigned)t.data.count, c->height, c->width,
-               c->image_channels, t.threads, (unsigned long long)t.model.step, t.steps, t.out);
+               model, job->model.weight_count, job->settings.data, (unsigned)job->data.count, c->height,
+               c->width, c->image_channels, job->threads, (unsigned long long)job->model.step, job->steps,
+               job->out);
         fflush(stdout);
-        status = train_loop(&t, &error);
-        end_line(&t);
+        status = train_loop(job);
+        end_line(job);
     }
-    if (status == 0)
-        printf("%s/checkpoint.safetensors at step %llu\n", t.out, (unsigned long long)t.model.step);
-    else
-        report(&error);
-    if (t.log.csv)
-        fclose(t.log.csv);
-    workers_free(&t.workers);
-    model_free(&t.model);
-    dataset_close(&t.data);
-    dataset_close(&t.test);
-    return status ? FAILURE : stop_signal ? 128 + stop_signal : OK;
+    const unsigned long long step = job->model.step;
+    if (status) {
+        say("", &job->error);
+        status = FAILURE;
+    } else if (stop_signal) {
+        fprintf(stderr, "diffenc: stopped by %s; %s/checkpoint.safetensors at step %llu, --resume goes on\n",
+                signal_name(), job->out, step);
+        status = 128 + stop_signal;
+    } else
+        printf("%s/checkpoint.safetensors at step %llu\n", job->out, step);
+    return job_end(job, status);
 }
 
 /* ---- what the commands on a checkpoint have in common ---- */
 
-typedef struct {
-    const char *checkpoint;
-    char out[TEXT_SIZE], where[TEXT_SIZE];   /* the output; the data, "": those of the training */
-    int threads;
-    Settings settings;
-    Model model;
-    Workers workers;
-    Dataset data;
-    Error error;
-} Job;
+static int same_file(const char *a, const char *b) {
+    struct stat x, y;
+    return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
 
 /* Whether a file can be made there is better known before minutes of work than after. */
-static int directory_check(const char *path, Error *error) {
+static int output_check(const char *path, const char *input, Error *error) {
     char directory[TEXT_SIZE];
     snprintf(directory, sizeof directory, "%s", path);
     char *slash = strrchr(directory, '/');
     strcpy(slash ? slash + 1 : directory, ".");
-    return access(directory, W_OK | X_OK) ? fail(error, "%s: %s", path, strerror(errno)) : 0;
+    if (access(directory, W_OK | X_OK))
+        return fail(error, "%s: %s", path, strerror(errno));
+    return same_file(path, input) ? fail(error, "%s: is the same file as the input %s", path, input) : 0;
 }
 
-/* Parse the options, of which those that want a FILE must be given, read the checkpoint and make workers.
- * Returns 0, an exit status, or -1 with job->error; job_end takes any of them. */
-static int job_begin(Job *job, int argc, char **argv, Option *options, int count, const char *usage,
-                     Load load) {
-    const int parsed = parse_options(argc, argv, options, count, usage, &job->checkpoint);
+/* Parse the options, read the checkpoint and make workers. Returns 0, an exit status, or -1 with job->error;
+ * job_end takes any of them. */
+static int job_begin(Job *job, int argc, char **argv, int command, const char *usage, Load load) {
+    const int parsed = parse_options(job, argc, argv, command, usage);
     if (parsed)
         return parsed;
-    const char *missing = job->checkpoint ? NULL : "a checkpoint";
-    char file[64];
-    for (int i = 0; i < count && !missing; i++)
-        if (strcmp(options[i].argument, "FILE") == 0 && !options[i].given) {
-            snprintf(file, sizeof file, "--%s FILE", options[i].name);
-            missing = file;
-        }
-    if (missing) {
-        fprintf(stderr, "diffenc: %s: expected %s (usage: diffenc %s)\n", argv[0], missing, usage);
-        return USAGE;
-    }
-    if ((*job->out && directory_check(job->out, &job->error)) ||
-        checkpoint_read(job->checkpoint, load, &job->model, &job->settings, &job->error))
+    if ((*job->out && output_check(job->out, job->checkpoint, &job->error)) ||
+        checkpoint_read(job->checkpoint, load, job))
         return -1;
-    workers_new(&job->workers, &job->model, job->threads);
+    job_workers(job);
     return 0;
 }
 
+/* Of the paths in a checkpoint none is opened that was not asked for: the file may be a stranger's. */
 static int job_data(Job *job, Split split) {
-    const char *where = *job->where ? job->where : job->settings.data;
-    return dataset_open(&job->data, where, split, job->settings.seed, &job->error) ||
-                   data_check(&job->data, where, &job->model.config, &job->error)
-               ? -1
-               : 0;
+    Error *error = &job->error;
+    if (!*job->where && choice_index("digits", job->settings.data) < 0)
+        return fail(error, "%s: was trained on '%s'; give --data with a path of your own", job->checkpoint,
+                    job->settings.data);
+    if (!*job->where)
+        snprintf(job->where, TEXT_SIZE, "%s", job->settings.data);
+    if (dataset_open(&job->data, job->where, split, job->settings.seed, error) ||
+        data_check(&job->data, job->where, &job->model.config, error))
+        return -1;
+    DIR *listing = *job->out ? opendir(job->where) : NULL;
+    int status = 0;
+    for (struct dirent *entry; status == 0 && listing && (entry = readdir(listing)) != NULL;) {
+        char path[TEXT_SIZE];
+        path_in(job->where, entry->d_name, path);
+        status = output_check(job->out, path, error);
+    }
+    if (listing)
+        closedir(listing);
+    return status;
 }
 
-/* Say what went wrong, free everything, return the exit status. */
-static int job_end(Job *job, int status) {
-    if (status < 0)
-        status = report(&job->error);
-    workers_free(&job->workers);
-    model_free(&job->model);
-    dataset_close(&job->data);
-    return status;
+/* After the work: was it ended by a signal, or are its results no numbers? Then nothing is written. */
+static int job_check(Job *job, int finite) {
+    if (stop_signal)
+        return fail(&job->error, "stopped by %s, nothing was written", signal_name());
+    return finite ? 0 : fail(&job->error, "%s: the result is not finite", job->checkpoint);
 }
 
 /* ---- diffenc sample ---- */
 
 static int sample_command(int argc, char **argv) {
-    Job job = {.threads = default_threads()};
-    int count = 64, steps = 0, draw = 0;
-    uint64_t seed = 1;
-    Option options[] = {
-        {"count", OPTION_INT, &count, 1, 65536, "N", "images", 0},
-        {"steps", OPTION_INT, &steps, 0, 1e6, "T",
-         "steps of the sampler; 0: the model's T, or 250 in continuous time", 0},
-        {"seed", OPTION_SEED, &seed, 0, 0, "N", "the same seed gives the same images", 0},
-        {"pixels", OPTION_CHOICE, &draw, 0, 0, "likely|drawn",
-         "the most likely pixels given z_0, or drawn ones", 0},
-        {"threads", OPTION_INT, &job.threads, 1, MAX_THREADS, "N", "threads", 0},
-        {"out", OPTION_TEXT, job.out, 0, 0, "FILE", "a grid of the images: .png, .pgm or .ppm", 0},
-    };
-    int status = job_begin(&job, argc, argv, options, sizeof options / sizeof options[0],
-                           "sample CHECKPOINT --out FILE [options]", LOAD_EMA);
+    Job job = job_default();
+    job.count = 64;
+    int status = job_begin(&job, argc, argv, SAMPLE, "sample CHECKPOINT --out FILE [options]", LOAD_EMA);
     const Config *c = &job.model.config;
-    if (status || (status = image_path_check(job.out, c->image_channels, &job.error)) != 0)
+    /* Thrice the images: as they are, as a grid, as a file. */
+    if (status || (status = image_path_check(job.out, c->image_channels, &job.error)) != 0 ||
+        (status = memory_check(&job, 3.0 * job.count * (double)image_size(c))) != 0)
         return job_end(&job, status);
-    if (steps == 0)
-        steps = c->timesteps > 0 ? c->timesteps : 250;
-    unsigned char *images = allocate((size_t)count, image_size(c));
-    sample_images(&job.model, &job.workers, count, steps, seed, draw, images);
-    status = grid_write(job.out, images, count, square_columns(count), c, &job.error);
+    if (job.steps == 0)
+        job.steps = c->timesteps > 0 ? c->timesteps : 250;
+    unsigned char *images = allocate((size_t)job.count, image_size(c));
+    status = sample_images(&job.workers, job.count, job.steps, job.sampler, job.seed, job.draw, images);
+    if ((status = job_check(&job, status == 0)) == 0)
+        status = grid_write(job.out, images, job.count, 0, c, &job.error);
     free(images);
     if (status == 0)
-        printf("%s: %d images, %d steps\n", job.out, count, steps);
+        printf("%s: %d images, %d steps\n", job.out, job.count, job.steps);
     return job_end(&job, status);
 }
 
 /* ---- diffenc eval ---- */
 
-/* The bound with the best sigma_P^2 at each t beside that with sigma_P = sigma_Q:
- * w* = 1 / (1 + E||mu_P - mu_Q||^2 / (d sigma_Q^2)),  KL* = -(d/2) log w*. */
-static void print_optimal_variance(const double *distance, int count, int timesteps, size_t d,
-                                   double others) {
+/* The bound with the best sigma_P^2 at each t beside that of sigma_Q. `others`: recon + latent. */
+static void print_optimal_variance(const double *distance, int count, int timesteps, int d, double others) {
     double plain = 0, best = 0;
     printf("   t        w*       KL* (bpd)   KL at w = 1\n");
     for (int step = 0; step < timesteps; step++) {
         double mean, standard_error;
         mean_and_error(distance + (size_t)step * count, count, 1, &mean, &standard_error);
-        const double w = 1 / (1 + mean / (double)d), kl = -0.5 * log(w) / LOG_2,
-                     kl_1 = 0.5 * mean / (double)d / LOG_2;
+        const double w = best_variance_ratio(mean, d), kl = -0.5 * log(w) / LOG_2,
+                     kl_1 = 0.5 * mean / d / LOG_2;
         plain += kl_1;
         best += kl;
         if (timesteps <= 32 || step % (timesteps / 16) == 0 || step == timesteps - 1)
             printf("%8.5f  %8.6f  %10.6f  %10.6f\n", (step + 1.0) / timesteps, w, kl, kl_1);
     }
-    printf("diffusion, all %d steps: %.5f bpd with sigma_P = sigma_Q, %.5f with the best sigma_P\n",
-           timesteps, plain, best);
-    printf("total: %.5f bpd with sigma_P = sigma_Q, %.5f with the best sigma_P\n", others + plain,
-           others + best);
+    printf("diffusion, all %d steps: %.5f bpd with sigma_P = sigma_Q, %.5f with the best sigma_P\n"
+           "total: %.5f bpd with sigma_P = sigma_Q, %.5f with the best sigma_P\n",
+           timesteps, plain, best, others + plain, others + best);
+}
+
+/* --timesteps and --variance-ratio (a number, "optimal" or "") into the configuration. */
+static int eval_config(Job *job) {
+    Config *c = &job->settings.config;
+    const int optimal = strcmp(job->ratio, "optimal") == 0;
+    if (job->timesteps >= 0)
+        c->timesteps = job->timesteps;
+    if (job->timesteps >= 0 || optimal)
+        c->variance_ratio = 1;
+    if (*job->ratio && !optimal &&
+        option_set(option_find(RECORD, "variance-ratio", 14), job, job->ratio, &job->error))
+        return -1;
+    if (optimal && c->timesteps == 0)
+        return fail(&job->error, "variance-ratio optimal: in continuous time it is 1; give --timesteps");
+    job->model.config = *c;
+    return config_check(c, &job->error);
 }
 
 static int eval_command(int argc, char **argv) {
-    Job job = {.threads = default_threads()};
-    char ratio[TEXT_SIZE] = "";
-    int split = SPLIT_TEST, limit = 0, timesteps = -1;
-    uint64_t seed = 1;
-    Option options[] = {
-        {"data", OPTION_TEXT, job.where, 0, 0, "DIR|digits",
-         "as for train; without it the data the model was trained on", 0},
-        {"split", OPTION_CHOICE, &split, 0, 0, "train|test", "which images", 0},
-        {"limit", OPTION_INT, &limit, 0, 1e9, "N", "only the first N images; 0: all", 0},
-        {"timesteps", OPTION_INT, &timesteps, -1, 1e6, "T",
-         "finite T; 0: continuous time; -1: as it was trained", 0},
-        {"variance-ratio", OPTION_TEXT, ratio, 0, 0, "W|optimal",
-         "finite T only: sigma_Q^2/sigma_P^2, or the best at each t", 0},
-        {"seed", OPTION_SEED, &seed, 0, 0, "N", "of times and noise", 0},
-        {"threads", OPTION_INT, &job.threads, 1, MAX_THREADS, "N", "threads", 0},
-    };
-    int status = job_begin(&job, argc, argv, options, sizeof options / sizeof options[0],
-                           "eval CHECKPOINT [options]", LOAD_EMA);
+    Job job = job_default();
+    int status = job_begin(&job, argc, argv, EVAL, "eval CHECKPOINT [options]", LOAD_EMA);
+    if (status == 0 && eval_config(&job))
+        status = wrong_usage("eval", &job.error);
+    if (status || (status = job_data(&job, (Split)job.split)) != 0)
+        return job_end(&job, status);
+    const Config *c = &job.model.config;
+    const size_t d = image_size(c);
+    const int count = limited(&job.data, job.limit), T = strcmp(job.ratio, "optimal") == 0 ? c->timesteps : 0;
+    /* Times and noise are drawn by the index of image and repetition. */
+    if ((double)count * job.repeats > INT_MAX)
+        status = fail(&job.error, "%d images %d times: more draws than %d", count, job.repeats, INT_MAX);
+    else
+        status = memory_check(&job, count * ((double)d + (T + 4.0) * sizeof(double)));
     if (status)
         return job_end(&job, status);
-    Config *c = &job.model.config;
-    const int optimal = strcmp(ratio, "optimal") == 0;
-    if (timesteps >= 0)
-        c->timesteps = timesteps;
-    if (timesteps >= 0 || optimal)
-        c->variance_ratio = 1;
-    Option given_ratio = {"variance-ratio", OPTION_REAL, &c->variance_ratio, 1e-6, 1e6, "", "", 0};
-    status = *ratio && !optimal ? option_set(&given_ratio, ratio, &job.error) : 0;
-    if (status == 0 && optimal && c->timesteps == 0)
-        status = fail(&job.error, "variance-ratio optimal: in continuous time it is 1; give --timesteps");
-    if (status || config_check(c, &job.error)) {
-        fprintf(stderr, "diffenc: eval: --%s\n", job.error.text);
-        return job_end(&job, USAGE);
+    double result[4][2], *distance = allocate((size_t)count * T, sizeof *distance);
+    unsigned char *images = images_of(&job.data, count);
+    bound(&job, images, count, job.repeats, job.seed, result);
+    if (T > 0 && !stop_signal)
+        step_distances(&job.workers, images, count, job.seed, distance);
+    free(images);
+    int finite = isfinite(result[3][0]) && isfinite(result[3][1]);
+    for (size_t i = 0; i < (size_t)count * T && finite && !stop_signal; i++)
+        finite = isfinite(distance[i]);
+    if ((status = job_check(&job, finite)) == 0) {
+        printf("%d %s images of %s, step %llu, EMA weights, bits per dimension with standard error:\n", count,
+               job.split == SPLIT_TEST ? "test" : "training", job.where, (unsigned long long)job.model.step);
+        for (int term = 0; term < 4; term++)
+            printf("%-10s %9.5f +- %.5f\n", TERMS[term], result[term][0], result[term][1]);
+        if (T > 0)
+            print_optimal_variance(distance, count, T, (int)d, result[0][0] + result[1][0]);
     }
-    if (job_data(&job, (Split)split))
-        return job_end(&job, -1);
-    const int count = limit > 0 && (uint32_t)limit < job.data.count ? limit : (int)job.data.count;
-    double result[4][2];
-    double *distance = optimal ? allocate((size_t)count * c->timesteps, sizeof *distance) : NULL;
-    evaluate(&job.model, &job.workers, &job.data, count, seed, result, distance);
-    printf("%d %s images of %s, step %llu, EMA weights, bits per dimension with standard error:\n", count,
-           split == SPLIT_TEST ? "test" : "training", *job.where ? job.where : job.settings.data,
-           (unsigned long long)job.model.step);
-    for (int term = 0; term < 4; term++)
-        printf("%-10s %9.5f +- %.5f\n", term < 3 ? TERMS[term] : "total", result[term][0], result[term][1]);
-    if (distance)
-        print_optimal_variance(distance, count, c->timesteps, image_size(c), result[0][0] + result[1][0]);
     free(distance);
-    return job_end(&job, 0);
+    return job_end(&job, status);
 }
 
 /* ---- diffenc show ---- */
@@ -1255,14 +1256,18 @@ enum { SHOW_TIMES = 9, SHOW_ROWS = 3 };
 
 typedef struct {
     const Model *model;
-    const Dataset *data;
-    unsigned char *images;   /* [count, SHOW_ROWS, SHOW_TIMES, d] */
+    unsigned char *images, *pictures; /* [count, SHOW_ROWS, SHOW_TIMES, d] */
+    unsigned char *broken;   /* [count]: something is not finite */
 } Show;
 
-/* Values in [-scale, scale] as grey levels. */
-static void to_pixels(const Tensor *a, double scale, unsigned char *out) {
-    for (size_t i = 0; i < element_count(a); i++)
-        out[i] = (unsigned char)nearest_level(a->value[i] / scale);
+/* Values in [-scale, scale] as grey levels; 1 if one is not finite. */
+static unsigned char to_pixels(const Tensor *a, double scale, unsigned char *out) {
+    unsigned char broken = 0;
+    for (size_t i = 0; i < element_count(a); i++) {
+        broken |= !isfinite(a->value[i]);
+        out[i] = (unsigned char)(broken ? 0 : nearest_level(a->value[i] / scale));
+    }
+    return broken;
 }
 
 /* For one image, over t from 0 to 1: x_t, y, and dx_t/dlambda = sigma_t^2 (x_t - y + dy/dlambda). */
@@ -1274,35 +1279,32 @@ static void show_example(Network *n, int i, void *context) {
         network_begin(n);
         const Method m = method_begin(n);
         const double t = column / (SHOW_TIMES - 1.0);
-        const Encoded e = encode(&m, scale_pixels(&m, pixels_of(n, s->data, i)), t, 1);
-        unsigned char *out = s->images + ((size_t)i * SHOW_ROWS * SHOW_TIMES + column) * d;
-        to_pixels(e.x_t, 1, out);
-        to_pixels(e.y ? e.y : image_of(&m, NULL), 1, out + SHOW_TIMES * d);
-        to_pixels(exact_counterterm(&m, e, gamma_at(&m, t)), 0.25, out + 2 * SHOW_TIMES * d);
+        const Encoded e = encode(&m, scale_pixels(&m, s->images + (size_t)i * d), t, 1);
+        unsigned char *out = s->pictures + ((size_t)i * SHOW_ROWS * SHOW_TIMES + column) * d;
+        s->broken[i] |= to_pixels(e.x_t, 1, out);
+        s->broken[i] |= to_pixels(e.y ? e.y : affine(0, e.x_t, 0), 1, out + SHOW_TIMES * d);
+        s->broken[i] |= to_pixels(exact_counterterm(&m, e, gamma_at(&m, t)), 0.25, out + 2 * SHOW_TIMES * d);
     }
 }
 
 static int show_command(int argc, char **argv) {
-    Job job = {.threads = default_threads()};
-    int count = 4;
-    Option options[] = {
-        {"data", OPTION_TEXT, job.where, 0, 0, "DIR|digits",
-         "as for train; without it the data the model was trained on", 0},
-        {"count", OPTION_INT, &count, 1, 64, "N", "test images", 0},
-        {"threads", OPTION_INT, &job.threads, 1, MAX_THREADS, "N", "threads", 0},
-        {"out", OPTION_TEXT, job.out, 0, 0, "FILE",
-         "for each image three rows over t = 0..1: x_t, y, dx_t/dlambda", 0},
-    };
-    int status = job_begin(&job, argc, argv, options, sizeof options / sizeof options[0],
-                           "show CHECKPOINT --out FILE [options]", LOAD_EMA);
+    Job job = job_default();
+    job.count = 4;
+    int status = job_begin(&job, argc, argv, SHOW, "show CHECKPOINT --out FILE [options]", LOAD_EMA);
     const Config *c = &job.model.config;
+    const int each = SHOW_ROWS * SHOW_TIMES;
     if (status || (status = image_path_check(job.out, c->image_channels, &job.error)) != 0 ||
-        (status = job_data(&job, SPLIT_TEST)) != 0)
+        (status = job_data(&job, SPLIT_TEST)) != 0 ||
+        (status = memory_check(&job, 3.0 * job.count * each * (double)image_size(c))) != 0)
         return job_end(&job, status);
-    const int pictures = count * SHOW_ROWS * SHOW_TIMES;
-    Show show = {&job.model, &job.data, allocate((size_t)pictures, image_size(c))};
-    workers_run(&job.workers, job.model.ema, 0, count, show_example, &show);
-    status = grid_write(job.out, show.images, pictures, SHOW_TIMES, c, &job.error);
+    const int count = limited(&job.data, job.count);
+    Show show = {&job.model, images_of(&job.data, count), allocate((size_t)count * each, image_size(c)),
+                 allocate_zeroed((size_t)count, 1)};
+    workers_run(&job.workers, job.model.ema, count, show_example, &show);
+    if ((status = job_check(&job, memchr(show.broken, 1, (size_t)count) == NULL)) == 0)
+        status = grid_write(job.out, show.pictures, count * each, SHOW_TIMES, c, &job.error);
+    free(show.pictures);
+    free(show.broken);
     free(show.images);
     if (status == 0)
         printf("%s: rows x_t, y, dx_t/dlambda (grey: 0, white: 0.25) of %d images, columns t = 0..1\n",
@@ -1312,88 +1314,80 @@ static int show_command(int argc, char **argv) {
 
 /* ---- diffenc grad ---- */
 
-typedef struct {
-    const Model *model;
-    int batch;
-    unsigned char *images;   /* [batch, d] */
-    real *t, *eps, *eps_0;   /* [batch], [batch, d], [batch, d] */
-    double (*terms)[3];
-} GivenBatch;
-
-static void given_example(Network *n, int i, void *context) {
-    const GivenBatch *b = context;
-    const size_t at = (size_t)i * image_size(&b->model->config);
-    n->graph.dropout = 0;
-    const Example example = {b->images + at, b->t[i], b->eps + at, b->eps_0 + at};
-    learn(n, example, b->batch, b->terms[i]);
+static int time_check(const char *path, int i, double t, int timesteps, Error *error) {
+    const double steps = t * timesteps;
+    char text[32];
+    number_text(t, 1, text);
+    if (!(t >= 0 && t <= 1))
+        return fail(error, "%s: t[%d] is %s, expected a time from 0 to 1", path, i, text);
+    if (timesteps && (fabs(steps - floor(steps + 0.5)) > 1e-6 * timesteps || steps < 0.5))
+        return fail(error, "%s: t[%d] is %s, expected a multiple of 1/%d above 0", path, i, text, timesteps);
+    return 0;
 }
 
-/* Take images, t, eps and eps0 of a batch out of a file. The images that the file really holds set what is
- * allocated, a small multiple of its size. The batch begins empty; on failure it keeps what it holds so far,
- * for batch_free. */
-static int batch_take(const TensorFile *f, const char *path, const Config *c, GivenBatch *b, Error *error) {
-    static const char *const names[4] = {"images", "t", "eps", "eps0"};
+/* A batch out of a file: `f` keeps the images. */
+typedef struct {
+    TensorFile f;
+    int count;
+    Example *example;
+    real *number[3]; /* t [count], eps and eps_0 [count, d] */
+} Batch;
+
+/* The images that the file really holds set what is allocated, a small multiple of its size. On failure the
+ * batch keeps what it holds so far, for batch_free. */
+static int batch_read(const char *path, const Config *c, Batch *b, Error *error) {
+    static const char *const names[4] = {"t", "eps", "eps0", "images"};
     const TensorEntry *entry[4];
-    for (int i = 0; i < 4; i++)
-        if (!(entry[i] = tensors_find(f, names[i])))
+    if (tensors_read(path, &b->f, error))
+        return -1;
+    for (int i = 3; i >= 0; i--)
+        if (!(entry[i] = tensors_find(&b->f, names[i])))
             return fail(error, "%s: holds no tensor '%s', which a batch needs", path, names[i]);
-    const TensorEntry *images = entry[0];
+    const TensorEntry *images = entry[3];
     if (images->type != TYPE_U8 || images->rank != 4 || images->shape[1] != c->height ||
         images->shape[2] != c->width || images->shape[3] != c->image_channels || images->shape[0] < 1 ||
         images->shape[0] > MAX_BATCH)
         return fail(error, "%s: images: expected U8 [B,%d,%d,%d] with B from 1 to %d", path, c->height,
                     c->width, c->image_channels, MAX_BATCH);
-    b->batch = (int)images->shape[0];
-    b->images = allocate(images->count, 1);
-    memcpy(b->images, images->data, images->count);
-    real **const numbers[4] = {NULL, &b->t, &b->eps, &b->eps_0};
-    for (int i = 1; i < 4; i++) {
-        *numbers[i] = allocate(i == 1 ? (size_t)b->batch : images->count, sizeof(real));
-        if (tensors_copy(entry[i], path, i == 1 ? 1 : 4, images->shape, *numbers[i], error))
+    b->count = (int)images->shape[0];
+    b->example = allocate((size_t)b->count, sizeof *b->example);
+    for (int i = 0; i < 3; i++) {
+        b->number[i] = allocate(i == 0 ? (size_t)b->count : images->count, sizeof(real));
+        if (tensors_copy(entry[i], path, i == 0 ? 1 : 4, images->shape, b->number[i], error))
             return -1;
     }
-    for (int i = 0; i < b->batch; i++) {
-        const double t = (double)b->t[i], steps = t * c->timesteps;
-        if (!(t >= 0 && t <= 1))
-            return fail(error, "%s: t[%d] is %g, expected a time from 0 to 1", path, i, t);
-        if (c->timesteps && (fabs(steps - floor(steps + 0.5)) > 1e-6 * c->timesteps || steps < 0.5))
-            return fail(error, "%s: t[%d] is %g, expected a multiple of 1/%d above 0", path, i, t,
-                        c->timesteps);
+    for (int i = 0; i < b->count; i++) {
+        const size_t at = (size_t)i * image_size(c);
+        const Example e = {images->data + at, (double)b->number[0][i], b->number[1] + at, b->number[2] + at};
+        b->example[i] = e;
+        if (time_check(path, i, e.t, c->timesteps, error))
+            return -1;
     }
     return 0;
 }
 
-static int batch_read(const char *path, const Config *c, GivenBatch *b, Error *error) {
-    TensorFile f;
-    if (tensors_read(path, &f, error))
-        return -1;
-    const int status = batch_take(&f, path, c, b, error);
-    tensors_free(&f);
-    return status;
+static void batch_free(Batch *b) {
+    tensors_free(&b->f);
+    free(b->example);
+    for (int i = 0; i < 3; i++)
+        free(b->number[i]);
 }
 
-static void batch_free(GivenBatch *b) {
-    free(b->images);
-    free(b->t);
-    free(b->eps);
-    free(b->eps_0);
-    free(b->terms);
-}
-
-static int gradient_write(const char *path, const Model *m, const GivenBatch *b, const real *gradient,
-                          Error *error) {
+/* Loss terms [B] by name, their mean in bits per dimension, and the gradient by parameter. */
+static int gradient_write(const char *path, const Model *m, double (*terms)[3], int batch,
+                          const real *gradient, Error *error) {
     const int count = m->parameter_count + 4;
     TensorOut *out = allocate_zeroed((size_t)count, sizeof *out);
     char(*names)[NAME_SIZE] = allocate((size_t)count, sizeof *names);
-    real *losses = allocate_zeroed(3 * (size_t)b->batch + 1, sizeof *losses);
+    real *losses = allocate(3 * (size_t)batch + 1, sizeof *losses);
     double bpd = 0;
-    for (int i = 0; i < 3 * b->batch; i++) {
-        losses[i % 3 * b->batch + i / 3] = (real)b->terms[i / 3][i % 3];
-        bpd += b->terms[i / 3][i % 3] / (image_size(&m->config) * LOG_2 * b->batch);
+    for (int i = 0; i < 3 * batch; i++) {
+        losses[i % 3 * batch + i / 3] = (real)terms[i / 3][i % 3];
+        bpd += terms[i / 3][i % 3] / (image_size(&m->config) * LOG_2 * batch);
     }
-    losses[3 * b->batch] = (real)bpd;
+    losses[3 * batch] = (real)bpd;
     for (int i = 0; i < 4; i++) {
-        const Parameter loss = {.rank = 1, .shape = {i < 3 ? b->batch : 1}, .offset = (size_t)i * b->batch};
+        const Parameter loss = {.rank = 1, .shape = {i < 3 ? batch : 1}, .offset = (size_t)i * batch};
         out[i] = tensor_out("loss", &loss, losses, names[i]);
         snprintf(names[i], NAME_SIZE, "%s%s", i < 3 ? "loss." : "", i < 3 ? TERMS[i] : "bpd");
     }
@@ -1407,26 +1401,20 @@ static int gradient_write(const char *path, const Model *m, const GivenBatch *b,
 }
 
 static int grad_command(int argc, char **argv) {
-    Job job = {.threads = default_threads()};
-    char batch_path[TEXT_SIZE] = "";
-    Option options[] = {
-        {"batch", OPTION_TEXT, batch_path, 0, 0, "FILE",
-         "safetensors: images U8 [B,H,W,C], t [B], eps, eps0 [B,H,W,C]", 0},
-        {"out", OPTION_TEXT, job.out, 0, 0, "FILE",
-         "safetensors: loss.recon|latent|diffusion [B] in nats, bpd [1], grad.NAME", 0},
-        {"threads", OPTION_INT, &job.threads, 1, MAX_THREADS, "N", "threads", 0},
-    };
-    int status = job_begin(&job, argc, argv, options, sizeof options / sizeof options[0],
-                           "grad CHECKPOINT --batch FILE --out FILE [options]", LOAD_PARAMS);
-    if (status)
-        return job_end(&job, status);
-    GivenBatch b = {.model = &job.model};
-    status = batch_read(batch_path, &job.model.config, &b, &job.error);
-    if (status == 0) {
-        b.terms = allocate((size_t)b.batch, sizeof *b.terms);
-        model_flip(&job.model, job.threads);
-        workers_run(&job.workers, job.model.params, 1, b.batch, given_example, &b);
-        status = gradient_write(job.out, &job.model, &b, workers_gradient(&job.workers), &job.error);
+    Job job = job_default();
+    Batch b = {.count = 0};
+    int status =
+        job_begin(&job, argc, argv, GRAD, "grad CHECKPOINT --batch FILE --out FILE [options]", LOAD_PARAMS);
+    if (status == 0 && (status = output_check(job.out, job.batch, &job.error)) == 0 &&
+        (status = batch_read(job.batch, &job.model.config, &b, &job.error)) == 0) {
+        double(*terms)[3] = allocate((size_t)b.count, sizeof *terms);
+        const real *gradient = batch_gradient(&job.workers, b.example, b.count, terms);
+        int finite = stop_signal || isfinite(dot(gradient, gradient, job.model.weight_count));
+        for (int i = 0; i < 3 * b.count && finite && !stop_signal; i++)
+            finite = isfinite(terms[i / 3][i % 3]);
+        if ((status = job_check(&job, finite)) == 0)
+            status = gradient_write(job.out, &job.model, terms, b.count, gradient, &job.error);
+        free(terms);
     }
     batch_free(&b);
     return job_end(&job, status);
@@ -1434,13 +1422,11 @@ static int grad_command(int argc, char **argv) {
 
 /* ---- commands ---- */
 
-typedef struct {
+static const struct {
     const char *name;
     int (*run)(int argc, char **argv);
     const char *help;
-} Command;
-
-static const Command COMMANDS[] = {
+} COMMANDS[] = {
     {"train", train_command, "train a model"},
     {"sample", sample_command, "draw images from a checkpoint"},
     {"eval", eval_command, "the variational bound on a data set, by term"},
@@ -1452,7 +1438,11 @@ static const Command COMMANDS[] = {
 
 int main(int argc, char **argv) {
     const int count = sizeof COMMANDS / sizeof COMMANDS[0];
-    signal(SIGXFSZ, SIG_IGN);   /* a write beyond the limit on file sizes then fails, and is reported */
+    int descriptor;
+    while ((descriptor = open("/dev/null", O_RDWR)) >= 0 && descriptor <= STDERR_FILENO)
+        ; /* where one of the three is closed, the next file opened would take the place of the terminal */
+    close(descriptor);
+    signal(SIGXFSZ, SIG_IGN); /* a write beyond the limit on file sizes then fails, and is reported */
     for (int i = 0; argc > 1 && i < count; i++)
         if (strcmp(argv[1], COMMANDS[i].name) == 0) {
             int status = COMMANDS[i].run(argc - 1, argv + 1);
@@ -1466,7 +1456,9 @@ int main(int argc, char **argv) {
         }
     const int help = argc > 1 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0);
     if (argc > 1 && !help) {
-        fprintf(stderr, "diffenc: unknown command '%s' (see diffenc --help)\n", argv[1]);
+        Error error;
+        fail(&error, "unknown command '%.60s' (see diffenc --help)", argv[1]);
+        say("", &error);
         return USAGE;
     }
     FILE *to = help ? stdout : stderr;

@@ -18,7 +18,7 @@
 
 /* ---- configuration ---- */
 
-enum { MAX_BLOCKS = 256, MAX_SIDE = 4096, MAX_CHANNELS = 1024 };
+enum { MOST_BLOCKS = 256, MOST_CHANNELS = 1024, LARGEST_SIDE = 4096, HIGHEST_FOURIER = 12 };
 
 Config config_default(void) {
     Config c = {.kind = DIFFENC,
@@ -27,6 +27,8 @@ Config config_default(void) {
                 .net = NET_FLAT,
                 .channels = 32,
                 .encoder_channels = 16,
+                .fourier_first = 6,
+                .fourier_last = 7,
                 .height = 28,
                 .width = 28,
                 .image_channels = 1,
@@ -40,12 +42,12 @@ Config config_default(void) {
     return c;
 }
 
-/* A block count 1..MAX_BLOCKS at `text`; *end is set behind it. 0 if there is none. */
+/* A block count 1..MOST_BLOCKS at `text`; *end is set behind it. 0 if there is none. */
 static int block_count(const char *text, const char **end) {
     int n = 0;
-    for (*end = text; **end >= '0' && **end <= '9' && n <= MAX_BLOCKS; (*end)++)
+    for (*end = text; **end >= '0' && **end <= '9' && n <= MOST_BLOCKS; (*end)++)
         n = 10 * n + (**end - '0');
-    return n <= MAX_BLOCKS ? n : 0;
+    return n <= MOST_BLOCKS ? n : 0;
 }
 
 int config_parse_model(Config *config, const char *name, Error *error) {
@@ -71,7 +73,7 @@ int config_parse_model(Config *config, const char *name, Error *error) {
         }
     }
     return fail(error, "model '%.40s': expected vdm-L, diffenc-L-nt or diffenc-L-E with L and E from 1 to %d",
-                name, MAX_BLOCKS);
+                name, MOST_BLOCKS);
 }
 
 void config_model_name(const Config *config, char name[32]) {
@@ -94,13 +96,13 @@ int unet_levels(int blocks, int height) {
 
 /* `what` has n channels at its first level; every group normalisation in it must come out even. */
 static int check_channels(const char *option, int channels, int levels, Error *error) {
-    if (channels < 4 || channels > MAX_CHANNELS || channels % 4)
-        return fail(error, "%s %d: must be a multiple of 4 from 4 to %d", option, channels, MAX_CHANNELS);
+    if (channels < 4 || channels > MOST_CHANNELS || channels % 4)
+        return fail(error, "%s %d: must be a multiple of 4 from 4 to %d", option, channels, MOST_CHANNELS);
     for (int level = 0; level < levels; level++) {
         const int64_t width = (int64_t)channels << level;
-        if (width > MAX_CHANNELS)
+        if (width > MOST_CHANNELS)
             return fail(error, "%s %d: level %d of the U-Net would have %lld channels, %d are the most",
-                        option, channels, level, (long long)width, MAX_CHANNELS);
+                        option, channels, level, (long long)width, MOST_CHANNELS);
         if (!group_count((int)width) || !group_count((int)(2 * width)))
             return fail(error, "%s %d: %lld channels do not divide into 32 groups", option, channels,
                         (long long)width);
@@ -117,14 +119,15 @@ static int check_unet(const char *what, int blocks, const Config *c, Error *erro
 }
 
 int config_check(const Config *c, Error *error) {
-    if (c->height < 1 || c->width < 1 || c->height > MAX_SIDE || c->width > MAX_SIDE)
-        return fail(error, "image size %dx%d: each side must be from 1 to %d", c->height, c->width, MAX_SIDE);
+    if (c->height < 1 || c->width < 1 || c->height > LARGEST_SIDE || c->width > LARGEST_SIDE)
+        return fail(error, "image size %dx%d: each side must be from 1 to %d", c->height, c->width,
+                    LARGEST_SIDE);
     if (c->image_channels != 1 && c->image_channels != 3)
         return fail(error, "image channels %d: must be 1 or 3", c->image_channels);
-    if (c->score_blocks < 1 || c->score_blocks > MAX_BLOCKS || c->encoder_blocks < (c->kind == DIFFENC) ||
-        c->encoder_blocks > MAX_BLOCKS)
+    if (c->score_blocks < 1 || c->score_blocks > MOST_BLOCKS || c->encoder_blocks < (c->kind == DIFFENC) ||
+        c->encoder_blocks > MOST_BLOCKS)
         return fail(error, "model: L %d and E %d must be from 1 to %d", c->score_blocks, c->encoder_blocks,
-                    MAX_BLOCKS);
+                    MOST_BLOCKS);
     if (c->net == NET_UNET && check_unet("net unet", c->score_blocks, c, error))
         return -1;
     if (c->kind == DIFFENC && check_unet("encoder", c->encoder_blocks, c, error))
@@ -135,6 +138,9 @@ int config_check(const Config *c, Error *error) {
     if (c->kind == DIFFENC && check_channels("encoder-channels", c->encoder_channels,
                                              unet_levels(c->encoder_blocks, c->height), error))
         return -1;
+    if (c->fourier_first < 0 || c->fourier_first > c->fourier_last || c->fourier_last > HIGHEST_FOURIER)
+        return fail(error, "fourier %d..%d: must be ascending and within 0..%d", c->fourier_first,
+                    c->fourier_last, HIGHEST_FOURIER);
     if (!(c->gamma_min < c->gamma_max) || !(c->gamma_min >= -40) || !(c->gamma_max <= 40))
         return fail(error, "gamma-min %g, gamma-max %g: must be ascending and within -40..40", c->gamma_min,
                     c->gamma_max);
@@ -154,13 +160,15 @@ int config_check(const Config *c, Error *error) {
 
 /* ---- parameters ---- */
 
-/* Append "NAME." to the scope; the caller restores the returned length. */
+/* Append "NAME.INDEX." to the scope, without what is NULL or negative; the caller restores the returned
+ * length. */
 static size_t scope_enter(Network *n, const char *name, int index) {
     const size_t length = strlen(n->scope);
-    if (index >= 0)
-        snprintf(n->scope + length, sizeof n->scope - length, "%s.%d.", name, index);
-    else
+    if (name)
         snprintf(n->scope + length, sizeof n->scope - length, "%s.", name);
+    const size_t named = strlen(n->scope);
+    if (index >= 0)
+        snprintf(n->scope + named, sizeof n->scope - named, "%d.", index);
     return length;
 }
 
@@ -182,6 +190,7 @@ static void declare(Network *n, const char *name, int rank, int taps, int in, in
     p->rank = rank;
     p->taps = taps, p->in = in, p->out = out;
     p->initial = initial;
+    p->decays = rank > 1 || initial == INIT_ONE;   /* kernels and scales; no bias, nothing of the schedule */
     p->count = (size_t)taps * in * out;
     p->offset = m->weight_count;
     m->weight_count += p->count;
@@ -191,19 +200,33 @@ static void declare(Network *n, const char *name, int rank, int taps, int in, in
         p->shape[i] = shape[4 - rank + i];
 }
 
-/* The next parameter, as a leaf of the graph: a vector [out] (rank 1), a matrix [in, out] (rank 2) or a
- * kernel [side, side, in, out] (rank 4). */
+/* The index of the parameter "SCOPE NAME". The search begins behind the one found last, where the next one
+ * nearly always is. */
+static int find_parameter(Network *n, const char *name) {
+    const size_t length = strlen(n->scope);
+    const Model *m = n->model;
+    for (int tried = 0; tried < m->parameter_count; tried++, n->next++) {
+        const char *found = m->parameter[n->next %= m->parameter_count].name;
+        if (strncmp(found, n->scope, length) == 0 && strcmp(found + length, name) == 0)
+            return n->next++;
+    }
+    assert(!"a parameter that was not declared");
+    return 0;
+}
+
+/* A parameter as a leaf of the graph: a vector [out] (rank 1), a matrix [in, out] (rank 2) or a kernel
+ * [side, side, in, out] (rank 4). */
 static Tensor *take(Network *n, const char *name, int rank, int taps, int in, int out, Initial initial) {
     if (n->declaring) {
         declare(n, name, rank, taps, in, out, initial);
         return parameter(&n->graph, taps, in, out, NULL, NULL, NULL);
     }
-    const int index = n->next++;
+    const int index = find_parameter(n, name);
     const Parameter *p = &n->model->parameter[index];
-    assert(p->taps == taps && p->in == in && p->out == out && strstr(p->name, name));
+    assert(p->taps == taps && p->in == in && p->out == out);
     if (!n->leaf[index])
         n->leaf[index] = parameter(&n->graph, taps, in, out, n->weights + p->offset,
-                                   n->flipped && rank > 1 ? n->flipped + p->offset : NULL,
+                                   n->transposed && rank > 1 ? n->transposed + p->offset : NULL,
                                    n->gradient ? n->gradient + p->offset : NULL);
     return n->leaf[index];
 }
@@ -211,13 +234,21 @@ static Tensor *take(Network *n, const char *name, int rank, int taps, int in, in
 /* ---- layers ---- */
 
 /* 3x3 convolution (taps 9) or the same dense layer at every position (taps 1), with bias and residual. */
-static Tensor *linear(Network *n, const char *name, int taps, Tensor *x, int out, Initial initial,
-                      Tensor *residual) {
+static Tensor *affine_map(Network *n, const char *name, int taps, Tensor *x, int out, Initial initial,
+                          Tensor *residual) {
     const size_t scope = scope_enter(n, name, -1);
     Tensor *kernel = take(n, "kernel", taps == 1 ? 2 : 4, taps, x->channels, out, initial);
     Tensor *bias = take(n, "bias", 1, 1, 1, out, INIT_ZERO);
     scope_leave(n, scope);
-    return convolve(x, kernel, bias, residual);
+    return (n->plain_sums ? convolve_by_plain_sums : convolve)(x, kernel, bias, residual);
+}
+
+static Tensor *dense(Network *n, const char *name, Tensor *x, int out, Initial initial, Tensor *residual) {
+    return affine_map(n, name, 1, x, out, initial, residual);
+}
+
+static Tensor *conv3x3(Network *n, const char *name, Tensor *x, int out, Initial initial, Tensor *residual) {
+    return affine_map(n, name, 9, x, out, initial, residual);
 }
 
 static Tensor *norm(Network *n, const char *name, Tensor *x, int kind) {
@@ -229,29 +260,23 @@ static Tensor *norm(Network *n, const char *name, Tensor *x, int kind) {
 }
 
 /* [1, 1, 4 channels]: sines and cosines of 1000 t at channels/2 frequencies, then two dense layers. Cycles
- * instead of radians, counted in double and without the whole ones: in float, 1000 t itself would be off
- * by 6e-5. */
-static Tensor *time_embedding(Network *n, double t, Tensor *t_dot, int channels) {
+ * instead of radians, because whole ones are then taken off without rounding. */
+static Tensor *time_embedding(Network *n, Tensor *t, int channels) {
     const int half = channels / 2;
-    double frequency[MAX_CHANNELS / 2];
-    real fraction[MAX_CHANNELS / 2];
-    for (int j = 0; j < half; j++) {
+    double frequency[MOST_CHANNELS / 2];
+    for (int j = 0; j < half; j++)
         frequency[j] = 1000 / 6.283185307179586 * exp(-log(10000) * j / (half - 1));
-        fraction[j] = (real)(frequency[j] * t - floor(frequency[j] * t));
-    }
-    Tensor *cycles = constant(&n->graph, 1, 1, half, fraction);
-    if (t_dot)
-        cycles = with_tangent(cycles, outer_scale(t_dot, frequency, half));
+    Tensor *cycles = multiples(t, frequency, half);
     Tensor *h = concatenate(sine(cycles), cosine(cycles));
     const size_t scope = scope_enter(n, "time", -1);
-    h = swish(linear(n, "dense0", 1, h, 4 * channels, INIT_LECUN, NULL));
-    h = swish(linear(n, "dense1", 1, h, 4 * channels, INIT_LECUN, NULL));
+    h = swish(dense(n, "dense0", h, 4 * channels, INIT_LECUN, NULL));
+    h = swish(dense(n, "dense1", h, 4 * channels, INIT_LECUN, NULL));
     scope_leave(n, scope);
     return h;
 }
 
-/* h = conv1(swish(GN(x))) + dense(time);  h = conv2(dropout(swish(GN(h))));  x + h, x through a 1x1 skip
- * where the channels differ. The time is added to conv1's bias, and x is where conv2 starts its sums:
+/* h = conv1(swish(GN(x))) + dense_nobias(time);  h = conv2(dropout(swish(GN(h))));  x + h, x through a 1x1
+ * skip where the channels differ. The time is added to conv1's bias, and x is where conv2 starts its sums:
  * neither is a pass over memory of its own. */
 static Tensor *res_block(Network *n, const char *name, int index, Tensor *x, Tensor *time, int out) {
     const size_t scope = scope_enter(n, name, index);
@@ -259,10 +284,11 @@ static Tensor *res_block(Network *n, const char *name, int index, Tensor *x, Ten
     Tensor *kernel = take(n, "conv1.kernel", 4, 9, x->channels, out, INIT_LECUN);
     Tensor *bias = take(n, "conv1.bias", 1, 1, 1, out, INIT_ZERO);
     Tensor *projection = take(n, "time.kernel", 2, 1, time->channels, out, INIT_ZERO);
-    h = convolve(h, kernel, convolve(time, projection, NULL, bias), NULL);
+    h = (n->plain_sums ? convolve_by_plain_sums : convolve)(h, kernel, convolve(time, projection, NULL, bias),
+                                                            NULL);
     h = norm(n, "norm2", h, NORM_SWISH_DROPOUT);
-    Tensor *skip = x->channels == out ? x : linear(n, "skip", 1, x, out, INIT_LECUN, NULL);
-    h = linear(n, "conv2", 9, h, out, INIT_ZERO, skip);
+    Tensor *skip = x->channels == out ? x : dense(n, "skip", x, out, INIT_LECUN, NULL);
+    h = conv3x3(n, "conv2", h, out, INIT_ZERO, skip);
     scope_leave(n, scope);
     return h;
 }
@@ -271,11 +297,10 @@ static Tensor *res_block(Network *n, const char *name, int index, Tensor *x, Ten
 static Tensor *attention(Network *n, const char *name, Tensor *x) {
     const size_t scope = scope_enter(n, name, -1);
     Tensor *h = norm(n, "norm", x, NORM_ONLY);
-    Tensor *q = linear(n, "q", 1, h, x->channels, INIT_LECUN, NULL);
-    Tensor *k = linear(n, "k", 1, h, x->channels, INIT_LECUN, NULL);
-    Tensor *v = linear(n, "v", 1, h, x->channels, INIT_LECUN, NULL);
-    h = attend(q, k, v);
-    h = linear(n, "out", 1, h, x->channels, INIT_ZERO, x);
+    Tensor *q = dense(n, "q", h, x->channels, INIT_LECUN, NULL);
+    Tensor *k = dense(n, "k", h, x->channels, INIT_LECUN, NULL);
+    Tensor *v = dense(n, "v", h, x->channels, INIT_LECUN, NULL);
+    h = dense(n, "out", attend(q, k, v), x->channels, INIT_ZERO, x);
     scope_leave(n, scope);
     return h;
 }
@@ -286,11 +311,14 @@ static Tensor *middle(Network *n, Tensor *h, Tensor *time) {
     return res_block(n, "mid", 1, h, time, h->channels);
 }
 
-/* [z | sin(2^f 2 pi z) | cos(2^f 2 pi z)], f = 6, 7: [h, w, c] -> [h, w, 5c]. [VDM,
- * Fourier features] */
-static Tensor *fourier_features(Tensor *z) {
-    const double frequency[2] = {64, 128};
-    Tensor *cycles = outer_scale(z, frequency, 2);
+/* [z | sin(2^f 2 pi z) | cos(2^f 2 pi z)] for each f, ascending: [h, w, c] -> [h, w, c (1 + 2 count)]. [VDM
+ * (34)] */
+static Tensor *fourier_features(const Config *config, Tensor *z) {
+    double frequency[HIGHEST_FOURIER + 1];
+    const int count = config->fourier_last - config->fourier_first + 1;
+    for (int i = 0; i < count; i++)
+        frequency[i] = ldexp(1, config->fourier_first + i);
+    Tensor *cycles = multiples(z, frequency, count);
     return concatenate(concatenate(z, sine(cycles)), cosine(cycles));
 }
 
@@ -299,7 +327,7 @@ static Tensor *fourier_features(Tensor *z) {
 /* The paper's: no resolution is lost. Each of the L + 1 kept outputs comes back, the last one first. */
 static Tensor *flat_body(Network *n, Tensor *h, Tensor *time, int blocks) {
     const int channels = h->channels;
-    Tensor *kept[MAX_BLOCKS + 1] = {h};
+    Tensor *kept[MOST_BLOCKS + 1] = {h};
     for (int i = 0; i < blocks; i++)
         kept[i + 1] = h = res_block(n, "down", i, h, time, channels);
     h = middle(n, h, time);
@@ -312,12 +340,11 @@ static Tensor *flat_body(Network *n, Tensor *h, Tensor *time, int blocks) {
 static Tensor *unet_body(Network *n, Tensor *h, Tensor *time, int blocks) {
     const int channels = h->channels, levels = unet_levels(blocks, h->height);
     const int per_level = blocks / levels;
-    Tensor *kept[MAX_BLOCKS];
+    Tensor *kept[MOST_BLOCKS];
     for (int level = 0; level < levels; level++) {
         const size_t scope = scope_enter(n, "down", level);
-        n->scope[strlen(n->scope) - 1] = 0;   /* "down.LEVEL" + ".BLOCK." */
         for (int i = 0; i < per_level; i++)
-            h = res_block(n, "", i, h, time, channels << level);
+            h = res_block(n, NULL, i, h, time, channels << level);
         scope_leave(n, scope);
         kept[level] = h;
         h = max_pool(h);
@@ -329,49 +356,43 @@ static Tensor *unet_body(Network *n, Tensor *h, Tensor *time, int blocks) {
         Tensor *kernel = take(n, "upsample.kernel", 4, 4, h->channels, channels << level, INIT_LECUN);
         Tensor *bias = take(n, "upsample.bias", 1, 1, 1, channels << level, INIT_ZERO);
         h = concatenate(upsample(h, kernel, bias), kept[level]);
-        n->scope[strlen(n->scope) - 1] = 0;
         for (int i = 0; i < per_level; i++)
-            h = res_block(n, "", i, h, time, channels << level);
+            h = res_block(n, NULL, i, h, time, channels << level);
         scope_leave(n, scope);
     }
     return h;
 }
 
-/* conv_in of x, a body, swish(GN), conv_out; added to `base` unless that is NULL. */
-static Tensor *image_network(Network *n, NetKind net, int blocks, int channels, Tensor *x, double t,
-                             Tensor *t_dot, int out, Tensor *base) {
-    Tensor *time = time_embedding(n, t, t_dot, channels);
-    Tensor *h = linear(n, "conv_in", 9, x, channels, INIT_LECUN, NULL);
-    h = net == NET_FLAT ? flat_body(n, h, time, blocks) : unet_body(n, h, time, blocks);
-    return linear(n, "conv_out", 9, norm(n, "norm_out", h, NORM_SWISH), out, INIT_ZERO, base);
-}
-
-Tensor *score_network(Network *n, Tensor *z, double t) {
-    const Config *c = &n->model->config;
-    n->next = 0;
-    strcpy(n->scope, "score.");
-    return image_network(n, c->net, c->score_blocks, c->channels, fourier_features(z), t, NULL, z->channels,
-                         z);
-}
-
-Tensor *encoder_network(Network *n, Tensor *x, double t, Tensor *t_dot) {
-    const Config *c = &n->model->config;
-    n->next = n->model->encoder_first;
-    strcpy(n->scope, "encoder.");
-    /* The same dropout mask at every time of an example: otherwise x_s - x_t would be the difference of
-     * two masks, which does not shrink with s - t, and T KL_T would grow with T instead of going to L_inf. */
+/* conv_in of x, a body, swish(GN), conv_out; added to `base` unless that is NULL. Each network draws its
+ * dropout masks from a stream of its own, so one does not depend on whether the other has run. */
+static Tensor *image_network(Network *n, const char *name, RandomPurpose masks, NetKind net, int blocks,
+                             int channels, Tensor *x, Tensor *t, int out, Tensor *base) {
+    n->scope[0] = 0;
+    scope_enter(n, name, -1);
+    n->graph.dropout_stream.purpose = masks;
     n->graph.dropout_position = 0;
-    /* y reaches the score network through sin(2 pi 128 z), which magnifies its rounding 800 times. At t = 0
-     * the reconstruction sees it alone. */
-    n->graph.plain_sums = t > 0;
-    Tensor *y = hyperbolic_tangent(
-        image_network(n, NET_UNET, c->encoder_blocks, c->encoder_channels, x, t, t_dot, x->channels, NULL));
-    n->graph.plain_sums = 0;
-    return y;
+    Tensor *time = time_embedding(n, t, channels);
+    Tensor *h = conv3x3(n, "conv_in", x, channels, INIT_LECUN, NULL);
+    h = net == NET_FLAT ? flat_body(n, h, time, blocks) : unet_body(n, h, time, blocks);
+    return conv3x3(n, "conv_out", norm(n, "norm_out", h, NORM_SWISH), out, INIT_ZERO, base);
+}
+
+Tensor *score_network(Network *n, Tensor *z, Tensor *t) {
+    const Config *c = &n->model->config;
+    n->plain_sums = 0;
+    return image_network(n, "score", RANDOM_DROPOUT, c->net, c->score_blocks, c->channels,
+                         fourier_features(c, z), t, z->channels, z);
+}
+
+Tensor *encoder_network(Network *n, Tensor *x, Tensor *t, int plain_sums) {
+    const Config *c = &n->model->config;
+    n->plain_sums = plain_sums;
+    Tensor *y = image_network(n, "encoder", RANDOM_ENCODER_DROPOUT, NET_UNET, c->encoder_blocks,
+                              c->encoder_channels, x, t, x->channels, NULL);
+    return hyperbolic_tangent(y);
 }
 
 void schedule_parameters(Network *n, Tensor **b, Tensor **w) {
-    n->next = n->model->gamma_first;
     strcpy(n->scope, "gamma.");
     *b = take(n, "b", 1, 1, 1, 1, INIT_GAMMA_B);
     *w = take(n, "w", 1, 1, 1, 1, INIT_GAMMA_W);
@@ -387,11 +408,10 @@ static void declare_parameters(Model *m) {
     n.graph.shapes_only = 1;
     graph_begin(&n.graph, arena);
     Tensor *image = constant(&n.graph, c->height, c->width, c->image_channels, NULL);
-    score_network(&n, image, 0);
-    m->encoder_first = m->parameter_count;
+    Tensor *t = number(&n.graph, 0);
+    score_network(&n, image, t);
     if (c->kind == DIFFENC)
-        encoder_network(&n, image, 0, NULL);
-    m->gamma_first = m->parameter_count;
+        encoder_network(&n, image, t, 0);
     if (c->schedule == SCHEDULE_LEARNED) {
         Tensor *b, *w;
         schedule_parameters(&n, &b, &w);
@@ -448,7 +468,6 @@ int model_new(Model *m, const Config *config, uint64_t seed, Error *error) {
     m->ema = allocate_zeroed(m->weight_count, sizeof(real));
     m->adam_m = allocate_zeroed(m->weight_count, sizeof(real));
     m->adam_v = allocate_zeroed(m->weight_count, sizeof(real));
-    m->flipped = allocate_zeroed(m->weight_count, sizeof(real));
     for (int i = 0; i < m->parameter_count; i++)
         initialise(m, i, seed);
     memcpy(m->ema, m->params, m->weight_count * sizeof(real));
@@ -461,18 +480,7 @@ void model_free(Model *m) {
     free(m->ema);
     free(m->adam_m);
     free(m->adam_v);
-    free(m->flipped);
     memset(m, 0, sizeof *m);
-}
-
-void model_flip(Model *m, int threads) {
-    (void)threads;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int i = 0; i < m->parameter_count; i++) {
-        const Parameter *p = &m->parameter[i];
-        if (p->rank > 1)
-            flip_kernel(p->taps, p->in, p->out, m->params + p->offset, m->flipped + p->offset);
-    }
 }
 
 /* ---- batches ---- */
@@ -480,6 +488,17 @@ void model_flip(Model *m, int threads) {
 void network_begin(Network *n) {
     graph_begin(&n->graph, n->graph.arena);
     memset(n->leaf, 0, n->model->parameter_count * sizeof *n->leaf);
+}
+
+Tensor *network_renew(Network *n, const Tensor *t) {
+    const size_t bytes = element_count(t) * sizeof(real);
+    const int height = t->height, width = t->width, channels = t->channels;
+    real *value = allocate(1, bytes);
+    memcpy(value, t->value, bytes);
+    network_begin(n);
+    Tensor *carried = constant(&n->graph, height, width, channels, value);
+    free(value);
+    return carried;
 }
 
 void workers_new(Workers *w, Model *model, int threads) {
@@ -503,7 +522,9 @@ void workers_free(Workers *w) {
     free(w->network);
     for (int i = 0; i < GRADIENT_SLOTS; i++)
         free(w->slot[i]);
-    arena_free(w->results);
+    free(w->transposed);
+    if (w->results)
+        arena_free(w->results);
     memset(w, 0, sizeof *w);
 }
 
@@ -519,47 +540,84 @@ size_t workers_memory(const Workers *w) {
     return bytes;
 }
 
-static int thread_index(void) {
+int workers_stopped(const Workers *w) {
+    return w->stop && *w->stop;
+}
+
+int network_stopped(const Network *n) {
+    return n->stop && *n->stop;
+}
+
+static Network *network_of_thread(Workers *w) {
 #ifdef _OPENMP
-    return omp_get_thread_num();
+    return &w->network[omp_get_thread_num()];
 #else
-    return 0;
+    return &w->network[0];
 #endif
 }
 
-void workers_run(Workers *w, const real *weights, int with_gradients, int count, ExampleWork work,
-                 void *context) {
-    const int tasks = with_gradients && count > GRADIENT_SLOTS ? GRADIENT_SLOTS : count;
-    for (int i = 0; with_gradients && i < GRADIENT_SLOTS; i++)
-        if (!w->slot[i])
-            w->slot[i] = allocate(w->model->weight_count, sizeof(real));
+void workers_run(Workers *w, const real *weights, int count, ExampleWork work, void *context) {
 #pragma omp parallel for num_threads(w->threads) schedule(dynamic, 1)
-    for (int task = 0; task < (with_gradients ? GRADIENT_SLOTS : tasks); task++) {
-        Network *n = &w->network[thread_index()];
+    for (int example = 0; example < count; example++) {
+        Network *n = network_of_thread(w);
         n->weights = weights;
-        n->flipped = with_gradients ? w->model->flipped : NULL;
-        n->gradient = with_gradients ? w->slot[task] : NULL;
-        if (with_gradients)
-            memset(n->gradient, 0, w->model->weight_count * sizeof(real));
-        for (int example = task; example < count; example += tasks) {
-            network_begin(n);
+        n->transposed = NULL, n->gradient = NULL;
+        n->stop = w->stop;
+        n->graph.dropout = 0;
+        network_begin(n);
+        if (!workers_stopped(w))
             work(n, example, context);
-        }
     }
 }
 
-const real *workers_gradient(Workers *w) {
+/* The gradient by an input needs each kernel transposed: made once for all examples of a batch. */
+static void transpose_kernels(Workers *w) {
+    const Model *m = w->model;
+    if (!w->transposed)
+        w->transposed = allocate(m->weight_count, sizeof(real));
+#pragma omp parallel for num_threads(w->threads) schedule(dynamic, 1)
+    for (int i = 0; i < m->parameter_count; i++) {
+        const Parameter *p = &m->parameter[i];
+        if (p->rank > 1)
+            flip_kernel(p->taps, p->in, p->out, m->params + p->offset, w->transposed + p->offset);
+    }
+}
+
+/* slot[0] becomes the sum of the first `slots`. */
+static void sum_slots(Workers *w, int slots) {
     enum { RUN = 4096 };   /* weights that stay in the first-level cache while all slots are added to them */
     const size_t count = w->model->weight_count;
 #pragma omp parallel for num_threads(w->threads)
     for (size_t begin = 0; begin < count; begin += RUN) {
         const size_t end = begin + RUN < count ? begin + RUN : count;
-        real *sum = w->slot[0];
-        for (int s = 1; s < GRADIENT_SLOTS; s++)
+        real *total = w->slot[0];
+        for (int s = 1; s < slots; s++)
             for (size_t i = begin; i < end; i++)
-                sum[i] += w->slot[s][i];
+                total[i] += w->slot[s][i];
     }
-    return w->slot[0];
+}
+
+const real *workers_gradient(Workers *w, int count, ExampleWork work, void *context) {
+    /* A slot is zeroed and summed, so that one slot for two examples costs half as much. */
+    const int slots = count / 2 < 1 ? 1 : count / 2 < GRADIENT_SLOTS ? count / 2 : GRADIENT_SLOTS;
+    transpose_kernels(w);
+    for (int i = 0; i < slots; i++)
+        if (!w->slot[i])
+            w->slot[i] = allocate(w->model->weight_count, sizeof(real));
+#pragma omp parallel for num_threads(w->threads) schedule(dynamic, 1)
+    for (int slot = 0; slot < slots; slot++) {
+        Network *n = network_of_thread(w);
+        n->weights = w->model->params;
+        n->transposed = w->transposed;
+        n->gradient = w->slot[slot];
+        memset(n->gradient, 0, w->model->weight_count * sizeof(real));
+        for (int example = slot; example < count && !workers_stopped(w); example += slots) {
+            network_begin(n);
+            work(n, example, context);
+        }
+    }
+    sum_slots(w, slots);
+    return workers_stopped(w) ? NULL : w->slot[0];
 }
 
 /* ---- training ---- */
@@ -568,12 +626,6 @@ Optimizer optimizer_default(void) {
     Optimizer o = {.learning_rate = 2e-4, .beta1 = 0.9, .beta2 = 0.99, .epsilon = 1e-8, .weight_decay = 0.01,
                    .ema = 0.9999};
     return o;
-}
-
-/* A bias by its name: ".bias", or b of the schedule. */
-static int is_bias(const char *name) {
-    const size_t length = strlen(name);
-    return (length > 5 && strcmp(name + length - 5, ".bias") == 0) || strcmp(name, "gamma.b") == 0;
 }
 
 double optimizer_step(Model *m, const Optimizer *o, const real *gradient, int threads) {
@@ -586,7 +638,9 @@ double optimizer_step(Model *m, const Optimizer *o, const real *gradient, int th
         return isfinite(norm) ? INFINITY : norm;
     const double step = (double)++m->step;
     const real clip = (real)(o->clip > 0 && norm > o->clip ? o->clip / norm : 1);
-    const double rate = o->learning_rate * (o->warmup > 0 && step < o->warmup ? step / o->warmup : 1);
+    const double up = o->warmup > 0 ? step / o->warmup : 1;
+    const double down = o->cooldown > 0 ? (o->steps - step + 1) / (o->cooldown * o->steps) : 1;
+    const double rate = o->learning_rate * fmax(fmin(fmin(up, down), 1), 0);
     const double average = (1 + step) / (10 + step) < o->ema ? (1 + step) / (10 + step) : o->ema;
     const real b1 = (real)o->beta1, b2 = (real)o->beta2, epsilon = (real)o->epsilon, keep = (real)average;
     /* m / (1 - beta1^step) and v / (1 - beta2^step) undo the moments' start at zero. */
@@ -595,7 +649,7 @@ double optimizer_step(Model *m, const Optimizer *o, const real *gradient, int th
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int i = 0; i < m->parameter_count; i++) {
         const Parameter *p = &m->parameter[i];
-        const real decay = (real)(is_bias(p->name) ? 0 : rate * o->weight_decay);
+        const real decay = (real)(p->decays ? rate * o->weight_decay : 0);
         const real *restrict g = gradient + p->offset;
         real *restrict w = m->params + p->offset, *restrict ema = m->ema + p->offset;
         real *restrict m1 = m->adam_m + p->offset, *restrict m2 = m->adam_v + p->offset;
@@ -608,4 +662,17 @@ double optimizer_step(Model *m, const Optimizer *o, const real *gradient, int th
         }
     }
     return norm;
+}
+
+const Parameter *steepest_parameter(const Model *m, const real *gradient, double *norm) {
+    const Parameter *found = m->parameter;
+    double most = -1;
+    for (int i = 0; i < m->parameter_count && isfinite(most); i++) {
+        const Parameter *p = &m->parameter[i];
+        const double square = dot(gradient + p->offset, gradient + p->offset, p->count);
+        if (!(square <= most))
+            most = square, found = p;
+    }
+    *norm = sqrt(most);
+    return found;
 }

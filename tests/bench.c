@@ -43,15 +43,12 @@ static int ascending(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-static double median(double *x, int count) {   /* and sorts */
-    qsort(x, (size_t)count, sizeof *x, ascending);
-    return (x[(count - 1) / 2] + x[count / 2]) / 2;
-}
-
-static Timing timing_of(double *seconds, double *peaks, int count) {
-    Timing t = {.median = median(seconds, count), .peak = median(peaks, count)};
-    t.least = seconds[0];
-    t.most = seconds[count - 1];
+static Timing timing_of(double *seconds, double *peaks, int count) {   /* and sorts them */
+    const int low = (count - 1) / 2, high = count / 2;
+    qsort(seconds, (size_t)count, sizeof *seconds, ascending);
+    qsort(peaks, (size_t)count, sizeof *peaks, ascending);
+    const Timing t = {(seconds[low] + seconds[high]) / 2, seconds[0], seconds[count - 1],
+                      (peaks[low] + peaks[high]) / 2};
     return t;
 }
 
@@ -71,6 +68,7 @@ static double seconds_of(int threads, long repeat, ThreadWork work, void *contex
 /* NUMBERS independent chains of multiply-adds. A FEW links of one at a time, so that loading and storing it
  * does not count, yet so few that a processor has enough chains in work at once to hide the latency. */
 enum { NUMBERS = 256, FEW = 4, PASSES = 2000000 };
+static const double CHAIN_OPERATIONS = 2.0 * FEW * NUMBERS * PASSES;
 
 static void multiply_add_chains(void *context, int thread) {
     const real *factor_and_term = context;   /* not known to the compiler */
@@ -89,7 +87,7 @@ static void multiply_add_chains(void *context, int thread) {
 /* The machine's operations per second, measured for some tens of milliseconds. */
 static double peak_now(int threads) {
     real cell[2 + MAX_THREADS] = {(real)0.5, 1};
-    return 2.0 * FEW * NUMBERS * PASSES * threads / seconds_of(threads, 1, multiply_add_chains, cell);
+    return CHAIN_OPERATIONS * threads / seconds_of(threads, 1, multiply_add_chains, cell);
 }
 
 /* A run is as many calls as take 50 ms; finding the number also warms up. Twice, lest an interruption be
@@ -128,9 +126,9 @@ typedef struct {
 typedef struct {
     Timing seconds;
     double bandwidth, bytes;
-    double example, update;           /* seconds of an example, and of the rest of a step by its batch */
-    double by_operator[OPERATOR_COUNT][2];   /* seconds of an example, forward and backward */
-    double operations[OPERATOR_COUNT][2];    /* likewise */
+    double optimizer;                /* seconds of its step; the rest is of a training step of one thread: */
+    OperatorTime times[MOST_OPERATORS];
+    double operations[MOST_OPERATORS][2];    /* forward and backward */
 } Result;
 
 typedef void (*Measurement)(const Job *job, Result *result);
@@ -188,21 +186,38 @@ static void triad_fill(void *context, int thread) {   /* by the thread that will
 
 static void measure_machine(const Job *job, Result *result) {
     const size_t threads = (size_t)job->threads, all = ((size_t)1 << 27) / sizeof(real) / threads * threads;
-    const double bytes = 3.0 * sizeof(real) * (double)all;
-    double peaks[MAX_RUNS];
-    Triad arrays = {.a = allocate(3 * all, sizeof(real)), .count = all / threads};
-    arrays.b = arrays.a + all;
-    arrays.c = arrays.b + all;
+    real cell[2 + MAX_THREADS] = {(real)0.5, 1}, *memory = allocate(3 * all, sizeof(real));
+    Triad arrays = {.a = memory, .b = memory + all, .c = memory + 2 * all, .count = all / threads};
     seconds_of(job->threads, 1, triad_fill, &arrays);
-    const Timing t = time_work(job->runs, job->threads, triad, &arrays);
-    for (int i = 0; i < job->runs; i++)
-        peaks[i] = peak_now(job->threads);
-    const double peak = median(peaks, job->runs);
-    result->bandwidth = bytes / t.median;
-    printf("multiply-add peak %7.1f GFLOP/s (%.1f..%.1f)\n", peak / 1e9, peaks[0] / 1e9,
-           peaks[job->runs - 1] / 1e9);
-    printf("memory bandwidth  %7.1f GB/s    (%.1f..%.1f)\n", bytes / t.median / 1e9, bytes / t.most / 1e9,
-           bytes / t.least / 1e9);
+    const Timing chains = time_work(job->runs, job->threads, multiply_add_chains, cell),
+                 t = time_work(job->runs, job->threads, triad, &arrays);
+    const double flop = CHAIN_OPERATIONS * job->threads / 1e9, bytes = 3e-9 * sizeof(real) * (double)all;
+    result->bandwidth = 1e9 * bytes / t.median;
+    printf("multiply-add peak %7.1f GFLOP/s (%.1f..%.1f)\nmemory bandwidth  %7.1f GB/s    (%.1f..%.1f)\n",
+           flop / chains.median, flop / chains.most, flop / chains.least, bytes / t.median, bytes / t.most,
+           bytes / t.least);
+}
+
+/* ---- a model ---- */
+
+/* A model with its threads, and random images for a batch. */
+typedef struct {
+    Model model;
+    Workers workers;
+    Optimizer optimizer;
+    unsigned char *images;
+} Setup;
+
+static void setup(Setup *s, const Job *job, int threads, int images) {
+    const Config *c = &job->config;
+    const size_t bytes = (size_t)images * c->height * c->width * c->image_channels;
+    Error error;
+    stop_on(model_new(&s->model, c, 1, &error), &error);
+    workers_new(&s->workers, &s->model, threads);
+    s->optimizer = optimizer_default();
+    s->images = allocate(bytes, 1);
+    for (size_t i = 0; i < bytes; i++)
+        s->images[i] = (unsigned char)random_bits(random_stream(1, RANDOM_CHECK, 1, 0), (uint32_t)i);
 }
 
 /* ---- kernels ---- */
@@ -238,7 +253,7 @@ static void attention_both_ways(int side, int channels, real *const a[ARRAYS], A
     Tensor *q = parameter(&graph, side, side, channels, a[0], NULL, a[3]);
     Tensor *k = parameter(&graph, side, side, channels, a[1], NULL, a[4]);
     Tensor *v = parameter(&graph, side, side, channels, a[2], NULL, a[5]);
-    backward(total(attend(q, k, v)), 1);
+    backward(sum(attend(q, k, v)), 1);
 }
 
 static void run_kernel(void *context, int thread) {
@@ -261,8 +276,8 @@ static void run_kernel(void *context, int thread) {
     case FAST_BY_KERNEL: convolve3x3_by_kernel_fast(side, side, in, out, x, y, dkernel, arena); break;
     case DENSE: matrix_product(positions, in, out, x, kernel, bias, NULL, y, arena); break;
     case ATTENTION: attention_both_ways(side, in, a, arena); break;
-    case NORM: group_norm(&norm, x, y); break;
-    case NORM_BACK: group_norm_backward(&norm, x, y, NULL, dx, dkernel, dkernel + out, arena); break;
+    case NORM: group_norm(&norm, x, y, arena); break;
+    case NORM_BACK: group_norm_backward(&norm, x, y, dx, dkernel, dkernel + out, arena); break;
     case DROPOUT: random_dropout(random_stream(1, RANDOM_CHECK, 0, 0), 0, values, 0.1, y); break;
     case LEVELS_256: level_softmax(values, work->levels, work->pixels, 600000, dx, &by_precision); break;
     }
@@ -281,9 +296,7 @@ static void bench_kernel(const Job *job, const Kernel *k) {
     char name[64];
     work->kernel = k;
     work->pixels = allocate_zeroed(count, 1);
-    work->levels = allocate(count, sizeof(double));
-    for (size_t i = 0; i < count; i++)
-        work->levels[i] = 2 * random_uniform(random_stream(1, RANDOM_CHECK, 2, 0), (uint32_t)i) - 1;
+    work->levels = allocate_zeroed(count, sizeof(double));
     for (int i = 0; i < job->threads; i++) {
         work->arena[i] = arena_new();
         for (int j = 0; j < ARRAYS; j++) {
@@ -296,27 +309,20 @@ static void bench_kernel(const Job *job, const Kernel *k) {
     print_rate(name, k->amount * k->side * k->side * k->out * job->threads, k->is_bytes, t, job);
 }
 
-typedef struct {
-    Model model;
-    Optimizer optimizer;
-    int threads;
-} Update;
-
 static void run_optimizer(void *context, int thread) {   /* it shares its work among the threads itself */
-    Update *u = context;
+    Setup *s = context;
     (void)thread;
-    optimizer_step(&u->model, &u->optimizer, u->model.ema, u->threads);   /* any vector serves as gradient */
+    optimizer_step(&s->model, &s->optimizer, s->model.ema, s->workers.threads);   /* any gradient */
 }
 
 /* Of each weight the gradient is read twice, first for its norm; w, m, v and the average are also written. */
 static void bench_optimizer(const Job *job) {
-    Update u = {.optimizer = optimizer_default(), .threads = job->threads};
-    Error error;
+    Setup s;
     char name[64];
-    stop_on(model_new(&u.model, &job->config, 1, &error), &error);
-    const Timing t = time_work(job->runs, 1, run_optimizer, &u);
-    snprintf(name, sizeof name, "%-16s %zu weights", "AdamW + EMA", u.model.weight_count);
-    print_rate(name, 10.0 * sizeof(real) * (double)u.model.weight_count, 1, t, job);
+    setup(&s, job, job->threads, 1);
+    const Timing t = time_work(job->runs, 1, run_optimizer, &s);
+    snprintf(name, sizeof name, "%-16s %zu weights", "AdamW + EMA", s.model.weight_count);
+    print_rate(name, 10.0 * sizeof(real) * (double)s.model.weight_count, 1, t, job);
 }
 
 static void bench_kernels(const Job *job, Result *unused) {
@@ -325,22 +331,21 @@ static void bench_kernels(const Job *job, Result *unused) {
         {"1x1", DENSE, 28, 64, 32, 2 * 64, 0},
         {"attention, both", ATTENTION, 28, 32, 32, 6 * 2 * 784, 0},          /* 2 products forward, 4 back */
         {"norm, swish", NORM, 28, 32, 32, 2 * sizeof(real), 1},              /* x, y */
-        {"norm, swish back", NORM_BACK, 28, 32, 32, 3 * sizeof(real), 1},    /* x, dy, dx */
+        {"norm, swish back", NORM_BACK, 28, 32, 32, 4 * sizeof(real), 1},    /* x, dy, dx twice */
         {"dropout mask", DROPOUT, 28, 32, 32, sizeof(real), 1},
         /* For each of 256 levels 31: 4 up to the exponent, 22 in its exponential, 5 in the three sums. */
         {"256-way softmax", LEVELS_256, 28, 1, 1, 256 * 31, 0},
     };
     (void)unused;
     printf("\neach kernel, all threads at once: median, (slowest..fastest run), share of the peak, one call\n"
-           "(in a cache, GB/s can go beyond the memory's; kernels are flipped for `by input` once a step;\n"
-           "`3x3` are the plain sums, `fast` is what training runs: minimal filtering with a quarter of the\n"
-           "multiplications, counted here as the plain sums it stands for and so beyond the peak)\n");
+           "(in a cache, GB/s can go beyond the memory's; `3x3` are the plain sums, `fast` is what training\n"
+           "runs: minimal filtering with a quarter of the multiplications, counted here as the plain sums\n"
+           "it stands for and so beyond the peak)\n");
     for (size_t i = 0; i < sizeof SIZES / sizeof SIZES[0]; i++) {
-        const int side = SIZES[i][0], c = SIZES[i][1];
         static const char *const NAMES[] = {"3x3 forward",  "3x3 by input",  "3x3 by kernel",
                                             "fast forward", "fast by input", "fast by kernel"};
-        for (int j = 0; j < 6; j++) {
-            const Kernel kernel = {NAMES[j], (Loop)(FORWARD + j), side, c, c, 18.0 * c, 0};
+        for (int j = 0, c = SIZES[i][1]; j < 6; j++) {
+            const Kernel kernel = {NAMES[j], (Loop)(FORWARD + j), SIZES[i][0], c, c, 18.0 * c, 0};
             bench_kernel(job, &kernel);
         }
     }
@@ -351,42 +356,24 @@ static void bench_kernels(const Job *job, Result *unused) {
 
 /* ---- a training step, and sampling ---- */
 
-/* A model with its threads, and random images for a batch. */
-typedef struct {
-    Model model;
-    Workers workers;
-    Optimizer optimizer;
-    unsigned char *images;
-} Setup;
-
-static void setup(Setup *s, const Job *job, int threads, int images) {
-    const Config *c = &job->config;
-    const size_t bytes = (size_t)images * c->height * c->width * c->image_channels;
+static void step(Setup *s, int batch) {
+    StepReport report;
     Error error;
-    stop_on(model_new(&s->model, c, 1, &error), &error);
-    workers_new(&s->workers, &s->model, threads);
-    s->optimizer = optimizer_default();
-    s->images = allocate(bytes, 1);
-    for (size_t i = 0; i < bytes; i++)
-        s->images[i] = (unsigned char)random_bits(random_stream(1, RANDOM_CHECK, 1, 0), (uint32_t)i);
+    stop_on(training_step(&s->model, &s->workers, &s->optimizer, s->images, batch, 1, &report, &error),
+            &error);
 }
 
 /* `runs` steps, or samplings, after one to warm up, and the peak of memory. */
 static void measure_model(const Job *job, Result *result) {
     double seconds[MAX_RUNS], peaks[MAX_RUNS];
     Setup s;
-    StepReport report;
-    Error error;
     setup(&s, job, job->threads, job->sampling ? job->count : job->batch);
     for (int i = -1; i < job->runs; i++) {
         const double start = seconds_now();
-        int status = 0;
         if (job->sampling)
-            sample_images(&s.model, &s.workers, job->count, i < 0 ? 1 : job->timesteps, 1, 0, s.images);
+            sample_images(&s.workers, job->count, i < 0 ? 1 : job->timesteps, 0, 1, 0, s.images);
         else
-            status = training_step(&s.model, &s.workers, &s.optimizer, s.images, job->batch, 1, &report,
-                                   &error);
-        stop_on(status, &error);
+            step(&s, job->batch);
         if (i >= 0) {
             seconds[i] = seconds_now() - start;
             peaks[i] = peak_now(job->threads);
@@ -406,98 +393,69 @@ static double product_operations(const Tensor *t) {
     if (strcmp(name, "attention") == 0)   /* q k^T as large as P v, for as many channels */
         return 2 * per_channel * t->input[1]->height * t->input[1]->width;
     if (strcmp(name, "upsampling") == 0 || strcmp(name, "matrix product") == 0 ||
-        strcmp(name, "outer product") == 0 || strcmp(name, "attention weights") == 0)
+        strcmp(name, "attention weights") == 0)
         return per_channel * channels;
     return 0;
 }
 
 /* Counted on the graph itself, values and tangents alike: what was computed forward, and, going back, as much
  * again for each of the two factors that has a gradient: thrice forward, less where the input is data. */
-static void count_operations(const Graph *graph, double operations[OPERATOR_COUNT][2]) {
-    memset(operations, 0, OPERATOR_COUNT * sizeof *operations);
+static void count_operations(const Graph *graph, int examples, double operations[MOST_OPERATORS][2]) {
     for (const Tensor *t = graph->last; t; t = t->previous) {
-        if (!t->op)
-            continue;
-        const double forward = product_operations(t);
-        for (int i = 0; forward > 0 && operator_name(i); i++)
-            if (strcmp(operator_name(i), t->op->name) == 0) {
-                operations[i][0] += forward;
-                operations[i][1] += forward * (t->input[0]->needs_gradient + t->input[1]->needs_gradient);
-            }
+        const double forward = t->op ? examples * product_operations(t) : 0;
+        int i = 0;
+        while (forward > 0 && graph->times[i].op != t->op)
+            i++;
+        operations[i][0] += forward;
+        if (forward > 0)
+            operations[i][1] += forward * (t->input[0]->needs_gradient + t->input[1]->needs_gradient);
     }
 }
 
-typedef struct {
-    const unsigned char *images;
-    Result *result;
-} Profile;
-
-/* As training does it, with the clock running. */
-static void profile_example(Network *n, int i, void *context) {
-    const Profile *p = context;
-    const Config *c = &n->model->config;
-    const size_t d = (size_t)c->height * c->width * c->image_channels;
-    real *eps = arena_allocate(n->graph.arena, 2 * d, sizeof *eps);
-    random_normal(random_stream(1, RANDOM_NOISE, 0, (uint32_t)i), eps, 2 * d);
-    n->graph.seconds = &p->result->by_operator[0][0];
-    n->graph.dropout = c->dropout;
-    n->graph.dropout_stream = random_stream(1, RANDOM_DROPOUT, 0, (uint32_t)i);
-    const double t = example_time(0.5, i, GRADIENT_SLOTS, 0);
-    const Example example = {p->images + (size_t)i * d, t, eps, eps + d};
-    const Method m = method_begin(n);
-    backward(bits_per_dimension(&m, objective(&m, example)), 1.0 / GRADIENT_SLOTS);
-    count_operations(&n->graph, p->result->operations);
-}
-
-/* One thread, as many examples as there are gradient slots; the first round warms up. */
+/* A training step on one thread with the clock running, after one to warm up. The graph of its last example
+ * is still there to be counted; all examples have the same. */
 static void measure_profile(const Job *job, Result *result) {
     Setup s;
-    setup(&s, job, 1, GRADIENT_SLOTS);
-    Profile profile = {s.images, result};
-    for (int round = 0; round < 2; round++) {
+    setup(&s, job, 1, job->batch);
+    Graph *graph = &s.workers.network[0].graph;
+    graph->times = result->times;
+    for (int i = 0; i < 2; i++) {
         memset(result, 0, sizeof *result);
         const double start = seconds_now();
-        model_flip(&s.model, 1);
-        const double flipped = seconds_now();
-        workers_run(&s.workers, s.model.params, 1, GRADIENT_SLOTS, profile_example, &profile);
-        const double run = seconds_now();
-        optimizer_step(&s.model, &s.optimizer, workers_gradient(&s.workers), 1);
-        result->update = (seconds_now() - run + flipped - start) / job->batch;
-        result->example = (run - flipped) / GRADIENT_SLOTS;
+        step(&s, job->batch);
+        const double stepped = seconds_now();
+        run_optimizer(&s, 0);
+        result->seconds.median = stepped - start;
+        result->optimizer = seconds_now() - stepped;
     }
-    for (int i = 0; i < OPERATOR_COUNT; i++)
-        for (int direction = 0; direction < 2; direction++)
-            result->by_operator[i][direction] /= GRADIENT_SLOTS;
+    count_operations(graph, job->batch, result->operations);
 }
 
-/* Operators by falling time; those below half a percent together. */
-static void print_profile(const Result *r) {
-    const double all = r->example + r->update;
-    double outside = r->example, small = 0;
-    int done[OPERATOR_COUNT] = {0};
+/* Operators by falling time. */
+static void print_profile(const Result *r, int batch) {
+    const double all = r->seconds.median, to_ms = 1e3 / batch;
+    double outside = all - r->optimizer, seconds[MOST_OPERATORS];
     printf("  where the time goes, one thread, ms per example (GFLOP/s of products):\n");
-    for (int place = 0, top = 0; place < OPERATOR_COUNT; place++, done[top] = 1) {
-        double most = -1;
-        for (int i = 0; i < OPERATOR_COUNT; i++)
-            if (!done[i] && r->by_operator[i][0] + r->by_operator[i][1] > most)
-                most = r->by_operator[top = i][0] + r->by_operator[i][1];
-        outside -= most;
-        small += most < 0.005 * all ? most : 0;
-        if (most < 0.005 * all)
-            continue;
-        printf("    %-22s %5.1f%%", operator_name(top), 100 * most / all);
-        for (int direction = 0; direction < 2; direction++) {
-            printf("   %s %7.3f", direction ? "backward" : "forward", 1e3 * r->by_operator[top][direction]);
-            if (r->operations[top][direction] > 0)
-                printf(" (%5.1f)", r->operations[top][direction] / r->by_operator[top][direction] / 1e9);
-            else
-                printf("%8s", "");
+    for (int i = 0; i < MOST_OPERATORS; i++)
+        outside -= seconds[i] = r->times[i].seconds[0] + r->times[i].seconds[1];
+    for (int top = 0;; top = 0) {
+        for (int i = 1; i < MOST_OPERATORS; i++)
+            top = seconds[i] > seconds[top] ? i : top;
+        if (seconds[top] <= 0)
+            break;
+        printf("    %-22s %5.1f%%", r->times[top].op->name, 100 * seconds[top] / all);
+        seconds[top] = 0;
+        for (int back = 0; back < 2; back++) {
+            const double part = r->times[top].seconds[back], operations = r->operations[top][back];
+            char rate[32] = "";
+            if (operations > 0)
+                snprintf(rate, sizeof rate, "(%5.1f)", operations / part / 1e9);
+            printf("   %s %7.3f %-7s", back ? "backward" : "forward", to_ms * part, rate);
         }
         printf("\n");
     }
-    printf("    %-22s %5.1f%%\n", "operators below 0.5%", 100 * small / all);
-    printf("    %-22s %5.1f%%   %15.3f\n", "noise, graph, memory", 100 * outside / all, 1e3 * outside);
-    printf("    %-22s %5.1f%%   %15.3f\n", "flips, sum, AdamW, EMA", 100 * r->update / all, 1e3 * r->update);
+    printf("    %-22s %5.1f%%   %15.3f\n", "noise, graph, slots", 100 * outside / all, to_ms * outside);
+    printf("    %-22s %5.1f%%   %15.3f\n", "AdamW, EMA", 100 * r->optimizer / all, to_ms * r->optimizer);
 }
 
 static int bench_steps(const Job *all) {
@@ -505,33 +463,33 @@ static int bench_steps(const Job *all) {
     double first_median = 0;
     for (int i = 0; i < 3; i++) {
         Job job = *all, small, single;
-        Result step, step_small, step_single, profile;
+        Result of_step, of_small, of_single, profile;
         Error error;
         if (config_parse_model(&job.config, MODELS[i], &error))
             return FAILURE;
         small = single = job;
         small.batch = SMALL_BATCH, small.runs = 1;
         single.threads = 1, single.runs = (all->runs + 1) / 2;
-        if (in_child(measure_model, &job, &step) || in_child(measure_model, &small, &step_small) ||
+        if (in_child(measure_model, &job, &of_step) || in_child(measure_model, &small, &of_small) ||
             in_child(measure_profile, &job, &profile) ||
-            (job.threads > 1 && in_child(measure_model, &single, &step_single)))
+            (job.threads > 1 && in_child(measure_model, &single, &of_single)))
             return FAILURE;
-        const Timing t = step.seconds;
+        const Timing t = of_step.seconds;
         double operations = 0;
-        for (int j = 0; j < OPERATOR_COUNT; j++)
-            operations += job.batch * (profile.operations[j][0] + profile.operations[j][1]);
+        for (int j = 0; j < MOST_OPERATORS; j++)
+            operations += profile.operations[j][0] + profile.operations[j][1];
         first_median = i ? first_median : t.median;
         printf("\n%s, a training step of %d examples: %.3f s (%.3f..%.3f), %.1f images/s\n", MODELS[i],
                job.batch, t.median, t.least, t.most, job.batch / t.median);
         printf("  arithmetic   %.1f GFLOP in plain sums, %.1f GFLOP/s, %.0f%% of the peak\n",
                operations / 1e9, operations / t.median / 1e9, 100 * operations / t.median / t.peak);
-        printf("  peak memory  %.1f MB; at batch %d %.1f MB\n", step.bytes / 1e6, small.batch,
-               step_small.bytes / 1e6);
+        printf("  peak memory  %.1f MB; at batch %d %.1f MB\n", of_step.bytes / 1e6, small.batch,
+               of_small.bytes / 1e6);
         if (job.threads > 1)
             printf("  %d threads    %.2f times as fast as one (%.3f s)\n", job.threads,
-                   step_single.seconds.median / t.median, step_single.seconds.median);
+                   of_single.seconds.median / t.median, of_single.seconds.median);
         printf("  takes        %.2f times as long as %s\n", t.median / first_median, MODELS[0]);
-        print_profile(&profile);
+        print_profile(&profile, job.batch);
     }
     return OK;
 }
@@ -556,15 +514,13 @@ static int bench_sampling(const Job *all) {
 
 /* ---- the command ---- */
 
-static const char *compiler(void) {
 #if defined __clang__
-    return __VERSION__;
+static const char COMPILER[] = __VERSION__;
 #elif defined __GNUC__
-    return "gcc " __VERSION__;
+static const char COMPILER[] = "gcc " __VERSION__;
 #else
-    return "an unnamed compiler";
+static const char COMPILER[] = "an unnamed compiler";
 #endif
-}
 
 static int wrong_usage(const Error *error) {
     fprintf(stderr, "diffenc: bench: %s\n", error->text);
@@ -586,7 +542,7 @@ static int print_line(const char *model, Job *job) {
         printf(" count=%d steps=%d", job->count, job->timesteps);
     else
         printf(" batch=%d", job->batch);
-    printf(" compiler=%s\n", compiler());
+    printf(" compiler=%s\n", COMPILER);
     return OK;
 }
 
@@ -606,44 +562,37 @@ static void print_help(const Option *options, int count) {
     for (const Option *o = options; o < options + count; o++) {
         printf("  %-10s %-6s %s", o->name, o->argument, o->help);
         if (o->number)
-            printf(" (default %d)\n", *o->number);
-        else
-            printf(" (default %s)\n", *o->text ? *o->text : "everything");
+            printf(" (default %d)", *o->number);
+        printf("\n");
     }
-}
-
-static int set_option(const Option *o, const char *value, Error *error) {
-    char *end = NULL;
-    const long number = value ? strtol(value, &end, 10) : 0;
-    if (!value)
-        return fail(error, "%s needs a value", o->name);
-    if (o->number && (end == value || *end || number < 1 || number > o->most))
-        return fail(error, "%s '%.40s': expected a whole number from 1 to %d", o->name, value, o->most);
-    if (o->choices && !is_choice(o->choices, value))
-        return fail(error, "%s '%.40s': expected %s", o->name, value, o->choices);
-    if (o->number)
-        *o->number = (int)number;
-    else
-        *o->text = value;
-    return 0;
 }
 
 /* 0 to go on, 1 after --help, or -1 with error. */
 static int parse(int argc, char **argv, const Option *options, int count, Error *error) {
-    for (int i = 1, j = 0; i < argc; i++, j = 0) {
+    for (int i = 1; i < argc; i++) {
         const size_t length = strcspn(argv[i], "=");
-        while (j < count &&
-               (strlen(options[j].name) != length || strncmp(options[j].name, argv[i], length) != 0))
-            j++;
+        const Option *o = options;
+        while (o < options + count && (strlen(o->name) != length || strncmp(o->name, argv[i], length) != 0))
+            o++;
         if (strcmp(argv[i], "--help") == 0) {
             print_help(options, count);
             return 1;
         }
-        if (j == count)
+        if (o == options + count)
             return fail(error, "unknown option or argument '%.60s' (see diffenc bench --help)", argv[i]);
         const char *value = argv[i][length] ? argv[i] + length + 1 : argv[++i];   /* argv ends with NULL */
-        if (set_option(&options[j], value, error))
-            return -1;
+        char *end = NULL;
+        if (!value)
+            return fail(error, "%s needs a value", o->name);
+        const long number = strtol(value, &end, 10);
+        if (o->number && (end == value || *end || number < 1 || number > o->most))
+            return fail(error, "%s '%.40s': expected a whole number from 1 to %d", o->name, value, o->most);
+        if (o->choices && !is_choice(o->choices, value))
+            return fail(error, "%s '%.40s': expected %s", o->name, value, o->choices);
+        if (o->number)
+            *o->number = (int)number;
+        else
+            *o->text = value;
     }
     return 0;
 }
@@ -661,7 +610,7 @@ int bench_main(int argc, char **argv) {
         {"--threads", "N", "threads that work at once", &job.threads, most_threads, NULL, NULL},
         {"--runs", "N", "figures are medians of so many runs", &job.runs, MAX_RUNS, NULL, NULL},
         {"--only", "PART", "peak, kernels, step or sampling", NULL, 0, &only, "peak|kernels|step|sampling"},
-        {"--net", "NET", "the score network of a step, flat or unet", NULL, 0, &net, "flat|unet"},
+        {"--net", "NET", "the score network of a step, unet or else flat", NULL, 0, &net, "flat|unet"},
         {"--batch", "N", "examples of a step", &job.batch, 65536, NULL, NULL},
         {"--count", "N", "images to sample", &job.count, 65536, NULL, NULL},
         {"--steps", "T", "steps of the sampler", &job.timesteps, 1000000, NULL, NULL},
@@ -678,9 +627,8 @@ int bench_main(int argc, char **argv) {
     job.sampling = sampling != NULL;
     if (step || sampling)
         return print_line(step ? step : sampling, &job);
-
     Result machine;
-    printf("%d threads, numbers of %d bytes, %s\n", job.threads, (int)sizeof(real), compiler());
+    printf("%d threads, numbers of %d bytes, %s\n", job.threads, (int)sizeof(real), COMPILER);
     if (in_child(measure_machine, &job, &machine))
         return FAILURE;
     job.bandwidth = machine.bandwidth;

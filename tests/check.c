@@ -131,7 +131,6 @@ static void lab_open(Lab *lab, Config config, uint64_t seed) {
     for (size_t i = 0; i < lab->model.weight_count; i++)
         lab->model.params[i] += (real)0.1 * noise[i];
     free(noise);
-    model_flip(&lab->model, 1);
     workers_new(&lab->workers, &lab->model, 1);
     lab->network = &lab->workers.network[0];
     lab->seed = seed;
@@ -152,7 +151,7 @@ static void lab_close(Lab *lab) {
 static Method lab_begin(Lab *lab) {
     lab->network->weights = lab->model.params;
     lab->network->gradient = NULL;
-    lab->network->flipped = NULL;
+    lab->network->transposed = NULL;
     lab->network->graph.dropout = 0;
     network_begin(lab->network);
     return method_begin(lab->network);
@@ -223,19 +222,17 @@ static void prove_operator(Report *r, int variant, uint64_t seed) {
 
 static Tensor *build_score(const Subject *s, Graph *graph, Tensor **leaf) {
     (void)graph;
-    return score_network(s->network, leaf[0], 0.37);
+    return score_network(s->network, leaf[0], leaf[1]);
 }
 
-/* The time is a plain number to a network; only its derivative by lambda is a tensor. */
 static Tensor *build_encoder(const Subject *s, Graph *graph, Tensor **leaf) {
     (void)graph;
-    return encoder_network(s->network, leaf[0], (double)leaf[1]->value[0], leaf[1]->tangent);
+    return encoder_network(s->network, leaf[0], leaf[1], 1);
 }
 
-/* The networks as functions of image, time and weights; the image carries a tangent, and for the encoder
- * the time does. Every parameter tensor takes part. sin(2^7 2 pi z) turns by a radian in 1/800, and
- * sin(1000 t) in 1/1000; a pixel's way through max-pooling may change over a short length: that is what
- * the scales say. */
+/* The networks as functions of image, time and weights; image and time carry tangents. Every parameter tensor
+ * takes part. sin(2^7 2 pi z) turns by a radian in 1/800, and sin(1000 t) in 1/1000; a pixel's way through
+ * max-pooling may change over a short length: that is what the scales say. */
 static void prove_network(Report *r, int variant, uint64_t seed) {
     const char *const names[] = {"score network, flat, 5x7x3", "score network, U-Net of 2 levels, 20x4x1",
                                  "score network, U-Net, 4x6x3", "encoder, U-Net of 2 levels, 20x4x1"};
@@ -258,7 +255,7 @@ static void prove_network(Report *r, int variant, uint64_t seed) {
         const Subject s = {
             .build = is_encoder ? build_encoder : build_score, .network = lab.network, .weight_scale = 0.02,
             .leaf = {{c.height, c.width, c.image_channels, 1, -1, 1, is_encoder ? 0.02 : 1.0 / 400},
-                     {is_encoder, 1, 1, TANGENT_ONLY, 0.2, 0.8, 1.0 / 1000}},
+                     {1, 1, 1, 1, 0.2, 0.8, 1.0 / 1000}},
             .dropout = 0.1};
         e = derivative_errors(&s, 3, seed + 1000 * point);
         lab_close(&lab);
@@ -584,7 +581,10 @@ static void prove_residual(Report *r, int variant, uint64_t seed) {
 
 /* The kernel of the encoder's conv_out; its bias is the parameter after it. */
 static const Parameter *last_layer(const Model *m) {
-    return &m->parameter[m->gamma_first - 2];
+    const Parameter *p = m->parameter;
+    while (strcmp(p->name, "encoder.conv_out.kernel") != 0)
+        p++;
+    return p;
 }
 
 /* DiffEnc with y = 0 is DiffEnc-nt, in every term of the objective, with the same score network. */
@@ -978,6 +978,52 @@ static void prove_exact(Report *r, int variant, uint64_t seed) {
     lab_close(&lab);
 }
 
+/* Deterministic steps carry z_1 to z_0 by an affine map as long as x^ is affine, so two points tell it: the
+ * mean plus and minus a standard deviation of q(z_1). With the exact denoiser they arrive, as T grows, where
+ * they lie in q(z_0), whose mean is alpha_0 (a m + b) and whose variance is alpha_0^2 a^2 s^2 + sigma_0^2. */
+static void prove_deterministic_sampler(Report *r, int variant, uint64_t seed) {
+    enum { DOUBLINGS = 5 };
+    const Config c = small_config((ModelKind)variant);
+    double T[DOUBLINGS], mean_error[DOUBLINGS], variance_error[DOUBLINGS];
+    Lab lab;
+    lab_open(&lab, c, seed);
+    const Schedule ends[2] = {schedule_at(&c, 0), schedule_at(&c, 1)};
+    double mean[2], deviation[2];
+    for (int end = 0; end < 2; end++) {
+        const AffineEncoder e = affine_encoder(c.kind, ends[end]);
+        mean[end] = ends[end].alpha * (e.a * DATA_MEAN + e.b);
+        deviation[end] = sqrt(pow(ends[end].alpha * e.a * DATA_DEVIATION, 2) + ends[end].sigma2);
+    }
+    for (int i = 0; i < DOUBLINGS; i++) {
+        const int steps = 256 << i;
+        double z[2] = {mean[1] - deviation[1], mean[1] + deviation[1]};
+        for (int step = steps; step >= 1; step--) {
+            const Method m = lab_begin(&lab);
+            const double s = (step - 1.0) / steps, t = (double)step / steps;
+            const Target target = continuous_target(c.kind, schedule_at(&c, t));
+            for (int point = 0; point < 2; point++) {
+                Tensor *z_t = number(m.graph, z[point]);
+                Tensor *x_hat = best_prediction(&m, z_t, t, target.c, target.offset).x_hat;
+                z[point] = number_of(deterministic_step(&m, z_t, x_hat, s, t));
+            }
+        }
+        T[i] = steps;
+        mean_error[i] = fabs((z[0] + z[1]) / 2 - mean[0]);
+        variance_error[i] = fabs(pow((z[1] - z[0]) / 2, 2) / pow(deviation[0], 2) - 1);
+    }
+    const int last = DOUBLINGS - 1;
+    r->about = MODEL_NAME[c.kind];
+    claim(r, mean_error[last], 2e-3, "deterministic, T = 4096: mean of z_0 is the data's");
+    claim(r, variance_error[last], 1e-2, "deterministic, T = 4096: variance of z_0 is the data's");
+    if (c.kind != VDM)   /* whose mean is exact for any T */
+        claim(r, fabs(-order_of(T + 2, mean_error + 2, DOUBLINGS - 2) - 1), 0.1,
+              "deterministic, mean: |order - 1|");
+    claim(r, fabs(-order_of(T + 2, variance_error + 2, DOUBLINGS - 2) - 1), 0.1,
+          "deterministic, variance: |order - 1|");
+    note(r, "T = 4096: mean off by %.2e, variance by %.2e of itself", mean_error[last], variance_error[last]);
+    lab_close(&lab);
+}
+
 /* ---- the counterterm ---- */
 
 /* dx_t/dlambda = sigma_t^2 (x_t - y + dy/dlambda), y = 0 for nt, against the tangent of x_t written out
@@ -992,7 +1038,7 @@ static void prove_counterterm(Report *r, int variant, uint64_t seed) {
     Tensor *x = scale_pixels(&m, lab.k), *gamma = with_tangent(gamma_at(&m, t), number(m.graph, -1));
     Tensor *x_t = mul(alpha_squared(gamma), x);
     if (kind == DIFFENC)
-        x_t = add(x_t, mul(sigma_squared(gamma), encoder_network(m.network, x, t, time_by_lambda(&m))));
+        x_t = add(x_t, mul(sigma_squared(gamma), encoder_network(m.network, x, network_time(&m, gamma), 1)));
     const Tensor *ours = exact_counterterm(&m, encode(&m, x, t, 1), gamma_at(&m, t));
     r->about = MODEL_NAME[kind];
     claim(r, distance(ours, x_t->tangent), rounding(1e-12, 1e-4), "dx_t/dlambda is the tangent of x_t");
@@ -1027,6 +1073,7 @@ static const Proof PROOFS[] = {
     {"loss", prove_divergence, 1},
     {"loss", prove_sampler, MODELS},
     {"exactness", prove_exact, MODELS},
+    {"exactness", prove_deterministic_sampler, 2},
     {"counterterm", prove_counterterm, 2},
     {"derivatives", prove_network, 4},
     {"derivatives", prove_objective, 18},

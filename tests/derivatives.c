@@ -92,7 +92,7 @@ void differentiate(Path path, void *context, size_t count, double scale, double 
 typedef struct {
     size_t first, count;
     double scale;
-    int is_tangent, is_silent;     /* silent: no gradient by it is claimed */
+    int is_tangent;
 } Segment;
 
 typedef struct {
@@ -124,7 +124,7 @@ static Tensor *part(Graph *graph, const Leaf l, const real *point, real *gradien
 }
 
 /* The result, or its tangent, at a point; backward() will add to `gradient`, unless that is NULL. */
-static Tensor *evaluate(Probe *p, const real *point, real *gradient) {
+static Tensor *run_subject(Probe *p, const real *point, real *gradient) {
     const Subject *s = p->subject;
     Tensor *leaf[MAX_LEAVES] = {NULL};
     size_t at = 0, tangent_at = p->values;
@@ -134,7 +134,7 @@ static Tensor *evaluate(Probe *p, const real *point, real *gradient) {
         const size_t weights = p->count - p->network->model->weight_count;
         p->network->weights = point + weights;
         p->network->gradient = gradient ? gradient + weights : NULL;
-        p->network->flipped = gradient ? p->network->model->flipped : NULL;
+        p->network->transposed = NULL;
         network_begin(p->network);
     } else
         graph_begin(p->graph, p->own_arena);
@@ -154,7 +154,7 @@ static Tensor *evaluate(Probe *p, const real *point, real *gradient) {
 static const Tensor *evaluate_along(Probe *p, double e) {
     for (size_t i = 0; i < p->count; i++)
         p->moved[i] = (real)(p->point[i] + e * p->direction[i]);
-    return evaluate(p, p->moved, NULL);
+    return run_subject(p, p->moved, NULL);
 }
 
 static void values_along(void *context, double e, double *value) {
@@ -171,8 +171,8 @@ static void projection_along(void *context, double e, double *value) {
 
 /* ---- a probe ---- */
 
-static void add_segment(Probe *p, size_t count, double scale, int is_tangent, int is_silent) {
-    const Segment s = {p->count, count, scale > 0 ? scale : 1, is_tangent, is_silent};
+static void add_segment(Probe *p, size_t count, double scale, int is_tangent) {
+    const Segment s = {p->count, count, scale > 0 ? scale : 1, is_tangent};
     p->segment[p->segments++] = s;
     p->count += count;
 }
@@ -182,14 +182,13 @@ static void add_segments(Probe *p) {
     const int parameters = p->network ? p->network->model->parameter_count : 0;
     p->segment = allocate(2 * MAX_LEAVES + (size_t)parameters, sizeof *p->segment);
     for (; p->leaves < MAX_LEAVES && s->leaf[p->leaves][HEIGHT] > 0; p->leaves++)
-        add_segment(p, leaf_size(s->leaf[p->leaves]), s->leaf[p->leaves][SCALE], 0,
-                    s->leaf[p->leaves][TANGENT] > 1);
+        add_segment(p, leaf_size(s->leaf[p->leaves]), s->leaf[p->leaves][SCALE], 0);
     p->values = p->count;
     for (int i = 0; i < p->leaves; i++)
         if (s->leaf[i][TANGENT])
-            add_segment(p, leaf_size(s->leaf[i]), 1, 1, 0);
+            add_segment(p, leaf_size(s->leaf[i]), 1, 1);
     for (int i = 0; i < parameters; i++)
-        add_segment(p, p->network->model->parameter[i].count, s->weight_scale, 0, 0);
+        add_segment(p, p->network->model->parameter[i].count, s->weight_scale, 0);
 }
 
 /* Leaves from their ranges, tangents normal, weights the model's. */
@@ -209,7 +208,7 @@ static void set_point(Probe *p, uint64_t seed) {
 }
 
 static void set_projection(Probe *p, uint64_t seed) {
-    const Tensor *y = evaluate(p, p->point, NULL);
+    const Tensor *y = run_subject(p, p->point, NULL);
     free(p->projection);
     p->result = element_count(y);
     p->projection = allocate(p->result, sizeof(real));
@@ -224,8 +223,8 @@ static void set_projection(Probe *p, uint64_t seed) {
 
 static void set_gradient(Probe *p) {
     memset(p->gradient, 0, p->count * sizeof(real));
-    Tensor *y = evaluate(p, p->point, p->gradient);
-    backward(total(mul(y, constant(p->graph, y->height, y->width, y->channels, p->projection))), 1);
+    Tensor *y = run_subject(p, p->point, p->gradient);
+    backward(sum(mul(y, constant(p->graph, y->height, y->width, y->channels, p->projection))), 1);
 }
 
 static void probe_begin(Probe *p, const Subject *subject, uint64_t seed) {
@@ -294,7 +293,7 @@ static int compare_along(Probe *p, double typical) {
 
 /* A segment's part of a random direction, whose length is the segment's scale. */
 static void choose_direction(Probe *p, const Segment *s, RandomStream stream) {
-    const double length = s->is_silent ? 0 : s->scale * sqrt(12.0 / (double)s->count);
+    const double length = s->scale * sqrt(12.0 / (double)s->count);
     for (size_t i = 0; i < s->count; i++)
         p->direction[s->first + i] = length * (random_uniform(stream, (uint32_t)i) - 0.5);
 }
@@ -328,7 +327,7 @@ static double gradient_error(Probe *p, int samples, uint64_t seed) {
     set_gradient(p);
     for (int i = 0; i < p->segments; i++) {
         const Segment *s = &p->segment[i];
-        if (s->is_silent || (s->is_tangent && !p->of_tangent))
+        if (s->is_tangent && !p->of_tangent)
             continue;
         if (!compare_segment(p, s, samples, random_stream(seed, RANDOM_CHECK, 100, (uint32_t)i)))
             return INFINITY;
@@ -347,7 +346,7 @@ static double gradient_error(Probe *p, int samples, uint64_t seed) {
 static double tangent_error(Probe *p) {
     double scale = 1, mean_square = 0;
     int known = 0;
-    const Tensor *y = evaluate(p, p->point, NULL);
+    const Tensor *y = run_subject(p, p->point, NULL);
     if (!y->tangent)
         return -1;
     double *tangent = allocate(3 * p->result, sizeof(double));
@@ -388,16 +387,15 @@ DerivativeErrors derivative_errors(const Subject *subject, int samples, uint64_t
 /* ---- every operator ---- */
 
 enum {
-    ADD, SUB, MUL, MUL_ITSELF, AFFINE, EXP, EXPM1, SOFTPLUS, LOG, RECIPROCAL, SQRT, ABS, LOGISTIC, TANH,
-    SWISH, SINE, COSINE, TOTAL, SQUARED_NORM, TANGENT_REPLACED, CONVOLVE, CONVOLVE_BIAS, CONVOLVE_RESIDUAL,
-    CONVOLVE_ALL, CONVOLVE_ITSELF, UPSAMPLE, UPSAMPLE_BIAS, MATRIX_MULTIPLY, MATRIX_MULTIPLY_ITSELF,
-    OUTER_PRODUCT, OUTER_PRODUCT_ITSELF, NORMALISE, NORMALISE_SWISH, NORMALISE_DROPOUT, ATTENTION,
-    ATTENTION_ITSELF, CONCATENATE, CONCATENATE_ITSELF, SPREAD, OUTER_SCALE, MAX_POOL, LIKELIHOOD
+    ADD, SUB, MUL, MUL_ITSELF, AFFINE, EXP, EXPM1, SOFTPLUS, RECIPROCAL, SQRT, ABS, LOGISTIC, TANH, SWISH,
+    SINE, COSINE, SUM, SQUARED_NORM, TANGENT_REPLACED, CONVOLVE, CONVOLVE_BIAS, CONVOLVE_RESIDUAL,
+    CONVOLVE_ALL, CONVOLVE_PLAIN, UPSAMPLE, UPSAMPLE_BIAS, MATRIX_MULTIPLY, MATRIX_TRANSPOSED, NORMALISE,
+    NORMALISE_SWISH, NORMALISE_DROPOUT, ATTENTION, ATTEND, CONCATENATE, MULTIPLES, MAX_POOL, LIKELIHOOD
 };
 
 /* a^2 with a tangent given by hand. */
 static Tensor *build_square(Tensor *a) {
-    Tensor *still = with_tangent(a, NULL);
+    Tensor *still = without_tangent(a);
     return with_tangent(mul(still, still), affine(2, mul(still, a->tangent), 0));
 }
 
@@ -408,16 +406,22 @@ static Tensor *build_likelihood(Tensor *u, Tensor *log_variance) {
     return level_likelihood(u, log_variance, k);
 }
 
+/* A row of the table below. Where `same` is not empty, input i of the operator is leaf same[i] - '0' instead
+ * of leaf i: one tensor as several inputs. */
 typedef struct {
     const char *title;
     int which;
+    const char *same;
     Leaf leaf[MAX_LEAVES];
 } Row;
 
-static Tensor *build_operator(const Subject *s, Graph *graph, Tensor **a) {
+static Tensor *build_operator(const Subject *s, Graph *graph, Tensor **leaf) {
     const double factors[3] = {64, -0.7, 3};
     const Row *row = s->context;
+    Tensor *a[MAX_LEAVES];
     (void)graph;
+    for (int i = 0; i < MAX_LEAVES; i++)
+        a[i] = i < (int)strlen(row->same) ? leaf[row->same[i] - '0'] : leaf[i];
     switch (row->which) {
     case ADD: return add(a[0], a[1]);
     case SUB: return sub(a[0], a[1]);
@@ -427,7 +431,6 @@ static Tensor *build_operator(const Subject *s, Graph *graph, Tensor **a) {
     case EXP: return exponential(a[0]);
     case EXPM1: return exponential_minus_1(a[0]);
     case SOFTPLUS: return softplus(a[0]);
-    case LOG: return logarithm(a[0]);
     case RECIPROCAL: return reciprocal(a[0]);
     case SQRT: return square_root(a[0]);
     case ABS: return absolute(a[0]);
@@ -436,124 +439,138 @@ static Tensor *build_operator(const Subject *s, Graph *graph, Tensor **a) {
     case SWISH: return swish(a[0]);
     case SINE: return sine(a[0]);
     case COSINE: return cosine(a[0]);
-    case TOTAL: return total(a[0]);
+    case SUM: return sum(a[0]);
     case SQUARED_NORM: return squared_norm(a[0]);
     case TANGENT_REPLACED: return build_square(a[0]);
     case CONVOLVE: return convolve(a[0], a[1], NULL, NULL);
     case CONVOLVE_BIAS: return convolve(a[0], a[1], a[2], NULL);
     case CONVOLVE_RESIDUAL: return convolve(a[0], a[1], NULL, a[2]);
     case CONVOLVE_ALL: return convolve(a[0], a[1], a[2], a[3]);
-    case CONVOLVE_ITSELF: return convolve(a[0], a[1], NULL, a[0]);
+    case CONVOLVE_PLAIN: return convolve_by_plain_sums(a[0], a[1], a[2], a[3]);
     case UPSAMPLE: return upsample(a[0], a[1], NULL);
     case UPSAMPLE_BIAS: return upsample(a[0], a[1], a[2]);
-    case MATRIX_MULTIPLY: return matrix_multiply(a[0], a[1]);
-    case MATRIX_MULTIPLY_ITSELF: return matrix_multiply(a[0], a[0]);
-    case OUTER_PRODUCT: return outer_product(0.3, a[0], a[1]);
-    case OUTER_PRODUCT_ITSELF: return outer_product(0.3, a[0], a[0]);
+    case MATRIX_MULTIPLY: return matrix_multiply(1, a[0], a[1], 0);
+    case MATRIX_TRANSPOSED: return matrix_multiply(0.3, a[0], a[1], 1);
     case NORMALISE: return normalise(a[0], a[1], a[2], NORM_ONLY);
     case NORMALISE_SWISH: return normalise(a[0], a[1], a[2], NORM_SWISH);
     case NORMALISE_DROPOUT: return normalise(a[0], a[1], a[2], NORM_SWISH_DROPOUT);
     case ATTENTION: return attention_weights(a[0], a[1]);
-    case ATTENTION_ITSELF: return attention_weights(a[0], a[0]);
+    case ATTEND: return attend(a[0], a[1], a[2]);
     case CONCATENATE: return concatenate(a[0], a[1]);
-    case CONCATENATE_ITSELF: return concatenate(a[0], a[0]);
-    case SPREAD: return spread_over(a[0], 3, 5);
-    case OUTER_SCALE: return outer_scale(a[0], factors, 3);
+    case MULTIPLES: return multiples(a[0], factors, 3);
     case MAX_POOL: return max_pool(a[0]);
     default: return build_likelihood(a[0], a[1]);
     }
 }
 
 /* Leaves are {height, width, channels, tangent, low, high, scale}. Where two inputs may carry a tangent, the
- * rows are: the first alone, the second alone, both. */
+ * rows are: the first alone, the second alone, both. Where a tensor is several inputs, they come last. */
 static const Row ROWS[] = {
-    {"add", ADD, {{3, 5, 7, 1}, {3, 5, 7}}},
-    {"add", ADD, {{3, 5, 7}, {3, 5, 7, 1}}},
-    {"add", ADD, {{3, 5, 7, 1}, {3, 5, 7, 1}}},
-    {"add a number", ADD, {{3, 5, 7, 1}, {1, 1, 1}}},
-    {"add a number", ADD, {{3, 5, 7}, {1, 1, 1, 1}}},
-    {"add a number", ADD, {{3, 5, 7, 1}, {1, 1, 1, 1}}},
-    {"add to a number", ADD, {{1, 1, 1, 1}, {2, 3, 4}}},
-    {"add numbers", ADD, {{1, 1, 1, 1}, {1, 1, 1, 1}}},
-    {"sub", SUB, {{2, 3, 5, 1}, {2, 3, 5}}},
-    {"sub", SUB, {{2, 3, 5}, {2, 3, 5, 1}}},
-    {"sub", SUB, {{2, 3, 5, 1}, {2, 3, 5, 1}}},
-    {"sub a number", SUB, {{2, 3, 5}, {1, 1, 1, 1}}},
-    {"sub a number", SUB, {{2, 3, 5, 1}, {1, 1, 1, 1}}},
-    {"sub from a number", SUB, {{1, 1, 1}, {2, 3, 5, 1}}},
-    {"sub from a number", SUB, {{1, 1, 1, 1}, {2, 3, 5}}},
-    {"mul", MUL, {{3, 3, 3, 1}, {3, 3, 3}}},
-    {"mul", MUL, {{3, 3, 3}, {3, 3, 3, 1}}},
-    {"mul", MUL, {{3, 3, 3, 1}, {3, 3, 3, 1}}},
-    {"mul by a number", MUL, {{3, 3, 3, 1}, {1, 1, 1}}},
-    {"mul by a number", MUL, {{3, 3, 3}, {1, 1, 1, 1}}},
-    {"mul by a number", MUL, {{3, 3, 3, 1}, {1, 1, 1, 1}}},
-    {"mul a number", MUL, {{1, 1, 1, 1}, {3, 3, 3, 1}}},
-    {"mul numbers", MUL, {{1, 1, 1, 1}, {1, 1, 1, 1}}},
-    {"2 a^3", MUL_ITSELF, {{3, 2, 4, 1}}},
-    {"affine", AFFINE, {{3, 2, 4, 1}}},
-    {"exp", EXP, {{3, 2, 4, 1}}},
-    {"expm1", EXPM1, {{3, 2, 4, 1}}},
-    {"softplus", SOFTPLUS, {{3, 2, 4, 1}}},
-    {"log", LOG, {{3, 2, 4, 1, 0.3, 2, 0.2}}},
-    {"reciprocal", RECIPROCAL, {{3, 2, 4, 1, 0.3, 2, 0.2}}},
-    {"sqrt", SQRT, {{3, 2, 4, 1, 0.3, 2, 0.2}}},
-    {"abs, positive", ABS, {{3, 2, 4, 1, 0.3, 2, 0.2}}},
-    {"abs, negative", ABS, {{3, 2, 4, 1, -2, -0.3, 0.2}}},
-    {"sigmoid", LOGISTIC, {{3, 2, 4, 1}}},
-    {"tanh", TANH, {{3, 2, 4, 1}}},
-    {"swish", SWISH, {{3, 2, 4, 1}}},
-    {"sine", SINE, {{3, 2, 4, 1, -2, 2, 0.2}}},
-    {"cosine", COSINE, {{3, 2, 4, 1, -2, 2, 0.2}}},
-    {"total", TOTAL, {{3, 5, 2, 1}}},
-    {"squared norm", SQUARED_NORM, {{3, 5, 2, 1}}},
-    {"3x3", CONVOLVE, {{3, 5, 3, 1}, {9, 3, 5}}},
-    {"3x3, one pixel", CONVOLVE, {{1, 1, 4, 1}, {9, 4, 3}}},
-    {"3x3, filtering", CONVOLVE_ALL, {{14, 15, 16, 1}, {9, 16, 17}, {1, 1, 17, 1}, {14, 15, 17, 1}}},
-    {"3x3, one line", CONVOLVE_ALL, {{1, 9, 2, 1}, {9, 2, 1}, {1, 1, 1, 1}, {1, 9, 1, 1}}},
-    {"3x3, wide", CONVOLVE_ALL, {{4, 13, 17, 1}, {9, 17, 41}, {1, 1, 41}, {4, 13, 41}}},
-    {"3x3 + bias", CONVOLVE_BIAS, {{7, 4, 5, 1}, {9, 5, 9}, {1, 1, 9}}},
-    {"3x3 + bias", CONVOLVE_BIAS, {{7, 4, 5}, {9, 5, 9}, {1, 1, 9, 1}}},
-    {"3x3 + bias", CONVOLVE_BIAS, {{7, 4, 5, 1}, {9, 5, 9}, {1, 1, 9, 1}}},
-    {"3x3 + residual", CONVOLVE_RESIDUAL, {{3, 4, 5, 1}, {9, 5, 6}, {3, 4, 6}}},
-    {"3x3 + residual", CONVOLVE_RESIDUAL, {{3, 4, 5}, {9, 5, 6}, {3, 4, 6, 1}}},
-    {"3x3 + bias + residual", CONVOLVE_ALL, {{3, 4, 5}, {9, 5, 6}, {1, 1, 6, 1}, {3, 4, 6, 1}}},
-    {"3x3 + itself", CONVOLVE_ITSELF, {{5, 3, 6, 1}, {9, 6, 6}}},
-    {"1x1", CONVOLVE, {{3, 5, 7, 1}, {1, 7, 3}}},
-    {"1x1 + bias + residual", CONVOLVE_ALL, {{5, 3, 6, 1}, {1, 6, 33}, {1, 1, 33, 1}, {5, 3, 33, 1}}},
-    {"1x1 + bias", CONVOLVE_BIAS, {{1, 1, 19}, {1, 19, 8}, {1, 1, 8, 1}}},
-    {"1x1 + itself", CONVOLVE_ITSELF, {{2, 3, 5, 1}, {1, 5, 5}}},
-    {"upsample", UPSAMPLE, {{3, 2, 5, 1}, {4, 5, 7}}},
-    {"upsample + bias", UPSAMPLE_BIAS, {{1, 5, 9, 1}, {4, 9, 3}, {1, 1, 3}}},
-    {"matrix product", MATRIX_MULTIPLY, {{3, 2, 7, 1}, {7, 1, 5}}},
-    {"matrix product", MATRIX_MULTIPLY, {{3, 2, 7}, {7, 1, 5, 1}}},
-    {"matrix product", MATRIX_MULTIPLY, {{3, 2, 9, 1}, {3, 3, 18, 1}}},
-    {"matrix square", MATRIX_MULTIPLY_ITSELF, {{5, 1, 5, 1}}},
-    {"outer product", OUTER_PRODUCT, {{3, 3, 4, 1}, {2, 3, 4}}},
-    {"outer product", OUTER_PRODUCT, {{3, 3, 4}, {2, 3, 4, 1}}},
-    {"outer product", OUTER_PRODUCT, {{3, 3, 13, 1}, {5, 3, 13, 1}}},
-    {"outer product a a^T", OUTER_PRODUCT_ITSELF, {{3, 1, 4, 1}}},
-    {"group norm", NORMALISE, {{3, 5, 12, 1}, {1, 1, 12}, {1, 1, 12}}},
-    {"group norm, one position", NORMALISE, {{1, 1, 8, 1}, {1, 1, 8}, {1, 1, 8}}},
-    {"group norm, 256 channels", NORMALISE_SWISH, {{1, 2, 256, 1}, {1, 1, 256}, {1, 1, 256}}},
-    {"group norm, swish", NORMALISE_SWISH, {{4, 3, 20, 1}, {1, 1, 20}, {1, 1, 20}}},
-    {"group norm, swish, dropout", NORMALISE_DROPOUT, {{5, 3, 20, 1}, {1, 1, 20}, {1, 1, 20}}},
-    {"group norm, one group", NORMALISE_DROPOUT, {{5, 5, 4, 1}, {1, 1, 4}, {1, 1, 4}}},
-    {"attention", ATTENTION, {{3, 3, 4, 1}, {3, 3, 4}}},
-    {"attention", ATTENTION, {{3, 3, 4}, {3, 3, 4, 1}}},
-    {"attention", ATTENTION, {{3, 3, 5, 1}, {7, 3, 5, 1}}},
-    {"attention to itself", ATTENTION_ITSELF, {{2, 3, 5, 1}}},
-    {"concatenate", CONCATENATE, {{3, 3, 4, 1}, {3, 3, 5}}},
-    {"concatenate", CONCATENATE, {{3, 3, 4}, {3, 3, 5, 1}}},
-    {"concatenate", CONCATENATE, {{3, 3, 4, 1}, {3, 3, 5, 1}}},
-    {"concatenate with itself", CONCATENATE_ITSELF, {{3, 1, 3, 1}}},
-    {"spread", SPREAD, {{1, 1, 7, 1}}},
-    {"outer scale", OUTER_SCALE, {{3, 1, 4, 1}}},
-    {"max pool", MAX_POOL, {{4, 6, 5, 1, 0, 0, 0.01}}},
-    {"a tangent replaced", TANGENT_REPLACED, {{3, 1, 4, 1}}},
-    {"level likelihood", LIKELIHOOD, {{3, 2, 3, 0, -0.3, -0.1, 0.03}, {1, 1, 1, 0, -6, -4, 0.5}}},
-    {"level likelihood, sharp",
-     LIKELIHOOD,
+    {"add", ADD, "", {{3, 5, 7, 1}, {3, 5, 7}}},
+    {"add", ADD, "", {{3, 5, 7}, {3, 5, 7, 1}}},
+    {"add", ADD, "", {{3, 5, 7, 1}, {3, 5, 7, 1}}},
+    {"add a number", ADD, "", {{3, 5, 7, 1}, {1, 1, 1}}},
+    {"add a number", ADD, "", {{3, 5, 7}, {1, 1, 1, 1}}},
+    {"add a number", ADD, "", {{3, 5, 7, 1}, {1, 1, 1, 1}}},
+    {"add to a number", ADD, "", {{1, 1, 1, 1}, {2, 3, 4}}},
+    {"add numbers", ADD, "", {{1, 1, 1, 1}, {1, 1, 1, 1}}},
+    {"sub", SUB, "", {{2, 3, 5, 1}, {2, 3, 5}}},
+    {"sub", SUB, "", {{2, 3, 5}, {2, 3, 5, 1}}},
+    {"sub", SUB, "", {{2, 3, 5, 1}, {2, 3, 5, 1}}},
+    {"sub a number", SUB, "", {{2, 3, 5}, {1, 1, 1, 1}}},
+    {"sub a number", SUB, "", {{2, 3, 5, 1}, {1, 1, 1, 1}}},
+    {"sub from a number", SUB, "", {{1, 1, 1}, {2, 3, 5, 1}}},
+    {"sub from a number", SUB, "", {{1, 1, 1, 1}, {2, 3, 5}}},
+    {"mul", MUL, "", {{3, 3, 3, 1}, {3, 3, 3}}},
+    {"mul", MUL, "", {{3, 3, 3}, {3, 3, 3, 1}}},
+    {"mul", MUL, "", {{3, 3, 3, 1}, {3, 3, 3, 1}}},
+    {"mul by a number", MUL, "", {{3, 3, 3, 1}, {1, 1, 1}}},
+    {"mul by a number", MUL, "", {{3, 3, 3}, {1, 1, 1, 1}}},
+    {"mul by a number", MUL, "", {{3, 3, 3, 1}, {1, 1, 1, 1}}},
+    {"mul a number", MUL, "", {{1, 1, 1, 1}, {3, 3, 3, 1}}},
+    {"mul numbers", MUL, "", {{1, 1, 1, 1}, {1, 1, 1, 1}}},
+    {"2 a^3", MUL_ITSELF, "", {{3, 2, 4, 1}}},
+    {"affine", AFFINE, "", {{3, 2, 4, 1}}},
+    {"exp", EXP, "", {{3, 2, 4, 1}}},
+    {"expm1", EXPM1, "", {{3, 2, 4, 1}}},
+    {"softplus", SOFTPLUS, "", {{3, 2, 4, 1}}},
+    {"reciprocal", RECIPROCAL, "", {{3, 2, 4, 1, 0.3, 2, 0.2}}},
+    {"sqrt", SQRT, "", {{3, 2, 4, 1, 0.3, 2, 0.2}}},
+    {"abs, positive", ABS, "", {{3, 2, 4, 1, 0.3, 2, 0.2}}},
+    {"abs, negative", ABS, "", {{3, 2, 4, 1, -2, -0.3, 0.2}}},
+    {"sigmoid", LOGISTIC, "", {{3, 2, 4, 1}}},
+    {"tanh", TANH, "", {{3, 2, 4, 1}}},
+    {"swish", SWISH, "", {{3, 2, 4, 1}}},
+    {"sine", SINE, "", {{3, 2, 4, 1, -2, 2, 0.2}}},
+    {"cosine", COSINE, "", {{3, 2, 4, 1, -2, 2, 0.2}}},
+    {"sum", SUM, "", {{3, 5, 2, 1}}},
+    {"squared norm", SQUARED_NORM, "", {{3, 5, 2, 1}}},
+    {"3x3", CONVOLVE, "", {{3, 5, 3, 1}, {9, 3, 5}}},
+    {"3x3, one pixel", CONVOLVE, "", {{1, 1, 4, 1}, {9, 4, 3}}},
+    {"3x3, filtering", CONVOLVE_ALL, "", {{14, 15, 16, 1}, {9, 16, 17}, {1, 1, 17, 1}, {14, 15, 17, 1}}},
+    {"3x3, one line", CONVOLVE_ALL, "", {{1, 9, 2, 1}, {9, 2, 1}, {1, 1, 1, 1}, {1, 9, 1, 1}}},
+    {"3x3, wide", CONVOLVE_ALL, "", {{4, 13, 17, 1}, {9, 17, 41}, {1, 1, 41}, {4, 13, 41}}},
+    {"3x3 + bias", CONVOLVE_BIAS, "", {{7, 4, 5, 1}, {9, 5, 9}, {1, 1, 9}}},
+    {"3x3 + bias", CONVOLVE_BIAS, "", {{7, 4, 5}, {9, 5, 9}, {1, 1, 9, 1}}},
+    {"3x3 + bias", CONVOLVE_BIAS, "", {{7, 4, 5, 1}, {9, 5, 9}, {1, 1, 9, 1}}},
+    {"3x3 + residual", CONVOLVE_RESIDUAL, "", {{3, 4, 5, 1}, {9, 5, 6}, {3, 4, 6}}},
+    {"3x3 + residual", CONVOLVE_RESIDUAL, "", {{3, 4, 5}, {9, 5, 6}, {3, 4, 6, 1}}},
+    {"3x3 + bias + residual", CONVOLVE_ALL, "", {{3, 4, 5}, {9, 5, 6}, {1, 1, 6, 1}, {3, 4, 6, 1}}},
+    {"3x3 + itself", CONVOLVE_RESIDUAL, "010", {{5, 3, 6, 1}, {9, 6, 6}}},
+    {"3x3 of itself", CONVOLVE, "00", {{9, 4, 4}}},
+    {"3x3, filtering, of itself", CONVOLVE, "00", {{9, 22, 22}}},
+    {"3x3, plain sums", CONVOLVE_PLAIN, "", {{14, 15, 16, 1}, {9, 16, 17}, {1, 1, 17, 1}, {14, 15, 17, 1}}},
+    {"1x1", CONVOLVE, "", {{3, 5, 7, 1}, {1, 7, 3}}},
+    {"1x1 + bias + residual", CONVOLVE_ALL, "", {{5, 3, 6, 1}, {1, 6, 33}, {1, 1, 33, 1}, {5, 3, 33, 1}}},
+    {"1x1 + bias", CONVOLVE_BIAS, "", {{1, 1, 19}, {1, 19, 8}, {1, 1, 8, 1}}},
+    {"1x1 + itself", CONVOLVE_RESIDUAL, "010", {{2, 3, 5, 1}, {1, 5, 5}}},
+    {"1x1 + itself", CONVOLVE_ALL, "0100", {{1, 1, 5, 1}, {1, 5, 5}}},
+    {"1x1 of itself", CONVOLVE, "00", {{1, 4, 4}}},
+    {"upsample", UPSAMPLE, "", {{3, 2, 5, 1}, {4, 5, 7}}},
+    {"upsample of itself", UPSAMPLE, "00", {{4, 3, 3}}},
+    {"upsample + itself", UPSAMPLE_BIAS, "010", {{1, 1, 5}, {4, 5, 5}}},
+    {"upsample + bias", UPSAMPLE_BIAS, "", {{1, 5, 9, 1}, {4, 9, 3}, {1, 1, 3}}},
+    {"matrix product", MATRIX_MULTIPLY, "", {{3, 2, 7, 1}, {7, 1, 5}}},
+    {"matrix product", MATRIX_MULTIPLY, "", {{3, 2, 7}, {7, 1, 5, 1}}},
+    {"matrix product", MATRIX_MULTIPLY, "", {{3, 2, 9, 1}, {3, 3, 18, 1}}},
+    {"matrix square", MATRIX_MULTIPLY, "00", {{5, 1, 5, 1}}},
+    {"0.3 a b^T", MATRIX_TRANSPOSED, "", {{3, 3, 4, 1}, {2, 3, 4}}},
+    {"0.3 a b^T", MATRIX_TRANSPOSED, "", {{3, 3, 4}, {2, 3, 4, 1}}},
+    {"0.3 a b^T", MATRIX_TRANSPOSED, "", {{3, 3, 13, 1}, {5, 3, 13, 1}}},
+    {"0.3 a a^T", MATRIX_TRANSPOSED, "00", {{3, 1, 4, 1}}},
+    {"group norm", NORMALISE, "", {{3, 5, 12, 1}, {1, 1, 12}, {1, 1, 12}}},
+    {"group norm, one position", NORMALISE, "", {{1, 1, 8, 1}, {1, 1, 8}, {1, 1, 8}}},
+    {"group norm, 256 channels", NORMALISE_SWISH, "", {{1, 2, 256, 1}, {1, 1, 256}, {1, 1, 256}}},
+    {"group norm, swish", NORMALISE_SWISH, "", {{4, 3, 20, 1}, {1, 1, 20}, {1, 1, 20}}},
+    {"group norm, swish, dropout", NORMALISE_DROPOUT, "", {{5, 3, 20, 1}, {1, 1, 20}, {1, 1, 20}}},
+    {"group norm, one group", NORMALISE_DROPOUT, "", {{5, 5, 4, 1}, {1, 1, 4}, {1, 1, 4}}},
+    {"attention weights", ATTENTION, "", {{3, 3, 4, 1}, {3, 3, 4}}},
+    {"attention weights", ATTENTION, "", {{3, 3, 4}, {3, 3, 4, 1}}},
+    {"attention weights", ATTENTION, "", {{3, 3, 5, 1}, {7, 3, 5, 1}}},
+    {"attention weights of itself", ATTENTION, "00", {{2, 3, 5, 1}}},
+    {"attention", ATTEND, "", {{3, 3, 4}, {5, 3, 4}, {5, 3, 6}}},
+    {"attention", ATTEND, "", {{3, 3, 4, 1}, {5, 3, 4}, {5, 3, 6, 1}}},
+    {"attention, 60 rows", ATTEND, "", {{6, 10, 4}, {5, 3, 4}, {5, 3, 6}}},
+    {"attention, q is k", ATTEND, "001", {{6, 10, 4}, {6, 10, 5}}},
+    {"attention, q is v", ATTEND, "010", {{6, 10, 4}, {6, 10, 4}}},
+    {"attention, k is v", ATTEND, "011", {{6, 10, 4}, {6, 10, 4}}},
+    {"attention to itself", ATTEND, "000", {{6, 10, 4}}},
+    {"attention to itself", ATTEND, "000", {{3, 3, 4, 1}}},
+    {"concatenate", CONCATENATE, "", {{3, 3, 4, 1}, {3, 3, 5}}},
+    {"concatenate", CONCATENATE, "", {{3, 3, 4}, {3, 3, 5, 1}}},
+    {"concatenate", CONCATENATE, "", {{3, 3, 4, 1}, {3, 3, 5, 1}}},
+    {"concatenate with itself", CONCATENATE, "00", {{3, 1, 3, 1}}},
+    {"multiples", MULTIPLES, "", {{3, 1, 4, 1}}},
+    {"group norm of itself", NORMALISE_SWISH, "000", {{1, 1, 12}}},
+    {"group norm, scale is bias", NORMALISE, "011", {{3, 5, 12, 1}, {1, 1, 12}}},
+    {"add to itself", ADD, "00", {{2, 3, 4, 1}}},
+    {"sub from itself", SUB, "00", {{2, 3, 4, 1}}},
+    {"mul by itself", MUL, "00", {{2, 3, 4, 1}}},
+    {"likelihood of itself", LIKELIHOOD, "00", {{1, 1, 1, 0, -0.3, -0.1, 0.03}}},
+    {"max pool", MAX_POOL, "", {{4, 6, 5, 1, 0, 0, 0.01}}},
+    {"a tangent replaced", TANGENT_REPLACED, "", {{3, 1, 4, 1}}},
+    {"level likelihood", LIKELIHOOD, "", {{3, 2, 3, 0, -0.3, -0.1, 0.03}, {1, 1, 1, 0, -6, -4, 0.5}}},
+    {"level likelihood, sharp", LIKELIHOOD, "",
      {{3, 2, 3, 0, -0.225, -0.20, 3e-4}, {1, 1, 1, 0, -13.3, -13, 0.03}}},
 };
 

@@ -19,7 +19,6 @@
 /* An input of a subject: its shape, 1 if it carries a tangent, the range from which it is drawn evenly (both
  * 0: from -1.5 to 1.5), and the length over which the result changes much (0: 1), to which steps are
  * proportional. */
-enum { TANGENT_ONLY = 2 };   /* it carries a tangent and gradients by that, but none flow to its value */
 enum { HEIGHT, WIDTH, CHANNELS, TANGENT, LOW, HIGH, SCALE, LEAF_NUMBERS };
 typedef double Leaf[LEAF_NUMBERS];
 

@@ -1,10 +1,16 @@
-/* test.h - the least a test program needs: CHECK counts, test_report tells and gives the exit status. */
+/* test.h - the least a test program needs: CHECK counts, test_report tells and gives the exit status; and the
+ * helpers that several of them use. */
 
 #ifndef TEST_H
 #define TEST_H
 
+#include "diffenc.h"
+
+#include <float.h>
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* 1 where a sanitizer needs memory and time of its own. */
@@ -48,6 +54,64 @@ static int test_report_of(const char *file) {
     const char *slash = strrchr(file, '/'), *name = slash != NULL ? slash + 1 : file;
     printf("%.*s: %d passed, %d failed\n", (int)strcspn(name, "."), name, test_passed, test_failed);
     return test_failed > 0;
+}
+
+/* ---- numbers ---- */
+
+/* The relative spacing of `real`, in which tolerances are counted. */
+static const double EPS = sizeof(real) == sizeof(float) ? FLT_EPSILON : DBL_EPSILON;
+static const int IN_DOUBLE = sizeof(real) == sizeof(double);
+
+/* The worst so far of |got - want| / tolerance; what is not a number is infinitely bad. */
+static inline double worse(double worst, double got, double want, double tolerance) {
+    const double ratio = got == want ? 0 : fabs(got - want) / tolerance;
+    return ratio <= worst ? worst : ratio >= 0 ? ratio : INFINITY;
+}
+
+/* Normal numbers; each `example` has its own. */
+static inline void fill_normal(real *x, size_t count, uint32_t example, double mean, double deviation) {
+    random_normal(random_stream(7, RANDOM_CHECK, 1, example), x, count);
+    for (size_t i = 0; i < count; i++)
+        x[i] = (real)(mean + deviation * (double)x[i]);
+}
+
+/* ---- models ---- */
+
+/* A small model: `name` as "diffenc-1-1", as many channels in both networks. */
+static inline Config small_model(const char *name, NetKind net, int channels, int height, int width,
+                                 int image_channels) {
+    Config c = config_default();
+    Error error = {""};
+    CHECK(config_parse_model(&c, name, &error) == 0, "%s", error.text);
+    c.net = net;
+    c.channels = c.encoder_channels = channels;
+    c.height = height, c.width = width, c.image_channels = image_channels;
+    return c;
+}
+
+/* There is nothing to test if there is no model. */
+static inline void model_make(Model *model, Config config, uint64_t seed) {
+    Error error = {""};
+    const int status = model_new(model, &config, seed, &error);
+    CHECK(status == 0, "model_new: %s", error.text);
+    if (status)
+        exit(test_report());
+}
+
+/* Random numbers for all weights, also where a model starts at zero, of a size that keeps values near 1. */
+static inline void fill_weights(Model *m) {
+    for (int i = 0; i < m->parameter_count; i++) {
+        const Parameter *p = &m->parameter[i];
+        fill_normal(m->params + p->offset, p->count, (uint32_t)(1000 + i), p->initial == INIT_ONE,
+                    p->rank > 1 ? 1 / sqrt((double)p->taps * p->in) : 0.3);
+    }
+}
+
+static inline const Parameter *parameter_named(const Model *model, const char *name) {
+    for (int i = 0; i < model->parameter_count; i++)
+        if (strcmp(model->parameter[i].name, name) == 0)
+            return &model->parameter[i];
+    return NULL;
 }
 
 #endif

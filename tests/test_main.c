@@ -21,7 +21,6 @@
 #include <time.h>
 #include <unistd.h>
 
-static const int IN_DOUBLE = sizeof(real) == sizeof(double);
 
 enum { TEXT = 1 << 14, PATH = 4096 };
 
@@ -183,19 +182,13 @@ static TensorFile read_tensors(const char *name) {
 /* Can a checkpoint be read, and is every number of it finite? Only failures are counted: the caller checks
  * the rest. */
 static int is_whole(const char *name) {
-    TensorFile file;
+    TensorFile file = read_tensors(name);
     Error error;
-    char path[PATH];
-    path_of(name, path);
-    if (tensors_read(path, &file, &error)) {
-        CHECK(0, "%s", error.text);
-        return 0;
-    }
     int whole = file.tensor_count > 0;
     for (int i = 0; i < file.tensor_count && whole; i++) {
         const TensorEntry *entry = &file.tensors[i];
         real *values = allocate(entry->count, sizeof *values);
-        whole = tensors_copy(entry, path, entry->rank, entry->shape, values, &error) == 0;
+        whole = tensors_copy(entry, name, entry->rank, entry->shape, values, &error) == 0;
         if (!whole)
             CHECK(0, "%s", error.text);
         free(values);
@@ -218,29 +211,38 @@ static long step_of(const char *name) {
     return strtol(text, NULL, 10);
 }
 
+/* The tensors of a file, to be changed and written again; free() the result. */
+static TensorOut *tensors_again(const TensorFile *file) {
+    TensorOut *out = allocate_zeroed((size_t)file->tensor_count + 1, sizeof *out);
+    for (int i = 0; i < file->tensor_count; i++) {
+        const TensorEntry *e = &file->tensors[i];
+        out[i].name = e->name, out[i].type = e->type, out[i].rank = e->rank, out[i].data = e->data;
+        memcpy(out[i].shape, e->shape, sizeof e->shape);
+    }
+    return out;
+}
+
+static void write_tensors(const char *name, const TensorOut *out, int count, const char *const *metadata,
+                          int metadata_count) {
+    Error error;
+    char path[PATH];
+    path_of(name, path);
+    CHECK(tensors_write(path, out, count, metadata, metadata_count, &error) == 0, "%s", error.text);
+}
+
 /* Copy $W/FROM to $W/TO with one text of the metadata changed, and the tensor called `drop` (or NULL) left
  * out. */
 static void rewrite(const char *from, const char *to, const char *key, const char *value, const char *drop) {
     TensorFile file = read_tensors(from);
-    TensorOut *out = allocate((size_t)file.tensor_count + 1, sizeof *out);
-    Error error;
-    char path[PATH];
+    TensorOut *out = tensors_again(&file);
     int count = 0;
-    for (int i = 0; i < file.tensor_count; i++) {
-        const TensorEntry *entry = &file.tensors[i];
-        if (drop && strcmp(entry->name, drop) == 0)
-            continue;
-        TensorOut tensor = {
-            .name = entry->name, .type = entry->type, .rank = entry->rank, .data = entry->data};
-        memcpy(tensor.shape, entry->shape, sizeof tensor.shape);
-        out[count++] = tensor;
-    }
+    for (int i = 0; i < file.tensor_count; i++)
+        if (!drop || strcmp(out[i].name, drop) != 0)
+            out[count++] = out[i];
     const char **metadata = allocate(2 * (size_t)file.metadata_count + 1, sizeof *metadata);
     for (int i = 0; i < 2 * file.metadata_count; i++)
         metadata[i] = i % 2 && strcmp(file.metadata[i - 1], key) == 0 ? value : file.metadata[i];
-    path_of(to, path);
-    const int status = tensors_write(path, out, count, metadata, file.metadata_count, &error);
-    CHECK(status == 0, "%s", error.text);
+    write_tensors(to, out, count, metadata, file.metadata_count);
     free(metadata);
     free(out);
     tensors_free(&file);
@@ -391,7 +393,7 @@ static void test_help(void) {
          "batch seed data dropout lr warmup weight-decay clip ema steps threads save-every sample-every "
          "sample-steps eval-every eval-limit out resume"},
         {"sample", "count steps seed pixels threads out"},
-        {"eval", "data split limit timesteps variance-ratio seed threads"},
+        {"eval", "data split limit repeats timesteps variance-ratio seed threads"},
         {"show", "data count threads out"},
         {"grad", "batch out threads"},
         {"check", "seed"},
@@ -485,9 +487,9 @@ static void test_learning(void) {
                                         "--predict x --schedule learned --timesteps 3 --variance-ratio 1.1"};
     for (int i = 0; i < 5; i++) {
         succeed("rm -rf $W/learn && $D train $TINY %s --steps 0 --out $W/learn", ways[i]);
-        const Outcome before = succeed("$D eval $W/learn/checkpoint.safetensors");
+        const Outcome before = succeed("$D eval $W/learn/checkpoint.safetensors --data $W/small");
         succeed("$D train --resume --lr 0.01 --dropout 0.01 --steps 40 --sample-steps 2 --out $W/learn");
-        const Outcome after = succeed("$D eval $W/learn/checkpoint.safetensors");
+        const Outcome after = succeed("$D eval $W/learn/checkpoint.safetensors --data $W/small");
         const double first = number_behind(before.out, "\ntotal "),
                      last = number_behind(after.out, "\ntotal ");
         CHECK(last < 0.9 * first, "%s: from %.4f to %.4f bpd", ways[i], first, last);
@@ -513,8 +515,10 @@ static void test_threads(void) {
     succeed("$D train $TINY --batch 18 --steps 2 --threads 2 --seed 2 --out $W/other");
     CHECK(!same_files("other/checkpoint.safetensors", "again/checkpoint.safetensors"),
           "another seed, the same bits");
-    const Outcome one = succeed("$D eval $W/again/checkpoint.safetensors --limit 7 --threads 1");
-    const Outcome five = succeed("$D eval $W/again/checkpoint.safetensors --limit 7 --threads 5");
+    const Outcome one =
+        succeed("$D eval $W/again/checkpoint.safetensors --data $W/small --limit 7 --threads 1");
+    const Outcome five =
+        succeed("$D eval $W/again/checkpoint.safetensors --data $W/small --limit 7 --threads 5");
     CHECK(strcmp(one.out, five.out) == 0, "eval with 1 and 5 threads: %s%s", one.out, five.out);
 }
 
@@ -566,28 +570,21 @@ static void test_steps_0(void) {
 /* $W/NAME with its numbers in the other precision. */
 static void change_precision(const char *name) {
     TensorFile file = read_tensors(name);
-    TensorOut *out = allocate((size_t)file.tensor_count + 1, sizeof *out);
-    Error error;
-    char path[PATH];
-    path_of(name, path);
+    TensorOut *out = tensors_again(&file);
     for (int i = 0; i < file.tensor_count; i++) {
         const TensorEntry *entry = &file.tensors[i];
-        real *values = values_of(entry, path);
-        float *single = allocate(entry->count, sizeof *single);
-        double *full = allocate(entry->count, sizeof *full);
+        real *values = values_of(entry, name);
+        void *other = allocate(entry->count, sizeof(double));
         for (size_t j = 0; j < entry->count; j++)
-            single[j] = (float)values[j], full[j] = (double)values[j];
+            if (IN_DOUBLE)
+                ((float *)other)[j] = (float)values[j];
+            else
+                ((double *)other)[j] = (double)values[j];
         free(values);
-        free(IN_DOUBLE ? (void *)full : (void *)single);
-        const TensorOut tensor = {.name = entry->name,
-                                  .type = IN_DOUBLE ? TYPE_F32 : TYPE_F64,
-                                  .rank = entry->rank,
-                                  .data = IN_DOUBLE ? (void *)single : (void *)full};
-        out[i] = tensor;
-        memcpy(out[i].shape, entry->shape, sizeof tensor.shape);
+        out[i].type = IN_DOUBLE ? TYPE_F32 : TYPE_F64;
+        out[i].data = other;
     }
-    CHECK(tensors_write(path, out, file.tensor_count, file.metadata, file.metadata_count, &error) == 0, "%s",
-          error.text);
+    write_tensors(name, out, file.tensor_count, file.metadata, file.metadata_count);
     for (int i = 0; i < file.tensor_count; i++)
         free((void *)out[i].data);
     free(out);
@@ -600,7 +597,8 @@ static void test_changed_settings(void) {
     refuse(1, "--model diffenc-1-1, not vdm-1", "$D train --resume --steps 2 --model vdm-1 --out $W/kept");
     refuse(1, "--seed 1, not 2", "$D train --resume --steps 2 --seed 2 --out $W/kept");
     refuse(1, "--batch 4, not 5", "$D train --resume --steps 2 --batch 5 --out $W/kept");
-    refuse(1, "small, not digits", "$D train --resume --steps 2 --data digits --out $W/kept");
+    refuse(1, "images are 28x28x1, the model is for 12x8x1",
+           "$D train --resume --steps 2 --data digits --out $W/kept 2>&1 | tail -n 1 >&2; exit 1");
     CHECK(step_of("kept/checkpoint.safetensors") == 1, "a refused resume changed the checkpoint");
     succeed("$D train --resume $TINY --steps 2 --out $W/kept");   /* the same again is no change */
     const Outcome o = succeed("$D train --resume --sample-steps 2 --steps 2 --lr 0.03125 --out $W/changed");
@@ -626,12 +624,18 @@ static void test_changed_data(void) {
            "$D train $TINY --data $W/moved --eval-every 1 --steps 2 --out $W/out");
     CHECK(file_count("out*") == 0, "a refused training made a directory");
     write_idx("moved/train-images-idx3-ubyte", 0x803, 6, 12, 8, 6 * 12 * 8);
-    refuse(1, "holds 6 images, the training began with 7", "$D train --resume --steps 2 --out $W/data");
+    refuse(1, "other images than this training began with", "$D train --resume --steps 2 --out $W/data");
+    succeed("cp $W/small/* $W/moved && printf x | dd of=$W/moved/train-images-idx3-ubyte bs=1 seek=99 "
+            "conv=notrunc");
+    refuse(1, "other images than this training began with", "$D train --resume --steps 2 --out $W/data");
     write_idx("moved/train-images-idx3-ubyte", 0x803, 7, 16, 8, 7 * 16 * 8);
     refuse(1, "images are 16x8x1, the model is for 12x8x1", "$D train --resume --steps 2 --out $W/data");
     CHECK(step_of("data/checkpoint.safetensors") == 1, "a refused resume changed the checkpoint");
-    succeed("cp $W/small/* $W/moved && $D train --resume --sample-steps 2 --steps 2 --out $W/data");
-    succeed("$D train $TINY --data $W/moved --steps 2 --out $W/data-not");
+    /* The same images at another path are the same data, and from another directory the old path is none. */
+    succeed("rm -r $W/moved && cp -r $W/small $W/again-small");
+    refuse(1, "No such file or directory; --data says where", "$D train --resume --steps 2 --out $W/data");
+    succeed("$D train --resume --data $W/again-small --sample-steps 2 --steps 2 --out $W/data");
+    succeed("$D train $TINY --data $W/again-small --steps 2 --out $W/data-not");
     same_trainings("data-not", "data", 2);
 }
 
@@ -698,64 +702,235 @@ static void test_kill(void) {
           file_count("killed/*.tmp*"));
 }
 
-/* A first SIGINT or SIGTERM ends the training after its step with everything saved. */
-static void test_stop(int number, const char *directory) {
-    char command[512], file[64];
-    snprintf(command, sizeof command, "exec $D train $TINY --save-every 0 --steps 100000 --out $W/%s",
-             directory);
-    const pid_t child = begin(command, "stopped");
-    wait_for("stopped", directory, 2);
-    refuse(1, "another training is at work in this directory", "$D train $TINY --steps 1 --out $W/%s",
-           directory);
-    kill(child, number);
+/* Wait for a child that was sent a signal; it must end within two seconds (sanitizers: ten), with the
+ * signal's status and a line that names it. */
+static void check_stopped(pid_t child, const char *name, int number, const char *signal_name) {
+    char file[64], error[TEXT], line[64];
+    const double start = seconds_now();
     const int status = end(child, NULL);
-    char log[TEXT], out[TEXT], error[TEXT];
-    read_text("stopped.out", out);
-    read_text("stopped.error", error);
-    CHECK(status == 128 + number, "stopped by %d: exits with %d: %s", number, status, error);
-    snprintf(file, sizeof file, "%s/checkpoint.safetensors", directory);
-    const long step = step_of(file);
-    CHECK(step >= 2 && is_whole(file), "the checkpoint is at step %ld", step);
-    snprintf(file, sizeof file, "checkpoint.safetensors at step %ld\n", step);
-    CHECK(strstr(out, file), "it is said where the training stands: %s", out);
-    snprintf(file, sizeof file, "%s/log.csv", directory);
-    read_text(file, log);
-    snprintf(file, sizeof file, "\n%ld,", step);
-    CHECK(strstr(log, file), "the log ends at step %ld: %s", step, log);
-    succeed("$D train --resume --sample-steps 2 --steps %ld --out $W/%s", step + 1, directory);
-    succeed("$D train $TINY --steps %ld --out $W/%s-not", step + 1, directory);
-    char undisturbed[64];
-    snprintf(undisturbed, sizeof undisturbed, "%s-not", directory);
-    same_trainings(undisturbed, directory, (int)step + 1);
+    snprintf(file, sizeof file, "%s.error", name);
+    read_text(file, error);
+    snprintf(line, sizeof line, "diffenc: stopped by %s", signal_name);
+    CHECK(status == 128 + number && strstr(error, line), "%s: exits with %d: %s", signal_name, status, error);
+    CHECK(seconds_now() - start < (SANITIZED ? 10 : 2), "%s: after %.1f s", signal_name,
+          seconds_now() - start);
 }
 
+static const struct {
+    int number;
+    const char *name;
+} SIGNALS[4] = {{SIGINT, "SIGINT"}, {SIGTERM, "SIGTERM"}, {SIGHUP, "SIGHUP"}, {SIGPIPE, "SIGPIPE"}};
+
+/* Each of the four signals ends a training with everything saved; it goes on as if nothing had been. The
+ * number of steps is one that a time left in 32 bits would overflow with. */
 static void test_stops(void) {
-    test_stop(SIGINT, "interrupted");
-    test_stop(SIGTERM, "terminated");
+    for (int i = 0; i < 4; i++) {
+        char log[TEXT], line[64], directory[32], undisturbed[32], file[64], error[TEXT];
+        snprintf(directory, sizeof directory, "stop%d", i);
+        snprintf(undisturbed, sizeof undisturbed, "stop%d-not", i);
+        snprintf(log, sizeof log, "exec $D train $TINY --save-every 0 --steps 2000000000 --out $W/%s",
+                 directory);
+        const pid_t child = begin(log, "stopped");
+        wait_for("stopped", directory, 2);
+        refuse(1, "another training is at work in this directory", "$D train $TINY --steps 1 --out $W/%s",
+               directory);
+        kill(child, SIGNALS[i].number);
+        check_stopped(child, "stopped", SIGNALS[i].number, SIGNALS[i].name);
+        snprintf(file, sizeof file, "%s/checkpoint.safetensors", directory);
+        const long step = step_of(file);
+        CHECK(step >= 2 && is_whole(file), "the checkpoint is at step %ld", step);
+        read_text("stopped.error", error);
+        snprintf(line, sizeof line, "checkpoint.safetensors at step %ld,", step);
+        CHECK(strstr(error, line) && !strstr(error, "  -"), "where the training stands, no negative time: %s",
+              error);
+        snprintf(file, sizeof file, "%s/log.csv", directory);
+        read_text(file, log);
+        snprintf(line, sizeof line, "\n%ld,", step);
+        CHECK(strstr(log, line), "the log ends at step %ld: %s", step, log);
+        succeed("$D train --resume --sample-steps 2 --steps %ld --out $W/%s", step + 1, directory);
+        succeed("$D train $TINY --steps %ld --out $W/%s", step + 1, undisturbed);
+        same_trainings(undisturbed, directory, (int)step + 1);
+    }
 }
 
-/* A step of so many examples takes minutes. The first SIGINT waits for its end, a second signal does not. */
-static void test_second_signal(void) {
-    static const int second[2] = {SIGINT, SIGTERM};
+/* The same wherever the program is: in a step, which is then completed; in a grid of a million
+ * steps, for which the checkpoint is there already; in `sample` and `eval`, which leave nothing; and behind a
+ * closed pipe. */
+static void test_stops_anywhere(void) {
+    static const char *const work[3] = {
+        "sample $W/good --count 4 --steps 1000000 --out $W/out.png", "eval $W/good --repeats 10000",
+        "eval $W/good --timesteps 10000 --variance-ratio optimal --limit 1000"};
     succeed("$D train $TINY --batch 100000 --steps 0 --out $W/slow");
-    for (int i = 0; i < 2; i++) {
-        int by_signal = 0;
-        const pid_t child = begin("exec $D train --resume --steps 2 --out $W/slow", "slow");
-        wait_for("slow", NULL, 0);
-        refuse(1, "another training is at work in this directory",
-               "$D train --resume --steps 2 --out $W/slow");
-        refuse(1, "another training is at work in this directory", "$D train $TINY --steps 2 --out $W/slow");
-        pause_for(0.2);
-        const double start = seconds_now();
-        kill(child, SIGINT);
-        pause_for(0.3);
-        CHECK(waitpid(child, NULL, WNOHANG) == 0, "the first SIGINT waits for the end of the step");
-        kill(child, second[i]);
-        const int status = end(child, &by_signal);
-        CHECK(by_signal && status == 128 + second[i], "a second signal ends the program: status %d", status);
-        CHECK(seconds_now() - start < 2, "and at once: %.1f seconds", seconds_now() - start);
+    pid_t child = begin("exec $D train --resume --steps 2 --out $W/slow", "slow");
+    wait_for("slow", NULL, 0);
+    pause_for(0.3);
+    kill(child, SIGINT);
+    check_stopped(child, "slow", SIGINT, "SIGINT");
+    CHECK(step_of("slow/checkpoint.safetensors") == 0, "half a step was taken");
+    child = begin("exec $D train $TINY --timesteps 1000000 --sample-steps 1000000 --steps 3 --out $W/grid",
+                  "grid");
+    wait_for("grid", "grid", 3);
+    pause_for(0.3);
+    CHECK(step_of("grid/checkpoint.safetensors") == 3, "the checkpoint comes before its grid");
+    kill(child, SIGTERM);
+    check_stopped(child, "grid", SIGTERM, "SIGTERM");
+    succeed("$D train --resume --steps 3 --sample-steps 2 --out $W/grid");   /* obeyed with a finite T, too */
+    CHECK(file_count("grid/samples-3.png") == 1, "the grid is made up for");
+    for (int i = 0; i < 3; i++) {
+        char command[256];
+        snprintf(command, sizeof command, "exec $D %s", work[i]);
+        child = begin(command, "work");
+        pause_for(0.5);
+        kill(child, SIGHUP);
+        check_stopped(child, "work", SIGHUP, "SIGHUP");
+        CHECK(file_count("out*") == 0, "%s: something is left", work[i]);
     }
+    const Outcome o = succeed("($D train $TINY --steps 100000 --eval-every 1 --eval-limit 1 --out $W/pipe\n"
+                              "echo $? >$W/pipe.status) | head -n 1; test $(cat $W/pipe.status) = 141");
+    CHECK(strstr(o.error, "stopped by SIGPIPE") && is_whole("pipe/checkpoint.safetensors"), "%s", o.error);
+    succeed(
+        "$D train $TINY --steps 1 --sample-steps 0 --out $W/gridless && test ! -e $W/gridless/samples-1.png");
+}
+
+/* A signal that the parent ignores is none (nohup); a second one ends the program at once. */
+static void test_second_signal(void) {
+    int by_signal = 0;
+    pid_t child = begin("trap '' HUP; exec $D train --resume --steps 2 --out $W/slow", "slow");
+    wait_for("slow", NULL, 0);
+    kill(child, SIGHUP);
+    pause_for(0.3);
+    CHECK(waitpid(child, NULL, WNOHANG) == 0, "an ignored SIGHUP ends a training");
+    kill(child, SIGTERM);
+    kill(child, SIGTERM);
+    const int status = end(child, &by_signal);
+    CHECK(status == 128 + SIGTERM, "a second signal: status %d", status);
     succeed("$D train --resume --steps 0 --out $W/slow");   /* the lock went with the process */
+}
+
+/* ---- directories and files that are not the program's ---- */
+
+/* A directory that is taken away and made anew by another training: the first one ends and writes nothing
+ * there. */
+static void test_two_trainings(void) {
+    char error[TEXT];
+    const pid_t child = begin("exec $D train $TINY --save-every 1 --steps 1000000 --out $W/rr", "first");
+    wait_for("first", "rr", 2);
+    succeed("mv $W/rr $W/rr.old && $D train $TINY --steps 3 --seed 2 --out $W/rr");
+    CHECK(end(child, NULL) == 1, "the first training goes on");
+    read_text("first.error", error);
+    /* The second message: it was taken away after the look, while a file was being written. */
+    CHECK(strstr(error, "rr: was removed or replaced") || strstr(error, "No such file or directory"), "%s",
+          error);
+    CHECK(step_of("rr/checkpoint.safetensors") == 3, "the checkpoint is of the first training");
+    succeed(
+        "$D train --resume --sample-steps 2 --steps 4 --out $W/rr && $D train $TINY --steps 4 --seed 2 --out "
+        "$W/rr-not");
+    same_trainings("rr-not", "rr", 4);
+}
+
+/* Nothing is cut, overwritten, followed or removed that a training did not make. */
+static void test_strangers_files(void) {
+    static const char *const logs[6] = {
+        "sed 's/$/\\r/' log.csv", "sed 's/$/,0/' log.csv", "echo hello", "printf 'my notes, without an end'",
+        "head -n 2 log.csv", "grep -v ^1, log.csv | sed 's/^2,/9,/'"};
+    succeed(
+        "$D train $TINY --steps 2 --out $W/own && touch $W/own/samples-a.tmp.b $W/own/samples-1.png.tmp.7");
+    for (int i = 0; i < 6; i++) {
+        succeed("cd $W/own && cp log.csv .. && %s >../changed.csv && cp ../changed.csv log.csv", logs[i]);
+        refuse(1, "is not the log of this training", "$D train --resume --steps 3 --out $W/own");
+        CHECK(same_files("changed.csv", "own/log.csv"), "%s: was changed", logs[i]);
+        succeed("cp $W/log.csv $W/own");
+    }
+    succeed("cd $W/own && mv log.csv ../elsewhere && ln -s ../elsewhere log.csv");
+    refuse(1, "log.csv: is not a regular file", "$D train --resume --steps 3 --out $W/own");
+    succeed("cd $W/own && rm log.csv && mkfifo log.csv");
+    refuse(1, "log.csv: is not a regular file", "$D train --resume --steps 3 --out $W/own");
+    succeed("cd $W/own && rm log.csv && cp ../elsewhere log.csv && mv checkpoint.safetensors .. &&"
+            " ln -s ../checkpoint.safetensors checkpoint.safetensors");
+    refuse(1, "checkpoint.safetensors: is not a regular file", "$D train --resume --steps 3 --out $W/own");
+    succeed("cd $W/own && rm checkpoint.safetensors && mv ../checkpoint.safetensors . &&"
+            " cd - >/dev/null && $D train --resume --steps 3 --sample-steps 2 --out $W/own >&- 2>&- <&- &&"
+            " cd $W/own && test -e samples-a.tmp.b && test ! -e samples-1.png.tmp.7");
+    succeed("$D train $TINY --steps 3 --out $W/own-not");
+    same_trainings("own-not", "own", 3);
+    succeed("cd $W && mkdir log pic && echo mine >log/log.csv && echo mine >pic/samples-7.png");
+    refuse(1, "log.csv: is there already", "$D train $TINY --steps 1 --out $W/log");
+    refuse(1, "samples-7.png: is there already", "$D train $TINY --steps 1 --out $W/pic");
+    succeed("cd $W && test $(cat log/log.csv pic/samples-7.png | grep -c mine) = 2");
+    /* A picture of the loss that cannot be written is no reason to end a training. */
+    const Outcome o = succeed("ulimit -f 1000; $D train $TINY --steps 2 --sample-steps 0 --out $W/blind");
+    CHECK(strstr(o.error, "loss.png: File too large"), "%s", o.error);
+}
+
+/* No command writes over what it reads, under whatever name. */
+static void test_output_is_input(void) {
+    succeed("cd $W && cp good same && ln -s same same.png && ln same same.pgm && cp -r small read &&"
+            " ln -s $W/read/t10k-images-idx3-ubyte read.png");
+    refuse(1, "is the same file as the input", "$D sample $W/same --steps 1 --out $W/same.png");
+    refuse(1, "is the same file as the input", "$D sample $W/same --steps 1 --out $W/same.pgm");
+    refuse(1, "is the same file as the input", "$D show $W/finite --data $W/read --out $W/read.png");
+    refuse(1, "is the same file as the input", "$D grad $W/same --batch $W/good --out $W/same");
+    refuse(
+        1, "is the same file as the input",
+        "cp tests/golden/vdm-flat-v.batch.safetensors $W/batch.own; $D grad "
+        "tests/golden/vdm-flat-v.checkpoint.safetensors --batch $W/batch.own --out $W/../${W##*/}/batch.own");
+    CHECK(same_files("same", "good") &&
+              same_files("read/t10k-images-idx3-ubyte", "small/t10k-images-idx3-ubyte"),
+          "an input was written over");
+}
+
+/* A stranger's checkpoint: what it says does not reach the terminal raw, opens no path, takes no memory. */
+static void test_stranger(void) {
+    rewrite("good", "bad.name", "model", "vdm\33[31m\nroot# \xc2\x9b" "1m", NULL);
+    rewrite("good", "bad.data", "data", "\33]0;title\7", NULL);
+    rewrite("good", "bad.where", "data", "/no-such/place", NULL);
+    rewrite("good", "bad.large", "height", "256", NULL);
+    rewrite("bad.large", "bad.large", "width", "256", NULL);
+    static const char *const files[2] = {"bad.name", "bad.data"};
+    for (int i = 0; i < 2; i++) {
+        const Outcome o = run("$D eval $W/%s --limit 1", files[i]);
+        CHECK(o.status == 1 && is_one_line(o.error) && !strpbrk(o.error, "\33\7") &&
+                  !strstr(o.error, "\xc2\x9b") && strstr(o.error, "\\x1b"),
+              "%s: %s", files[i], o.error);
+    }
+    refuse(1, "give --data with a path of your own", "$D eval $W/bad.where");
+    refuse(1, "give --data with a path of your own", "$D show $W/bad.where --out $W/out.png");
+    if (!SANITIZED) {
+        const double start = seconds_now();
+        refuse(1, "MiB of memory", "ulimit -v 2000000; $D sample $W/bad.large --count 1 --out $W/out.png");
+        refuse(1, "MiB of memory",
+               "ulimit -v 150000; $D sample $W/good --count 65536 --steps 1 --out $W/out.png");
+        CHECK(seconds_now() - start < 20, "that takes %.1f s", seconds_now() - start);
+    }
+}
+
+/* Threads of some systems have stacks of 128 KiB, and the whole program may have one of 256. */
+static void test_small_stacks(void) {
+    if (!SANITIZED)
+        succeed("ulimit -s 256; OMP_STACKSIZE=128k $D train --model diffenc-2-2 --net unet --channels 128"
+                " --encoder-channels 64 --batch 2 --steps 1 --sample-steps 1 --threads 2 --out $W/stacks");
+}
+
+/* What the Makefile makes of choices: an unknown machine is an error, a compiler may have a space, and an
+ * example that would be trained again is not removed. */
+static void test_makefile(void) {
+    Outcome o = run("make -n MARCH=bogus all");
+    CHECK(o.status == 2 && strstr(o.error, "MARCH=bogus"), "%s", o.error);
+    o = succeed("make -n CC='env gcc' BUILD_ONLY= all");
+    CHECK(strstr(o.out, "build/env-gcc-"), "%s", o.out);
+    o = run("mkdir $W/trained && touch $W/trained/mine && make -s -o all run RUN=$W/trained");
+    CHECK(o.status == 2 && strstr(o.out, "is there already") && file_count("trained/mine") == 1, "%s", o.out);
+}
+
+/* What is printed is what is used. */
+static void test_thread_count(void) {
+#ifdef _OPENMP
+    const char *const expected = ", 8 threads";
+#else
+    const char *const expected = ", 1 threads";
+#endif
+    const Outcome o = succeed("$D train $TINY --threads 8 --steps 0 --out $W/eight");
+    CHECK(strstr(o.out, expected), "%s", o.out);
 }
 
 /* On a terminal the progress is one line that is written over and over. What else is said begins a new
@@ -794,7 +969,7 @@ static void test_file_limit(void) {
     succeed("$D train $TINY --steps 2 --out $W/roomy");
     same_trainings("roomy", "full", 2);
     refuse(1, "standard output: No space left on device", "$D train --help >/dev/full");
-    refuse(1, "standard output: No space left on device", "$D eval $W/old --limit 1 >/dev/full");
+    refuse(1, "standard output: No space left on device", "$D eval $W/old --data $W/small >/dev/full");
 }
 
 /* The same on a disk of its own with room for one checkpoint and a half, where making one is allowed; it then
@@ -885,23 +1060,23 @@ static void test_wrong_usage(void) {
         {"--batch 0", "batch '0'"},
         {"--batch 4294967297", "batch '4294967297'"},
         {"--threads 0", "threads '0'"},
-        {"--timesteps 0", "timesteps '0'"},
+        {"--timesteps -1", "timesteps -1"},
         {"--channels 6", "channels 6: must be a multiple of 4"},
-        {"--channels 0", "channels '0'"},
+        {"--channels 0", "channels 0"},
         {"--encoder-channels 10", "encoder-channels 10: must be a multiple of 4"},
         {"--net unet --channels 1024", "2048 channels"},
         {"--channels 36 --encoder-channels 132", "encoder-channels 132: 132 channels do not divide"},
         {"--gamma-min 5", "gamma-min 5, gamma-max 5"},
         {"--gamma-max -14", "gamma-min -13.3, gamma-max -14"},
         {"--gamma-max nan", "gamma-max 'nan'"},
-        {"--timesteps 4 --variance-ratio 0", "variance-ratio '0'"},
-        {"--timesteps 4 --variance-ratio=-1", "variance-ratio '-1'"},
+        {"--timesteps 4 --variance-ratio 0", "variance-ratio 0"},
+        {"--timesteps 4 --variance-ratio=-1", "variance-ratio -1"},
         {"--variance-ratio 2", "variance-ratio 2: the bound diverges in continuous time"},
         {"--lr inf", "lr 'inf'"},
         {"--lr -1", "lr '-1'"},
         {"--clip -1", "clip '-1'"},
         {"--ema 1.1", "ema '1.1'"},
-        {"--dropout 1", "dropout '1'"},
+        {"--dropout 1", "dropout 1"},
         {"--seed 18446744073709551616", "seed '18446744073709551616'"},
         {"--seed -1", "seed '-1'"},
         {"--seed 0x10", "seed '0x10'"},
@@ -910,6 +1085,10 @@ static void test_wrong_usage(void) {
         {"--model diffenc-4-99999999999", "model 'diffenc-4-99999999999'"},
         {"--net net", "net 'net'"},
         {"--predict y", "predict 'y'"},
+        {"--fourier 7", "fourier '7': expected FIRST..LAST"},
+        {"--fourier 3..2", "fourier 3..2: must be ascending"},
+        {"--fourier 0..13", "fourier 0..13"},
+        {"--cooldown 1.5", "cooldown '1.5'"},
         {"--data=", "data ''"},
     };
     for (size_t i = 0; i < sizeof options / sizeof options[0]; i++)
@@ -934,7 +1113,7 @@ static void test_wrong_usage(void) {
         {"variance-ratio optimal", "$D eval $W/good --variance-ratio optimal"},
         {"variance-ratio 2: the bound diverges", "$D eval $W/good --variance-ratio 2"},
         {"variance-ratio 'best'", "$D eval $W/good --timesteps 4 --variance-ratio best"},
-        {"variance-ratio '0'", "$D eval $W/good --timesteps 4 --variance-ratio 0"},
+        {"variance-ratio 0", "$D eval $W/good --timesteps 4 --variance-ratio 0"},
         {"expected a checkpoint", "$D show"},
         {"--batch FILE", "$D grad $W/good --out $W/out"},
         {"unknown option", "$D check --quick"},
@@ -1010,7 +1189,7 @@ static void test_bad_checkpoints(void) {
         {"metadata: model 'resnet-50'", "$D eval $W/bad.model"},
         {"metadata: step 4294967296", "$D eval $W/bad.step"},
         {"metadata: gamma-min 6, gamma-max 5", "$D eval $W/bad.gamma"},
-        {"metadata: height '0'", "$D eval $W/bad.height"},
+        {"metadata: image size 0x28", "$D eval $W/bad.height"},
         {"ema.score.conv_in.kernel: value 0 is not a finite number",
          "$D sample $W/bad.nan --out $W/out.png"},
         {"adam.v.score.conv_in.kernel: value 0 is not a finite number",
@@ -1046,35 +1225,32 @@ static void test_bad_checkpoints(void) {
     CHECK(seconds_now() - start < 20, "refusing bad checkpoints takes %.1f seconds", seconds_now() - start);
 }
 
-/* A batch for `grad`: B images [8, WIDTH, 1], every number of t as given, `without` is left out. */
-static void write_batch(const char *name, int batch, int width, double t, double first_noise,
+/* A batch for `grad`: B images [HEIGHT, WIDTH, 1], every number of t as given, `without` is left out. */
+static void write_batch(const char *name, int batch, int height, int width, double t, double first_noise,
                         const char *without) {
-    enum { MOST = 4 * 8 * 8 };
+    enum { MOST = 4 * 12 * 8 };
     static unsigned char images[MOST];
     real times[4], noise[MOST];
-    Error error;
-    char path[PATH];
     for (int i = 0; i < MOST; i++)
         images[i] = (unsigned char)(31 * i), noise[i] = i ? (real)sin(i) : (real)first_noise;
     for (int i = 0; i < 4; i++)
         times[i] = (real)t;
     const ElementType type = IN_DOUBLE ? TYPE_F64 : TYPE_F32;
-    const TensorOut all[4] = {{"images", TYPE_U8, 4, {batch, 8, width, 1}, images},
+    const TensorOut all[4] = {{"images", TYPE_U8, 4, {batch, height, width, 1}, images},
                               {"t", type, 1, {batch}, times},
-                              {"eps", type, 4, {batch, 8, width, 1}, noise},
-                              {"eps0", type, 4, {batch, 8, width, 1}, noise}};
+                              {"eps", type, 4, {batch, height, width, 1}, noise},
+                              {"eps0", type, 4, {batch, height, width, 1}, noise}};
     TensorOut some[4];
     int count = 0;
     for (int i = 0; i < 4; i++)
         if (!without || strcmp(all[i].name, without) != 0)
             some[count++] = all[i];
-    path_of(name, path);
-    const int status = tensors_write(path, some, count, NULL, 0, &error);
-    CHECK(status == 0, "%s", error.text);
+    write_tensors(name, some, count, NULL, 0);
 }
 
 static void test_bad_batches(void) {
     static const Refusal list[] = {
+        {"t[0] is 1.0000001", "$D grad $V --batch $W/batch.just --out $W/out"},
         {"images: expected U8 [B,8,8,1]", "$D grad $V --batch $W/batch.narrow --out $W/out"},
         {"holds no tensor 'eps0'", "$D grad $V --batch $W/batch.eps0 --out $W/out"},
         {"holds no tensor 't'", "$D grad $V --batch $W/batch.t --out $W/out"},
@@ -1093,15 +1269,16 @@ static void test_bad_batches(void) {
     };
     setenv("V", "tests/golden/vdm-flat-v.checkpoint.safetensors", 1);
     setenv("T10", "tests/golden/nt-flat-eps-T10.checkpoint.safetensors", 1);
-    write_batch("batch", 2, 8, 0.3, 1, NULL);
-    write_batch("batch.narrow", 2, 7, 0.3, 1, NULL);
-    write_batch("batch.eps0", 2, 8, 0.3, 1, "eps0");
-    write_batch("batch.t", 2, 8, 0.3, 1, "t");
-    write_batch("batch.late", 2, 8, 1.5, 1, NULL);
-    write_batch("batch.early", 2, 8, -0.1, 1, NULL);
-    write_batch("batch.nan", 2, 8, 0.3, NAN, NULL);
-    write_batch("batch.between", 2, 8, 0.55, 1, NULL);
-    write_batch("batch.zero", 2, 8, 0, 1, NULL);
+    write_batch("batch", 2, 8, 8, 0.3, 1, NULL);
+    write_batch("batch.narrow", 2, 8, 7, 0.3, 1, NULL);
+    write_batch("batch.eps0", 2, 8, 8, 0.3, 1, "eps0");
+    write_batch("batch.t", 2, 8, 8, 0.3, 1, "t");
+    write_batch("batch.late", 2, 8, 8, 1.5, 1, NULL);
+    write_batch("batch.just", 2, 8, 8, 1.0000001, 1, NULL);
+    write_batch("batch.early", 2, 8, 8, -0.1, 1, NULL);
+    write_batch("batch.nan", 2, 8, 8, 0.3, NAN, NULL);
+    write_batch("batch.between", 2, 8, 8, 0.55, 1, NULL);
+    write_batch("batch.zero", 2, 8, 8, 0, 1, NULL);
     succeed("head -c 300 $W/batch >$W/batch.cut");
     refuse_all(1, list, sizeof list);
     succeed("$D grad $V --batch $W/batch --out $W/fine && $D grad $T10 --batch $W/batch --out $W/fine");
@@ -1136,9 +1313,9 @@ static void test_divergence(void) {
 
 static void test_memory(void) {
     const double start = seconds_now();
-    refuse(1, "of memory to train, the machine has",
+    refuse(1, "MiB of memory, there are",
            "$D train --channels 1024 --model diffenc-256-2 --out $W/out");
-    refuse(1, "of memory to train, the machine has",
+    refuse(1, "MiB of memory, there are",
            "$D train --channels 1024 --encoder-channels 512 --model diffenc-100-200 --out $W/out");
     CHECK(seconds_now() - start < 5 || SANITIZED, "that takes %.1f seconds", seconds_now() - start);
     CHECK(file_count("out*") == 0, "a directory is made for a training that cannot be");
@@ -1147,11 +1324,34 @@ static void test_memory(void) {
         return;
     }
     /* 200 MB of address space are enough for the program but not for this model's vectors or graph. */
-    refuse(1, "out of memory",
+    refuse(1, "MiB of memory",
            "ulimit -v 200000; $D train --threads 1 --channels 256 --model vdm-8 --out $W/big");
-    refuse(1, "out of memory",
+    refuse(1, "MiB of memory",
            "ulimit -v 200000; $D train --threads 1 --channels 64 --model vdm-8 --out $W/big2");
     CHECK(file_count("big*/checkpoint*") == 0, "part of a checkpoint is left");
+}
+
+/* A model whose weights and averages are all 1e30: what comes out is not finite, and no file is left. */
+static void test_not_finite(void) {
+    static const char *const work[4] = {"sample $W/mad --count 2 --steps 3 --out $W/out.png",
+                                        "eval $W/mad --limit 2 --data $W/small",
+                                        "show $W/mad --count 2 --data $W/small --out $W/out.png",
+                                        "grad $W/mad --batch $W/mad.batch --out $W/out"};
+    static real large[1 << 16], zero[1 << 16];
+    TensorFile file = read_tensors("finite");
+    TensorOut *out = tensors_again(&file);
+    for (int i = 0; i < 1 << 16; i++)
+        large[i] = (real)(IN_DOUBLE ? 1e200 : 1e30);
+    for (int i = 0; i < file.tensor_count; i++)
+        out[i].data = strncmp(out[i].name, "adam", 4) == 0 ? zero : large;
+    write_tensors("mad", out, file.tensor_count, file.metadata, file.metadata_count);
+    free(out);
+    tensors_free(&file);
+    write_batch("mad.batch", 2, 12, 8, 0.5, 1, NULL);
+    for (int i = 0; i < 4; i++) {
+        refuse(1, "is not finite", "$D %s", work[i]);
+        CHECK(file_count("out*") == 0, "%s: leaves a file", work[i]);
+    }
 }
 
 /* ---- what comes out ---- */
@@ -1179,6 +1379,8 @@ static void test_images(void) {
     CHECK(same_files("pic.pgm", "pic3.pgm"), "3 threads draw other samples");
     succeed("$D sample $W/good --count 5 --steps 3 --seed 2 --out $W/pic2.pgm");
     CHECK(!same_files("pic.pgm", "pic2.pgm"), "another seed draws the same samples");
+    succeed("$D sample $W/good --count 5 --steps 3 --sampler deterministic --out $W/pic2.pgm");
+    CHECK(!same_files("pic.pgm", "pic2.pgm"), "the samplers draw the same samples");
     const Outcome o = succeed("$D sample $W/finite --count 1 --out $W/pic2.pgm");
     CHECK(strstr(o.out, "1 images, 4 steps"), "a model of finite T takes T steps: %s", o.out);
 }
@@ -1189,7 +1391,8 @@ static void test_show(void) {
     for (int i = 0; i < 3; i++) {
         char name[32], text[TEXT];
         succeed("$D train $TINY --model %s --steps 1 --out $W/show-%s", kinds[i], kinds[i]);
-        succeed("$D show $W/show-%s/checkpoint.safetensors --count 2 --out $W/show%d.pgm", kinds[i], i);
+        succeed("$D show $W/show-%s/checkpoint.safetensors --data $W/small --count 2 --out $W/show%d.pgm",
+                kinds[i], i);
         snprintf(name, sizeof name, "show%d.pgm", i);
         read_text(name, text);
         /* Nine times across; two images of three rows each. */
@@ -1221,8 +1424,8 @@ static void test_eval(void) {
     const char *total = strstr(o.out, "\ntotal:");
     CHECK(total && plain >= number_behind(total, "sigma_Q,") && best <= plain, "the best bound is none: %s",
           o.out);
-    succeed("$D eval $W/finite --limit 2");
-    succeed("$D eval $W/finite --limit 2 --timesteps 0");
+    succeed("$D eval $W/finite --data $W/small --limit 2");
+    succeed("$D eval $W/finite --data $W/small --limit 2 --timesteps 0");
     succeed("$D eval $W/good --limit 2 --timesteps 3 --variance-ratio 0.5");
 }
 
@@ -1235,7 +1438,7 @@ static void test_colour(void) {
     succeed("$D sample $W/colours/checkpoint.safetensors --count 2 --steps 2 --out $W/colour.ppm");
     read_text("colour.ppm", text);
     CHECK(strncmp(text, "P6\n70 36\n255\n", 13) == 0, "colour.ppm begins with %.20s", text);
-    const Outcome o = succeed("$D eval $W/colours/checkpoint.safetensors");
+    const Outcome o = succeed("$D eval $W/colours/checkpoint.safetensors --data $W/cifar");
     CHECK(strstr(o.out, "3 test images of "), "%s", o.out);
     succeed("cp $W/colours/checkpoint.safetensors $W/colour");
 }
@@ -1247,7 +1450,7 @@ static void test_mnist(void) {
         return;
     }
     succeed("$D train $TINY --data \"$MNIST_DIR\" --steps 2 --out $W/mnist");
-    const Outcome o = succeed("$D eval $W/mnist/checkpoint.safetensors --limit 8");
+    const Outcome o = succeed("$D eval $W/mnist/checkpoint.safetensors --limit 8 --data \"$MNIST_DIR\"");
     CHECK(strstr(o.out, "8 test images of "), "%s", o.out);
 }
 
@@ -1296,11 +1499,18 @@ int main(void) {
         {"checkpoints", test_bad_checkpoints}, {"batches", test_bad_batches},
         {"divergence", test_divergence}, {"memory", test_memory}, {"file limit", test_file_limit},
         {"small disk", test_small_disk}, {"directory", test_no_directory}, {"stop", test_stops},
+        {"stop anywhere", test_stops_anywhere}, {"two", test_two_trainings},
+        {"strangers", test_strangers_files}, {"same", test_output_is_input}, {"stranger", test_stranger},
+        {"not finite", test_not_finite}, {"stacks", test_small_stacks}, {"makefile", test_makefile},
+        {"thread count", test_thread_count},
         {"second signal", test_second_signal}, {"terminal", test_terminal}, {"kill", test_kill},
         {"mnist", test_mnist},
     };
     for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++) {
         const double start = seconds_now();
+        const char *only = getenv("ONLY");   /* names of tests, to run them alone */
+        if (only && !strstr(only, tests[i].name) && tests[i].run != make_models)
+            continue;
         tests[i].run();
         if (getenv("VERBOSE"))
             printf("%s: %.1f s\n", tests[i].name, seconds_now() - start);

@@ -18,14 +18,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-static const double EPS = sizeof(real) == sizeof(float) ? FLT_EPSILON : DBL_EPSILON;
 static const double STANDARD_ERRORS = 5;
-
-/* The larger of `worst` and |got - want| / tolerance; not a number counts as infinitely wrong. */
-static double worse(double worst, double got, double want, double tolerance) {
-    const double ratio = got == want ? 0 : fabs(got - want) / tolerance;
-    return ratio <= worst ? worst : ratio >= 0 ? ratio : INFINITY;
-}
 
 static RandomStream check_stream(uint32_t example) {
     return random_stream(2023, RANDOM_CHECK, 0, example);
@@ -86,8 +79,8 @@ static void test_allocate(void) {
     CHECK(nothing && none, "no elements: still a pointer");
     free(nothing);
     free(none);
-    CHECK(status_of_allocation(allocate, SIZE_MAX / 4, 16) == 1,
-          "allocate: a size that overflows exits with 1");
+    CHECK(status_of_allocation(allocate, SIZE_MAX / 4, 16) == 1, "a size that overflows exits with 1");
+    CHECK(status_of_allocation(allocate, SIZE_MAX / 2, 2) == 1, "so does more than the address space");
     CHECK(status_of_allocation(allocate_zeroed, SIZE_MAX / 4, 16) == 1, "allocate_zeroed: the same");
 }
 
@@ -124,9 +117,8 @@ static void test_arena(void) {
         else
             arena_reset(arena);
         arena_pass(arena, COUNT, second, size);
-        CHECK(memcmp(first, second, sizeof first) == 0, "the same requests find the same memory");
-        CHECK(arena_capacity(arena) == capacity, "capacity grew from %zu to %zu", capacity,
-              arena_capacity(arena));
+        CHECK(memcmp(first, second, sizeof first) == 0 && arena_capacity(arena) == capacity,
+              "the same requests find the same memory");
     }
 
     /* Marks nest, also when several blocks lie between them. */
@@ -144,26 +136,24 @@ static void test_arena(void) {
     CHECK(arena_allocate(arena, 7, sizeof(real)) == (void *)first[0], "7 elements begin where 1 would");
     arena_free(arena);
     arena_free(NULL);
-    const int status = status_of_allocation((void *(*)(size_t, size_t))allocate, SIZE_MAX / 2, 2);
-    CHECK(status == 1, "more than the address space exits with 1");
 }
 
 /* ---- random numbers ---- */
 
 static void test_philox(void) {
-    /* Random123, kat_vectors, "philox4x32 10": counter, key, result. */
-    static const uint32_t known[3][10] = {
+    /* Random123, kat_vectors, "philox4x32 10": counter, key, result. The counter is (position / 4, example,
+     * step, purpose), the key is the seed. */
+    static const uint32_t known[2][10] = {
         {0, 0, 0, 0, 0, 0, 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
-        {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff,
-         0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd},
         {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0,
          0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}};
-    for (int i = 0; i < 3; i++) {
-        uint32_t out[4];
-        philox4x32(known[i], known[i] + 4, out);
-        CHECK(memcmp(out, known[i] + 6, sizeof out) == 0, "known answer %d: %08x %08x %08x %08x", i,
-              (unsigned)out[0], (unsigned)out[1], (unsigned)out[2], (unsigned)out[3]);
-    }
+    for (int i = 0; i < 2; i++)
+        for (uint32_t j = 0; j < 4; j++) {
+            const uint32_t *k = known[i];
+            const RandomStream s = {k[4] | (uint64_t)k[5] << 32, k[3], k[2], k[1]};
+            const uint32_t bits = random_bits(s, 4 * k[0] + j);
+            CHECK(bits == k[6 + j], "known answer %d, word %u: %08x", i, (unsigned)j, (unsigned)bits);
+        }
 }
 
 static void test_random_positions(void) {
@@ -258,15 +248,15 @@ static void test_streams_independent(void) {
 static void test_dropout(void) {
     enum { COUNT = 100000, LAGS = 2 * DROPOUT_RUN };
     static const double rates[5] = {0, 0.1, 0.25, 0.5, 0.9};
-    real *keep = allocate(COUNT, sizeof(real)), *part = allocate(COUNT, sizeof(real));
+    real *factor = allocate(COUNT, sizeof(real)), *part = allocate(COUNT, sizeof(real));
     for (int r = 0; r < 5; r++) {
         const double p = floor(rates[r] * 65536 + 0.5) / 65536;
         int dropped = 0, known = 1;
         double worst = 0;
-        random_dropout(check_stream(4), 0, COUNT, rates[r], keep);
+        random_dropout(check_stream(4), 0, COUNT, rates[r], factor);
         for (int i = 0; i < COUNT; i++) {
-            dropped += keep[i] == 0;
-            known &= keep[i] == 0 || keep[i] == (real)(1 / (1 - p));
+            dropped += factor[i] == 0;
+            known &= factor[i] == 0 || factor[i] == (real)(1 / (1 - p));
         }
         CHECK(known, "rate %g: factors are 0 or 1/(1-p)", rates[r]);
         CHECK(fabs(dropped - p * COUNT) <= STANDARD_ERRORS * sqrt(p * (1 - p) * COUNT),
@@ -274,8 +264,8 @@ static void test_dropout(void) {
         for (int lag = 1; lag <= LAGS; lag++) {   /* sum of (drop[i] - p)(drop[i - lag] - p) */
             int both = 0, either = 0;
             for (int i = lag; i < COUNT; i++) {
-                both += (keep[i] == 0) & (keep[i - lag] == 0);
-                either += (keep[i] == 0) + (keep[i - lag] == 0);
+                both += (factor[i] == 0) & (factor[i - lag] == 0);
+                either += (factor[i] == 0) + (factor[i - lag] == 0);
             }
             worst = fmax(worst, fabs(both - p * either + p * p * (COUNT - lag)));
         }
@@ -284,224 +274,77 @@ static void test_dropout(void) {
         for (int c = 0; c < 8; c++) {
             part[counts[c]] = 42;
             random_dropout(check_stream(4), 0, (size_t)counts[c], rates[r], part);
-            CHECK(memcmp(part, keep, counts[c] * sizeof(real)) == 0 && part[counts[c]] == 42,
+            CHECK(memcmp(part, factor, counts[c] * sizeof(real)) == 0 && part[counts[c]] == 42,
                   "rate %g: the first %d factors depend on how many are made", rates[r], counts[c]);
         }
         for (int first = DROPOUT_RUN; first < 5 * DROPOUT_RUN; first += DROPOUT_RUN) {
             random_dropout(check_stream(4), (uint32_t)first, 300, rates[r], part);
-            CHECK(memcmp(part, keep + first, 300 * sizeof(real)) == 0, "rate %g: factors from position %d",
+            CHECK(memcmp(part, factor + first, 300 * sizeof(real)) == 0, "rate %g: factors from position %d",
                   rates[r], first);
         }
     }
-    random_dropout(check_stream(4), 0, COUNT, 0.5, keep);
+    random_dropout(check_stream(4), 0, COUNT, 0.5, factor);
     random_dropout(check_stream(5), 0, COUNT, 0.5, part);
-    CHECK(fabs(dot(keep, part, COUNT) - COUNT) < STANDARD_ERRORS * sqrt(3.0 * COUNT), "two masks correlate");
-    free(keep);
+    const double together = dot(factor, part, COUNT);
+    CHECK(fabs(together - COUNT) < STANDARD_ERRORS * sqrt(3.0 * COUNT), "two masks correlate");
+    free(factor);
     free(part);
 }
 
 /* ---- products ---- */
 
-enum { BIAS = 1, START = 2, ACCUMULATE = 4, TRANSPOSED = 8, OVERLAP = 16, GAPS = 32, VARIANTS = 64 };
-
-static size_t extent(ptrdiff_t n1, ptrdiff_t s1, ptrdiff_t n2, ptrdiff_t s2, ptrdiff_t n3, ptrdiff_t s3,
-                     ptrdiff_t n4, ptrdiff_t s4) {
-    return (size_t)((n1 - 1) * s1 + (n2 - 1) * s2 + (n3 - 1) * s3 + (n4 - 1) * s4 + 1);
-}
-
-/* The strides of a product as `variant` says; everything else of it is set. */
-static void lay_out(Product *p, int variant) {
-    const ptrdiff_t gap = variant & GAPS ? 5 : 0;
-    p->a_inner = variant & TRANSPOSED ? p->rows + gap : 1;
-    p->a_row = variant & TRANSPOSED ? 1 : variant & OVERLAP ? 1 + p->inner / 3 : p->inner + gap;
-    p->a_segment = variant & TRANSPOSED ? p->inner * p->a_inner : p->rows * p->a_row + p->inner;
-    p->a_line = variant & OVERLAP ? p->a_segment : p->segments * p->a_segment;
-    p->b_row = p->columns + gap;
-    p->b_segment = p->inner * p->b_row + gap;
-    p->c_row = p->columns + gap;
-    p->c_line = p->rows * p->c_row + gap;
-}
-
-/* |got - want| of the worst element, in units of its tolerance; `before` is c as it was. */
-static double product_error(const Product *p, const real *before, const real *start) {
+/* got against start + bias + a b, where element (i, k) of a is a[i*a_row + k*a_inner]; start and bias may be
+ * NULL. */
+static double product_error(int rows, int inner, int columns, const real *a, size_t a_row, size_t a_inner,
+                            const real *b, const real *bias, const real *start, const real *got) {
     double worst = 0;
-    for (int line = 0; line < p->lines; line++)
-        for (int i = 0; i < p->rows; i++)
-            for (int j = 0; j < p->columns; j++) {
-                const ptrdiff_t at = line * p->c_line + i * p->c_row + j;
-                double sum = p->bias ? (double)p->bias[j] : 0, size = fabs(sum);
-                sum += start ? (double)start[at] : 0;
-                size += start ? fabs((double)start[at]) : 0;
-                for (int s = 0; s < p->segments; s++)
-                    for (int k = 0; k < p->inner; k++) {
-                        const real *a =
-                            p->a + line * p->a_line + i * p->a_row + s * p->a_segment + k * p->a_inner;
-                        const double term = (double)*a * (double)p->b[s * p->b_segment + k * p->b_row + j];
-                        sum += term;
-                        size += fabs(term);
-                    }
-                worst = worse(worst, p->c[at], sum, (p->segments * p->inner + 2) * EPS * size);
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < columns; j++) {
+            const size_t at = (size_t)i * columns + j;
+            double sum = bias ? (double)bias[j] : 0, size = fabs(sum);
+            sum += start ? (double)start[at] : 0;
+            size += start ? fabs((double)start[at]) : 0;
+            for (int k = 0; k < inner; k++) {
+                const double term = (double)a[i * a_row + k * a_inner] * (double)b[(size_t)k * columns + j];
+                sum += term;
+                size += fabs(term);
             }
-    const size_t size = extent(p->lines, p->c_line, p->rows, p->c_row, p->columns, 1, 1, 0);
-    for (size_t at = 0; at < size; at++)   /* what lies between the rows of c was not touched */
-        if ((ptrdiff_t)at % p->c_line >= p->rows * p->c_row ||
-            (ptrdiff_t)at % p->c_line % p->c_row >= p->columns)
-            worst = worse(worst, p->c[at], before[at], 0);
-    return worst;
-}
-
-static double try_product(int lines, int rows, int columns, int segments, int inner, int variant,
-                          Arena *scratch) {
-    Product p = {.lines = lines, .rows = rows, .columns = columns, .segments = segments, .inner = inner};
-    lay_out(&p, variant);
-    const size_t a_size = extent(lines, p.a_line, rows, p.a_row, segments, p.a_segment, inner, p.a_inner);
-    const size_t b_size = extent(segments, p.b_segment, inner, p.b_row, columns, 1, 1, 0);
-    const size_t c_size = extent(lines, p.c_line, rows, p.c_row, columns, 1, 1, 0);
-    real *a = normals(a_size, 10, 0, 1), *b = normals(b_size, 11, 0, 1), *c = normals(c_size, 12, 0, 3);
-    real *bias = normals((size_t)columns, 13, 0, 2), *start = normals(c_size, 14, 0, 2),
-         *before = copy_of(c, c_size);
-    p.a = a, p.b = b, p.c = c;
-    p.bias = variant & BIAS ? bias : NULL;
-    p.start = variant & ACCUMULATE ? c : variant & START ? start : NULL;
-    product(&p, scratch);
-    const double worst = product_error(&p, before, variant & ACCUMULATE ? before : p.start);
-    free(a), free(b), free(c), free(bias), free(start), free(before);
-    return worst;
-}
-
-static void test_product(Arena *scratch) {
-    int count = 0;
-    for (int rows = 1; rows <= 25; rows++)
-        for (int columns = 1; columns <= 70; columns++, count++) {
-            const int lines = 1 + count % 3, segments = 1 + count / 3 % 4, inner = 1 + count / 12 % 11;
-            const int variant = count * 37 % VARIANTS;   /* 37 is odd: all variants in turn */
-            const double worst = try_product(lines, rows, columns, segments, inner, variant, scratch);
-            CHECK(worst <= 1,
-                  "product: %d lines, %d rows, %d columns, %d segments, inner %d, variant %d: %.3g", lines,
-                  rows, columns, segments, inner, variant, worst);
+            worst = worse(worst, got[at], sum, (inner + 2) * EPS * size);
         }
-    for (int variant = 0; variant < VARIANTS; variant++) {
-        const double worst = try_product(2, 13, 67, 3, 21, variant, scratch);
-        CHECK(worst <= 1, "product: variant %d: %.3g tolerances", variant, worst);
-    }
-    /* Long sums and large matrices, where a blocked loop would have its seams. */
-    static const int large[6][5] = {{1, 97, 130, 1, 1200}, {28, 28, 32, 3, 96}, {3, 96, 33, 28, 28},
-                                    {1, 784, 16, 1, 784},  {1, 16, 784, 1, 50}, {1, 300, 300, 2, 300}};
-    for (int i = 0; i < 6; i++) {
-        const int *s = large[i], variant = i % 2 ? ACCUMULATE | BIAS : TRANSPOSED | START;
-        const double worst = try_product(s[0], s[1], s[2], s[3], s[4], variant, scratch);
-        CHECK(worst <= 1, "product: %d lines, %d rows, %d columns, %d segments, inner %d: %.3g tolerances",
-              s[0], s[1], s[2], s[3], s[4], worst);
-    }
+    return worst;
 }
 
-/* matrix_product and matrix_product_transposed for a [rows, inner], b [inner or rows, columns]. */
+/* matrix_product and matrix_product_transposed for a [rows, inner], b [inner, columns], dy [rows,
+ * columns]. */
+static void check_products(int rows, int inner, int columns, int variant, Arena *scratch) {
+    const size_t count = (size_t)rows * columns, b_count = (size_t)inner * columns;
+    real *a = normals((size_t)rows * inner, 20, 0, 1), *b = normals(b_count, 21, 0, 1),
+         *dy = normals(count, 22, 0, 1), *bias = normals((size_t)columns, 23, 0, 1);
+    real *c = normals(count, 24, 0, 1), *start = copy_of(c, count), *db = normals(b_count, 25, 0, 1),
+         *db_start = copy_of(db, b_count);
+    const real *with_bias = variant % 2 ? bias : NULL, *with_start = variant / 2 % 3 ? start : NULL;
+    matrix_product(rows, inner, columns, a, b, with_bias, variant / 2 % 3 == 2 ? c : with_start, c, scratch);
+    double worst = product_error(rows, inner, columns, a, inner, 1, b, with_bias, with_start, c);
+    CHECK(worst <= 1, "matrix_product %d x %d x %d: %.3g tolerances", rows, inner, columns, worst);
+    matrix_product_transposed(rows, inner, columns, a, dy, db, scratch);
+    worst = product_error(inner, rows, columns, a, 1, inner, dy, NULL, db_start, db);
+    CHECK(worst <= 1, "matrix_product_transposed %d x %d x %d: %.3g tolerances", rows, inner, columns, worst);
+    free(a), free(b), free(dy), free(bias), free(c), free(start), free(db), free(db_start);
+}
+
 static void test_matrix_products(Arena *scratch) {
-    static const int sizes[9] = {1, 2, 3, 8, 13, 16, 32, 33, 65};
-    for (int shape = 0; shape < 9 * 9 * 9; shape++) {
-        const int rows = sizes[shape / 81], inner = sizes[shape / 9 % 9], columns = sizes[shape % 9];
-        const size_t count = (size_t)rows * columns, count_t = (size_t)inner * columns;
-        real *a = normals((size_t)rows * inner, 20, 0, 1), *b = normals(count_t, 21, 0, 1),
-             *dy = normals(count, 22, 0, 1);
-        real *bias = normals((size_t)columns, 23, 0, 1), *c = normals(count, 24, 0, 1),
-             *before = copy_of(c, count);
-        real *db = normals(count_t, 25, 0, 1), *db_before = copy_of(db, count_t);
-        const int with_bias = shape % 2, with_start = shape / 2 % 2;
-        double worst = 0, worst_t = 0;
-        matrix_product(rows, inner, columns, a, b, with_bias ? bias : NULL, with_start ? c : NULL, c,
-                       scratch);
-        for (int i = 0; i < rows; i++)
-            for (int j = 0; j < columns; j++) {
-                double sum = 0, size = 0;
-                for (int k = 0; k < inner; k++) {
-                    sum += (double)a[i * inner + k] * (double)b[k * columns + j];
-                    size += fabs((double)a[i * inner + k] * (double)b[k * columns + j]);
-                }
-                const double extra[2] = {with_bias ? (double)bias[j] : 0,
-                                         with_start ? (double)before[i * columns + j] : 0};
-                sum += extra[0] + extra[1];
-                size += fabs(extra[0]) + fabs(extra[1]);
-                worst = worse(worst, c[i * columns + j], sum, (inner + 2) * EPS * size);
-            }
-        matrix_product_transposed(rows, inner, columns, a, dy, db, scratch);
-        for (int k = 0; k < inner; k++)
-            for (int j = 0; j < columns; j++) {
-                double sum = db_before[k * columns + j], size = fabs(sum);
-                for (int i = 0; i < rows; i++) {
-                    sum += (double)a[i * inner + k] * (double)dy[i * columns + j];
-                    size += fabs((double)a[i * inner + k] * (double)dy[i * columns + j]);
-                }
-                worst_t = worse(worst_t, db[k * columns + j], sum, (rows + 1) * EPS * size);
-            }
-        CHECK(worst <= 1, "matrix_product %d x %d x %d: %.3g tolerances", rows, inner, columns, worst);
-        CHECK(worst_t <= 1, "matrix_product_transposed %d x %d x %d: %.3g tolerances", rows, inner, columns,
-              worst_t);
-        free(a), free(b), free(dy), free(bias), free(c), free(before), free(db), free(db_before);
-    }
-}
-
-static void test_transpose(void) {
-    for (int rows = 1; rows <= 40; rows++)
-        for (int columns = 1; columns <= 40; columns += 1 + rows % 3) {
-            const size_t count = (size_t)rows * columns;
-            real *a = normals(count, 30, 0, 1), *out = normals(count, 31, 0, 1);
-            int right = 1;
-            transpose(a, rows, columns, out);
-            for (int i = 0; i < rows; i++)
-                for (int j = 0; j < columns; j++)
-                    right &= out[j * rows + i] == a[i * columns + j];
-            CHECK(right, "transpose %d x %d", rows, columns);
-            free(a), free(out);
-        }
+    int variant = 0;
+    for (int rows = 1; rows <= 25; rows++)   /* every height and width of a block */
+        for (int columns = 1; columns <= 70; columns++)
+            check_products(rows, 1 + variant % 11, columns, variant, scratch), variant++;
+    static const int sizes[6] = {1, 3, 16, 26, 33, 65};
+    for (int shape = 0; shape < 6 * 6 * 6; shape++)
+        check_products(sizes[shape / 36], sizes[shape / 6 % 6], sizes[shape % 6], shape, scratch);
+    check_products(97, 1200, 130, 3, scratch);   /* long sums and large matrices */
+    check_products(784, 50, 784, 4, scratch);
 }
 
 /* ---- convolution ---- */
-
-/* A convolution [h, w, in] -> [h, w, out], its operands, and what naive loops say of it and of its gradients,
- * each with the sum of the magnitudes of its terms. */
-typedef struct {
-    int h, w, in, out;
-    size_t x_count, y_count, kernel_count;
-    real *x, *kernel, *bias, *dy;
-    double *y, *dx, *dkernel, *y_size, *dx_size, *dkernel_size;
-} Convolution;
-
-static Convolution convolution_new(int h, int w, int in, int out) {
-    Convolution c = {.h = h, .w = w, .in = in, .out = out, .x_count = (size_t)h * w * in,
-                     .y_count = (size_t)h * w * out, .kernel_count = (size_t)9 * in * out};
-    c.x = normals(c.x_count, 40, 0, 1);
-    c.kernel = normals(c.kernel_count, 41, 0, 1);
-    c.bias = normals((size_t)out, 42, 0, 1);
-    c.dy = normals(c.y_count, 43, 0, 1);
-    c.y = allocate_zeroed(c.y_count, sizeof(double)), c.y_size = allocate_zeroed(c.y_count, sizeof(double));
-    c.dx = allocate_zeroed(c.x_count, sizeof(double)), c.dx_size = allocate_zeroed(c.x_count, sizeof(double));
-    c.dkernel = allocate_zeroed(c.kernel_count, sizeof(double));
-    c.dkernel_size = allocate_zeroed(c.kernel_count, sizeof(double));
-    for (int i = 0; i < h; i++)
-        for (int j = 0; j < w; j++)
-            for (int ky = 0; ky < 3; ky++)
-                for (int kx = 0; kx < 3; kx++) {
-                    const int row = i + ky - 1, column = j + kx - 1;
-                    if (row < 0 || row >= h || column < 0 || column >= w)
-                        continue;
-                    for (int k = 0; k < in; k++)
-                        for (int o = 0; o < out; o++) {
-                            const size_t at_x = ((size_t)row * w + column) * in + k,
-                                         at_y = ((size_t)i * w + j) * out + o;
-                            const size_t at_kernel = ((size_t)(3 * ky + kx) * in + k) * out + o;
-                            const double xv = c.x[at_x], kv = c.kernel[at_kernel], dv = c.dy[at_y];
-                            c.y[at_y] += xv * kv, c.y_size[at_y] += fabs(xv * kv);
-                            c.dx[at_x] += dv * kv, c.dx_size[at_x] += fabs(dv * kv);
-                            c.dkernel[at_kernel] += dv * xv, c.dkernel_size[at_kernel] += fabs(dv * xv);
-                        }
-                }
-    return c;
-}
-
-static void convolution_free(Convolution *c) {
-    free(c->x), free(c->kernel), free(c->bias), free(c->dy);
-    free(c->y), free(c->dx), free(c->dkernel), free(c->y_size), free(c->dx_size), free(c->dkernel_size);
-}
 
 /* got against want + start + bias (channels of them), each of which may be NULL. */
 static double sum_error(const real *got, const double *want, const double *size, size_t count, double terms,
@@ -514,40 +357,48 @@ static double sum_error(const real *got, const double *want, const double *size,
     return worst;
 }
 
-/* The plain sums, or minimal filtering, which has to keep within the same bound. */
+/* A convolution [h, w, in] -> [h, w, out] and its gradients against naive loops, which also add up the
+ * magnitudes of their terms. The plain sums, or minimal filtering, which has to keep within the same
+ * bound. */
 static void check_convolution(int fast, int h, int w, int in, int out, int variant, Arena *scratch) {
-    Convolution c = convolution_new(h, w, in, out);
-    real *y = normals(c.y_count, 44, 0, 1), *y_start = copy_of(y, c.y_count),
-         *dx = normals(c.x_count, 45, 0, 1);
-    real *dx_start = copy_of(dx, c.x_count), *flipped = allocate(c.kernel_count, sizeof(real));
-    real *dkernel = normals(c.kernel_count, 46, 0, 1), *dkernel_start = copy_of(dkernel, c.kernel_count);
-    const real *bias = variant % 2 ? c.bias : NULL;
+    const size_t x_count = (size_t)h * w * in, y_count = (size_t)h * w * out;
+    const size_t kernel_count = (size_t)9 * in * out;
+    real *x = normals(x_count, 40, 0, 1), *kernel = normals(kernel_count, 41, 0, 1),
+         *bias = normals((size_t)out, 42, 0, 1), *dy = normals(y_count, 43, 0, 1);
+    double *sums = allocate_zeroed(2 * (x_count + y_count + kernel_count), sizeof(double)), *sum_y = sums,
+           *sum_dx = sum_y + y_count, *sum_dkernel = sum_dx + x_count, *size_y = sum_dkernel + kernel_count,
+           *size_dx = size_y + y_count, *size_dkernel = size_dx + x_count;
+    for (int i = 0; i < 9 * h * w; i++) {
+        const int tap = i % 9, at = i / 9, row = at / w + tap / 3 - 1, column = at % w + tap % 3 - 1;
+        for (int k = 0; k < in && row >= 0 && row < h && column >= 0 && column < w; k++)
+            for (int o = 0; o < out; o++) {
+                const size_t at_x = ((size_t)row * w + column) * in + k, at_y = (size_t)at * out + o,
+                             at_kernel = ((size_t)tap * in + k) * out + o;
+                const double xv = x[at_x], kv = kernel[at_kernel], dv = dy[at_y];
+                sum_y[at_y] += xv * kv, size_y[at_y] += fabs(xv * kv);
+                sum_dx[at_x] += dv * kv, size_dx[at_x] += fabs(dv * kv);
+                sum_dkernel[at_kernel] += dv * xv, size_dkernel[at_kernel] += fabs(dv * xv);
+            }
+    }
+    real *y = normals(y_count, 44, 0, 1), *y_start = copy_of(y, y_count), *dx = normals(x_count, 45, 0, 1),
+         *dx_start = copy_of(dx, x_count), *flipped = allocate(kernel_count, sizeof(real)),
+         *dkernel = normals(kernel_count, 46, 0, 1), *dkernel_start = copy_of(dkernel, kernel_count);
+    const real *with_bias = variant % 2 ? bias : NULL;
     const int start = variant / 2 % 3;   /* none, elsewhere, in place */
-
-    (fast ? convolve3x3_fast : convolve3x3)(h, w, in, out, c.x, c.kernel, bias,
+    (fast ? convolve3x3_fast : convolve3x3)(h, w, in, out, x, kernel, with_bias,
                                             start == 0 ? NULL : start == 1 ? y_start : y, y, scratch);
-    double worst = sum_error(y, c.y, c.y_size, c.y_count, 9 * in, start ? y_start : NULL, bias, out);
+    double worst = sum_error(y, sum_y, size_y, y_count, 9 * in, start ? y_start : NULL, with_bias, out);
     CHECK(worst <= 1, "convolve3x3%s %dx%d, %d -> %d: %.3g tolerances", fast ? "_fast" : "", h, w, in, out,
           worst);
-
-    flip_kernel(9, in, out, c.kernel, flipped);
-    int right = 1;
-    for (int tap = 0; tap < 9; tap++)
-        for (int k = 0; k < in; k++)
-            for (int o = 0; o < out; o++)
-                right &= flipped[((8 - tap) * out + o) * in + k] == c.kernel[(tap * in + k) * out + o];
-    CHECK(right, "flip_kernel %d -> %d", in, out);
-    (fast ? convolve3x3_fast : convolve3x3)(h, w, out, in, c.dy, flipped, NULL, start ? dx : NULL, dx,
-                                            scratch);
-    worst = sum_error(dx, c.dx, c.dx_size, c.x_count, 9 * out, start ? dx_start : NULL, NULL, 1);
+    flip_kernel(9, in, out, kernel, flipped);
+    (fast ? convolve3x3_fast : convolve3x3)(h, w, out, in, dy, flipped, NULL, start ? dx : NULL, dx, scratch);
+    worst = sum_error(dx, sum_dx, size_dx, x_count, 9 * out, start ? dx_start : NULL, NULL, 1);
     CHECK(worst <= 1, "convolution by its input %dx%d, %d -> %d: %.3g tolerances", h, w, in, out, worst);
-
-    (fast ? convolve3x3_by_kernel_fast : convolve3x3_by_kernel)(h, w, in, out, c.x, c.dy, dkernel,
-                                                                scratch);
-    worst = sum_error(dkernel, c.dkernel, c.dkernel_size, c.kernel_count, h * w, dkernel_start, NULL, 1);
+    (fast ? convolve3x3_by_kernel_fast : convolve3x3_by_kernel)(h, w, in, out, x, dy, dkernel, scratch);
+    worst = sum_error(dkernel, sum_dkernel, size_dkernel, kernel_count, h * w, dkernel_start, NULL, 1);
     CHECK(worst <= 1, "convolution by its kernel %dx%d, %d -> %d: %.3g tolerances", h, w, in, out, worst);
-    free(y), free(y_start), free(dx), free(dx_start), free(flipped), free(dkernel), free(dkernel_start);
-    convolution_free(&c);
+    free(x), free(kernel), free(bias), free(dy), free(sums), free(y), free(y_start);
+    free(dx), free(dx_start), free(flipped), free(dkernel), free(dkernel_start);
 }
 
 static void test_convolution(Arena *scratch) {
@@ -578,7 +429,7 @@ static void test_convolution(Arena *scratch) {
 typedef struct {
     GroupNorm n;
     size_t count;
-    real *x, *x_dot, *dy, *scale, *bias, *keep;
+    real *x, *x_dot, *dy, *scale, *bias, *factor;
     double *y, *dx, *dscale, *dbias;                             /* y and its gradients for dy */
     double *y_dot, *dx_t, *dx_dot_t, *dscale_t, *dbias_t;        /* y_dot and its own, for dy as dy_dot */
     double condition;   /* 1 + |mean| / deviation, the largest: what a rounding of x does to xhat */
@@ -612,9 +463,9 @@ static long double mean_over(const double *a, const double *b, int size) {
 }
 
 /* One group, step by step forward, each step with its reverse:
- *     c = x - mean(x), r = (mean(c^2) + 1e-6)^(-1/2), y = keep f(scale r c + bias), f = swish
+ *     c = x - mean(x), r = (mean(c^2) + 1e-6)^(-1/2), y = factor f(scale r c + bias), f = swish
  *     c_dot = x_dot - mean(x_dot), q = mean(c c_dot), xhat_dot = r c_dot - r^3 c q
- *     y_dot = keep f'(scale r c + bias) scale xhat_dot */
+ *     y_dot = factor f'(scale r c + bias) scale xhat_dot */
 static void norm_group(NormCase *t, const size_t *member, int size) {
     enum { X, C, C_DOT, XHAT_DOT, BAR_N, BAR_N_T, BAR_XHAT_DOT, BAR_C, BAR_C_DOT, ARRAYS };
     double *memory = allocate_zeroed((size_t)ARRAYS * size, sizeof(double)), *a[ARRAYS];
@@ -632,12 +483,13 @@ static void norm_group(NormCase *t, const size_t *member, int size) {
 
     for (int i = 0; i < size; i++) {
         const size_t at = member[i];
-        const double scale = t->scale[at % channels], keep = t->n.keep ? (double)t->keep[at] : 1;
-        const double dy = keep * (double)t->dy[at];
+        const double scale = t->scale[at % channels];
+        const double factor = t->n.dropout_factor ? (double)t->factor[at] : 1;
+        const double dy = factor * (double)t->dy[at];
         const Swish f = swish_of(t->n.swish, scale * r * a[C][i] + (double)t->bias[at % channels]);
         a[XHAT_DOT][i] = r * a[C_DOT][i] - r * r * r * a[C][i] * q;
-        t->y[at] = keep * f.value;
-        t->y_dot[at] = keep * f.slope * scale * a[XHAT_DOT][i];
+        t->y[at] = factor * f.value;
+        t->y_dot[at] = factor * f.slope * scale * a[XHAT_DOT][i];
         a[BAR_N][i] = dy * f.slope;
         a[BAR_N_T][i] = dy * f.curve * scale * a[XHAT_DOT][i];
         a[BAR_XHAT_DOT][i] = dy * f.slope * scale;
@@ -670,19 +522,19 @@ static void norm_group(NormCase *t, const size_t *member, int size) {
     free(memory);
 }
 
-/* `mean` is the mean of x, whose deviation is 1; but the first position lies `corner` further off. */
-static NormCase norm_case(int positions, int channels, int groups, int swish, int with_keep, double mean,
-                          double corner) {
+/* x has this mean and deviation, but its first position lies `corner` further off. */
+static NormCase norm_case(int positions, int channels, int groups, int swish, int with_dropout, double mean,
+                          double deviation, double corner) {
     NormCase t = {.count = (size_t)positions * channels, .condition = 1};
-    t.x = normals(t.count, 50, mean, 1);
+    t.x = normals(t.count, 50, mean, deviation);
     for (int c = 0; c < channels; c++)
         t.x[c] += (real)corner;
     t.x_dot = normals(t.count, 51, 0.3, 1), t.dy = normals(t.count, 52, 0.2, 1);
     t.scale = normals((size_t)channels, 53, 1, 0.4), t.bias = normals((size_t)channels, 54, 0, 0.5);
-    t.keep = allocate(t.count, sizeof(real));
-    random_dropout(check_stream(55), 0, t.count, 0.25, t.keep);
+    t.factor = allocate(t.count, sizeof(real));
+    random_dropout(check_stream(55), 0, t.count, 0.25, t.factor);
     const GroupNorm n = {.positions = positions, .channels = channels, .groups = groups, .swish = swish,
-                         .scale = t.scale, .bias = t.bias, .keep = with_keep ? t.keep : NULL,
+                         .scale = t.scale, .bias = t.bias, .dropout_factor = with_dropout ? t.factor : NULL,
                          .mean = allocate((size_t)groups, sizeof(real)),
                          .rstd = allocate((size_t)groups, sizeof(real))};
     t.n = n;
@@ -701,7 +553,7 @@ static NormCase norm_case(int positions, int channels, int groups, int swish, in
 
 static void norm_free(NormCase *t) {
     free(t->n.mean), free(t->n.rstd);
-    free(t->x), free(t->x_dot), free(t->dy), free(t->scale), free(t->bias), free(t->keep);
+    free(t->x), free(t->x_dot), free(t->dy), free(t->scale), free(t->bias), free(t->factor);
     free(t->y), free(t->dx), free(t->dscale), free(t->dbias);
     free(t->y_dot), free(t->dx_t), free(t->dx_dot_t), free(t->dscale_t), free(t->dbias_t);
 }
@@ -720,39 +572,32 @@ static double norm_error(const NormCase *t, const real *got, const double *want,
     return worst;
 }
 
-static void check_group_norm(int positions, int channels, int groups, int variant, double mean, double corner,
-                             Arena *scratch) {
-    NormCase t = norm_case(positions, channels, groups, variant % 2, variant / 2 % 2, mean, corner);
+static void check_group_norm(int positions, int channels, int groups, int variant, double mean,
+                             double deviation, double corner, Arena *scratch) {
+    NormCase t = norm_case(positions, channels, groups, variant % 2, variant / 2 % 2, mean, deviation,
+                           corner);
     const size_t wide = t.count, narrow = (size_t)channels;
-    char what[100];
-    snprintf(what, sizeof what, "%d positions, %d channels, %d groups%s%s, mean %g, corner %g", positions,
-             channels, groups, t.n.swish ? ", swish" : "", t.n.keep ? ", dropout" : "", mean, corner);
+    char what[140];
+    snprintf(what, sizeof what, "%d positions, %d channels, %d groups%s%s, mean %g, deviation %g, corner %g",
+             positions, channels, groups, t.n.swish ? ", swish" : "", t.n.dropout_factor ? ", dropout" : "",
+             mean, deviation, corner);
     real *y = normals(wide, 56, 0, 1);
-    group_norm(&t.n, t.x, y);
+    group_norm(&t.n, t.x, y, scratch);
     double worst = norm_error(&t, y, t.y, NULL, wide);
     CHECK(worst <= 1, "group_norm, %s: %.3g tolerances", what, worst);
-    group_norm_tangent(&t.n, t.x, t.x_dot, y);
+    group_norm_tangent(&t.n, t.x, t.x_dot, y, scratch);
     worst = norm_error(&t, y, t.y_dot, NULL, wide);
     CHECK(worst <= 1, "group_norm_tangent, %s: %.3g tolerances", what, worst);
 
-    /* Gradients are added to what is there, dx to `start`, and each may be absent. */
+    /* Gradients are added to what is there, and each may be absent. */
     real *before = normals(wide, 57, 0, 0.1), *dx = copy_of(before, wide), *dx_dot = copy_of(before, wide);
     real *dscale = copy_of(before, narrow), *dbias = copy_of(before, narrow);
-    group_norm_backward(&t.n, t.x, t.dy, dx, dx, dscale, dbias, scratch);
+    group_norm_backward(&t.n, t.x, t.dy, dx, NULL, dbias, scratch);
+    group_norm_backward(&t.n, t.x, t.dy, NULL, dscale, NULL, scratch);
     worst =
         fmax(norm_error(&t, dx, t.dx, before, wide), fmax(norm_error(&t, dscale, t.dscale, before, narrow),
                                                           norm_error(&t, dbias, t.dbias, before, narrow)));
     CHECK(worst <= 1, "group_norm_backward, %s: %.3g tolerances", what, worst);
-    group_norm_backward(&t.n, t.x, t.dy, before, dx, NULL, NULL, scratch);
-    worst = norm_error(&t, dx, t.dx, before, wide);
-    group_norm_backward(&t.n, t.x, t.dy, NULL, dx, NULL, NULL, scratch);
-    worst = fmax(worst, norm_error(&t, dx, t.dx, NULL, wide));
-    CHECK(worst <= 1, "group_norm_backward by x alone, %s: %.3g tolerances", what, worst);
-    memcpy(dscale, before, narrow * sizeof(real));
-    group_norm_backward(&t.n, t.x, t.dy, NULL, NULL, dscale, NULL, scratch);
-    worst = norm_error(&t, dscale, t.dscale, before, narrow);
-    CHECK(worst <= 1, "group_norm_backward by the scale alone, %s: %.3g tolerances", what, worst);
-
     memcpy(dx, before, wide * sizeof(real));
     memcpy(dscale, before, narrow * sizeof(real));
     memcpy(dbias, before, narrow * sizeof(real));
@@ -762,10 +607,12 @@ static void check_group_norm(int positions, int channels, int groups, int varian
     worst = fmax(norm_error(&t, dscale, t.dscale_t, before, narrow),
                  norm_error(&t, dbias, t.dbias_t, before, narrow));
     CHECK(worst <= 1, "group_norm_tangent_backward by scale and bias, %s: %.3g tolerances", what, worst);
+    memcpy(dx, before, wide * sizeof(real));
     memcpy(dx_dot, before, wide * sizeof(real));
     group_norm_tangent_backward(&t.n, t.x, t.x_dot, t.dy, NULL, dx_dot, NULL, NULL, scratch);
-    worst = norm_error(&t, dx_dot, t.dx_dot_t, before, wide);
-    CHECK(worst <= 1, "group_norm_tangent_backward by x_dot alone, %s: %.3g tolerances", what, worst);
+    group_norm_tangent_backward(&t.n, t.x, t.x_dot, t.dy, dx, NULL, NULL, NULL, scratch);
+    worst = fmax(norm_error(&t, dx, t.dx_t, before, wide), norm_error(&t, dx_dot, t.dx_dot_t, before, wide));
+    CHECK(worst <= 1, "group_norm_tangent_backward by x and x_dot alone, %s: %.3g tolerances", what, worst);
     free(y), free(before), free(dx), free(dx_dot), free(dscale), free(dbias);
     norm_free(&t);
 }
@@ -778,27 +625,14 @@ static void test_group_norm(Arena *scratch) {
     for (int s = 0; s < 11; s++)
         for (int variant = 0; variant < 4; variant++)
             for (int m = 0; m < 3; m++)
-                check_group_norm(shapes[s][0], shapes[s][1], shapes[s][2], variant, means[m], 0, scratch);
+                check_group_norm(shapes[s][0], shapes[s][1], shapes[s][2], variant, means[m], 1, 0,
+                                 scratch);
     for (int variant = 0; variant < 4; variant++)
         for (int corner = -30; corner <= 30; corner += 60)
-            check_group_norm(784, 16, 4, variant, 0.5, corner, scratch);
+            check_group_norm(784, 16, 4, variant, 0.5, 1, corner, scratch);
 
-    /* Where all elements of a group are equal, only the bias is left: the deviation is taken as 1e-3. */
-    for (int m = 0; m < 3; m++) {
-        NormCase t = norm_case(49, 8, 2, 0, 0, 0, 0);
-        double worst = 0;
-        for (size_t i = 0; i < t.count; i++)
-            t.x[i] = (real)means[m];
-        real *y = allocate(t.count, sizeof(real));
-        group_norm(&t.n, t.x, y);
-        for (size_t i = 0; i < t.count; i++)
-            worst = worse(worst, y[i], t.bias[i % 8],
-                          (4 + sqrt(49)) * EPS *
-                              (fabs((double)t.bias[i % 8]) + fabs((double)t.scale[i % 8]) * 1e3 * means[m]));
-        CHECK(worst <= 1, "group_norm of the constant %g: %.3g tolerances", means[m], worst);
-        free(y);
-        norm_free(&t);
-    }
+    for (int m = 0; m < 3; m++)   /* all elements of a group equal: the deviation is taken as 1e-3 */
+        check_group_norm(49, 8, 2, m, means[m], 0, 0, scratch);
 }
 
 /* ---- softmax ---- */
@@ -807,19 +641,18 @@ static void check_softmax(int rows, int columns, double spread) {
     const size_t count = (size_t)rows * columns;
     real *s = normals(count, 60, 0, spread), *p = copy_of(s, count), *dp = normals(count, 61, 0, 1),
          *ds = copy_of(dp, count);
-    double worst = 0, worst_sum = 0, worst_backward = 0;
+    double worst = 0, worst_backward = 0;
     softmax_rows(p, rows, columns);
     softmax_rows_backward(p, ds, rows, columns);
     for (int i = 0; i < rows; i++) {
         const real *row = s + (size_t)i * columns, *pi = p + (size_t)i * columns;
         const real *dpi = dp + (size_t)i * columns, *dsi = ds + (size_t)i * columns;
-        long double sum = 0, sum_p = 0;
+        long double sum = 0;
         double top = -INFINITY, inner = 0, size = 0;
         for (int j = 0; j < columns; j++)
             top = fmax(top, row[j]);
         for (int j = 0; j < columns; j++) {
             sum += exp((double)row[j] - top);
-            sum_p += pi[j];
             inner += (double)pi[j] * (double)dpi[j];
             size += fabs((double)pi[j] * (double)dpi[j]);
         }
@@ -831,11 +664,8 @@ static void check_softmax(int rows, int columns, double spread) {
             worst_backward = worse(worst_backward, dsi[j], (double)pi[j] * ((double)dpi[j] - inner),
                                    4 * EPS * (double)pi[j] * (fabs((double)dpi[j]) + size) + 2e-38);
         }
-        worst_sum = worse(worst_sum, (double)sum_p, 1, (4 + sqrt(columns)) * EPS);
     }
     CHECK(worst <= 1, "softmax_rows %d x %d, spread %g: %.3g tolerances", rows, columns, spread, worst);
-    CHECK(worst_sum <= 1, "softmax_rows %d x %d, spread %g: the sum is off 1 by %.3g tolerances", rows,
-          columns, spread, worst_sum);
     CHECK(worst_backward <= 1, "softmax_rows_backward %d x %d, spread %g: %.3g tolerances", rows, columns,
           spread, worst_backward);
     free(s), free(p), free(dp), free(ds);
@@ -863,9 +693,8 @@ static void test_dot(void) {
               count);
         free(x), free(y);
     }
-    const real huge[2] = {(real)1e30, 1}, tiny[2] = {(real)1e-10, (real)1e30};
+    const real huge[2] = {(real)1e30, 1};
     CHECK(fabs(dot(huge, huge, 2) / 1e60 - 1) < 1e-6, "dot does not overflow where real would");
-    CHECK(fabs(dot(huge, tiny, 2) / 1e30 - 1) < 1e-6, "dot of mixed magnitudes");
 }
 
 /* ---- levels of pixels ---- */
@@ -954,26 +783,6 @@ static void test_level_softmax(void) {
     for (int p = 0; p < 8; p++)
         for (int r = 0; r < 4; r++)
             check_level_softmax(precisions[p], reaches[r]);
-    /* The derivatives are those of the value, in double by central differences: truncation and rounding of
-     * 1e-16 divided by the step leave 1e-8. */
-    if (sizeof(real) == sizeof(double))
-        for (int i = 0; i < 50; i++) {
-            const double step = 1e-5, precision = pow(10, i % 6);
-            real du, none;
-            const double u = 2 * random_uniform(check_stream(72), i) - 1, up = u + step, down = u - step;
-            const unsigned char k = (unsigned char)((nearest_level(u) + i % 3) % 256);
-            double by_precision, nothing;
-            level_softmax(1, &u, &k, precision, &du, &by_precision);
-            const double by_u = (level_softmax(1, &up, &k, precision, &none, &nothing)
-                                 - level_softmax(1, &down, &k, precision, &none, &nothing)) / (2 * step);
-            CHECK(fabs(by_u - (double)du) < 1e-6 * (1 + precision), "by u: %.9g for %.9g at precision %g",
-                  (double)du, by_u, precision);
-            const double relative = (level_softmax(1, &u, &k, precision * (1 + step), &none, &nothing) -
-                                     level_softmax(1, &u, &k, precision * (1 - step), &none, &nothing)) /
-                                    (2 * step);
-            CHECK(fabs(relative - by_precision * precision) < 1e-8 * (1 + fabs(relative)),
-                  "by precision: %.9g for %.9g", by_precision * precision, relative);
-        }
 }
 
 static void test_nearest_level(void) {
@@ -988,10 +797,8 @@ static void test_nearest_level(void) {
     CHECK(right, "nearest_level is the nearest");
     for (int c = 0; c < 256; c++)
         CHECK(nearest_level(level(c)) == c, "level %d is its own nearest", c);
-    CHECK(nearest_level(-1e300) == 0 && nearest_level(1e300) == 255, "far outside");
-    CHECK(nearest_level(-INFINITY) == 0 && nearest_level(INFINITY) == 255, "infinitely far outside");
-    const int of_nan = nearest_level(NAN);
-    CHECK(of_nan >= 0 && of_nan < 256, "not a number still gives a level");
+    CHECK(nearest_level(-INFINITY) == 0 && nearest_level(INFINITY) == 255, "far outside");
+    CHECK(nearest_level(NAN) >= 0 && nearest_level(NAN) < 256, "not a number still gives a level");
 }
 
 /* Evenly spread uniform numbers must come out as often as the probability says, within one at either end. */
@@ -1021,45 +828,35 @@ static void test_level_draw(void) {
 
 /* ---- exp, clock ---- */
 
-static void test_fast_exp(void) {
-    const double low = -87, high = 88;
+/* The softmax of (0, -d) is (1, exp(-d)) / (1 + exp(-d)). */
+static void test_exp(void) {
     double worst = 0, worst_at = 0;
     for (int i = 0; i <= 1000000; i++) {
-        const real x = (real)(low + (high - low) * i / 1000000);
-        const double error = fabs((double)fast_exp(x) / exp((double)x) - 1);
+        real s[2] = {0, (real)(i % 2 ? -87.0 * i / 1000000 : -pow(i / 1000000.0, 3))};
+        const double e = exp((double)s[1]), at = s[1];
+        softmax_rows(s, 1, 2);
+        const double error = fabs((double)s[1] * (1 + e) / e - 1);
         if (!(error <= worst))
-            worst = error, worst_at = (double)x;
+            worst = error, worst_at = at;
     }
-    for (int i = -100000; i <= 100000; i++) {   /* closer around zero, where most arguments lie */
-        const real x = (real)(i / 100000.0 * i / 100000.0 * i / 100000.0);
-        worst = fmax(worst, fabs((double)fast_exp(x) / exp((double)x) - 1));
-    }
-    /* The header promises 2e-7 in float; in double it is libm's own, off by a rounding of the quotient. */
-    CHECK(worst < (sizeof(real) == sizeof(float) ? 2e-7 : 2 * DBL_EPSILON), "fast_exp is off by %.3g at %.9g",
+    /* 2e-7 in float and libm's in double, and three roundings: of the sum, its reciprocal and the product. */
+    CHECK(worst < (sizeof(real) == sizeof(float) ? 2e-7 : EPS) + 1.5 * EPS, "exp is off by %.3g at %.9g",
           worst, worst_at);
-    CHECK(fast_exp(0) == 1, "exp(0) is 1");
-    CHECK(isnan(fast_exp((real)NAN)), "not a number stays visible");
-    if (sizeof(real) == sizeof(double))
-        return;
-    static const double beyond[5] = {87.5, 100, 1e4, 1e30, INFINITY};
-    for (int i = 0; i < 5; i++) {
-        CHECK(fast_exp((real)-beyond[i]) == fast_exp(-87), "exp(-%g) is clamped", beyond[i]);
-        CHECK(i == 0 || fast_exp((real)beyond[i]) == fast_exp(88), "exp(%g) is clamped", beyond[i]);
-    }
-    CHECK(fast_exp(-87) > 0 && isfinite(fast_exp(88)), "the clamped values are positive and finite");
+    real s[4] = {0, -100, (real)-1e30, (real)-INFINITY};
+    softmax_rows(s, 1, 4);
+    CHECK(s[0] == 1 && (double)s[1] < 4e-38 && s[2] >= 0 && s[3] >= 0 && (double)s[3] < 4e-38,
+          "exponentials of what lies far below are clamped");
 }
 
 static void test_clock(void) {
-    const double start = seconds_now();
-    double last = start;
+    double last = seconds_now(), start = last;
     int forward = 1;
     for (int i = 0; i < 1000; i++) {
         const double now = seconds_now();
         forward &= now >= last;
         last = now;
     }
-    CHECK(forward, "the clock goes forward");
-    CHECK(last - start < 10, "a thousand looks at the clock took %g s", last - start);
+    CHECK(forward && last - start < 10, "the clock goes forward: %g s", last - start);
 }
 
 int main(void) {
@@ -1073,9 +870,7 @@ int main(void) {
     test_normal_moments();
     test_streams_independent();
     test_dropout();
-    test_product(scratch);
     test_matrix_products(scratch);
-    test_transpose();
     test_convolution(scratch);
     test_group_norm(scratch);
     test_softmax();
@@ -1083,7 +878,7 @@ int main(void) {
     test_level_softmax();
     test_nearest_level();
     test_level_draw();
-    test_fast_exp();
+    test_exp();
     test_clock();
     const ArenaMark mark = arena_mark(scratch);
     CHECK(mark.used == 0, "the loops give all scratch memory back");

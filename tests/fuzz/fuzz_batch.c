@@ -1,40 +1,28 @@
-/* fuzz_batch.c - libFuzzer: any bytes as a safetensors file: a batch of `grad`, a checkpoint. */
+/* fuzz_batch.c - libFuzzer: any bytes as a batch of `grad` and as a checkpoint, with and without a finite T.
+ */
 
-#define main diffenc_main
-#include "main.c"   /* NOLINT(bugprone-suspicious-include): what is to be fuzzed is static there */
-#undef main
+#include "program.h"
 
-int check_main(int argc, char **argv) { return argc + !argv; }
-int bench_main(int argc, char **argv) { return argc + !argv; }
+#define GOLDEN "tests/golden/vdm-flat-v"
+#define FINITE "tests/golden/nt-flat-eps-T10"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    const Bytes bytes = {malloc(size), size};   /* a copy of this size exactly: the parser writes to it */
-    TensorFile file;
-    Settings settings;
-    Model model;
-    uint64_t step;
-    size_t weights;
-    Error error;
-    memcpy(bytes.data, data, size);
-    if (tensors_parse(bytes, "fuzz", &file, &error))
-        return 0;
-
-    Config config = config_default();
-    config.height = config.width = 8;   /* as most of tests/golden */
-    for (config.timesteps = 0; config.timesteps <= 8; config.timesteps += 8) {
-        GivenBatch batch = {.model = NULL};
-        batch_take(&file, "fuzz", &config, &batch, &error);
-        batch_free(&batch);
-    }
-
-    /* The rest of checkpoint_read. */
-    if (settings_read(&file, "fuzz", &settings, &step, &error) == 0 &&
-        model_size(&settings.config, &weights, &error) == 0 && weights <= size / sizeof(float) &&
-        model_new(&model, &settings.config, settings.seed, &error) == 0) {
-        for (Load load = LOAD_PARAMS; load <= LOAD_ALL; load++)
-            checkpoint_load(&file, "fuzz", load, &model, &error);
-        model_free(&model);
-    }
-    tensors_free(&file);
+    char file[PATH], out[PATH], command[4 * PATH];
+    place("file", file);
+    place("out", out);
+    write_bytes(file, data, size);
+    unlink(out);
+    snprintf(command, sizeof command, "grad " GOLDEN ".checkpoint.safetensors --batch %s --out %s", file,
+             out);
+    const int status = program(command);
+    if ((status == 0) != (access(out, F_OK) == 0))   /* a result, or a message and no file */
+        abort();
+    snprintf(command, sizeof command, "grad " FINITE ".checkpoint.safetensors --batch %s --out %s", file,
+             out);
+    program(command);
+    snprintf(command, sizeof command, "grad %s --batch " GOLDEN ".batch.safetensors --out %s", file, out);
+    program(command);
+    snprintf(command, sizeof command, "eval %s --data %s.none", file, file);   /* reads the other weights */
+    program(command);
     return 0;
 }
