@@ -15,8 +15,11 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/mutants.XXXXXX") || exit 1
 trap 'rm -rf "$work"' EXIT
 trap 'exit 1' HUP INT TERM
 cd "$tree" || exit 1
-cp ./*.c ./*.h Makefile "$work" && mkdir "$work/tests" && cp tests/*.c tests/*.h "$work/tests" || exit 1
+cp ./*.c ./*.h Makefile "$work" && mkdir "$work/tests" && cp -r tests/*.c tests/*.h tests/golden "$work/tests" || exit 1
 cd "$work" || exit 1
+# Threads that spin while they wait slow everything down on a busy machine. Of test_main two parts are asked: the golden
+# files, which know what another implementation computes, and trainings that are stopped and resumed.
+export OMP_WAIT_POLICY=passive ONLY="golden resume" DIFFENC=./diffenc_mutant
 
 # -O1 builds fast. No name of a directory is assumed: the Makefile prints it.
 build() {
@@ -24,7 +27,7 @@ build() {
 }
 cat >>Makefile <<'END'
 
-TESTED = tensor autograd nn diffenc
+TESTED = tensor autograd nn diffenc main
 diffenc_mutant: $(BUILD)/diffenc
 	@cp $(BUILD)/diffenc diffenc_mutant
 tests_mutant: $(TESTED:%=$(BUILD)/test_%)
@@ -69,7 +72,7 @@ mutant() {
         echo "killed    $1: $(awk '/FAILED/ { print substr($0, 17, 70); exit }' check.log | sed 's/ *$//')"
         return
     fi
-    for t in tensor autograd nn diffenc; do
+    for t in tensor autograd nn diffenc main; do
         if ! ./test_$t >test.log 2>&1; then
             killed=$((killed + 1))
             echo "killed    $1: test_$t: $(head -n 1 test.log)"
@@ -102,8 +105,14 @@ mutant 'encoder: alpha_t x for alpha_t^2 x' diffenc.c \
     'e.x_t = mul(alpha_squared(gamma_t), x);' \
     'e.x_t = mul(alpha_of(gamma_t), x);'
 mutant 'dy/dgamma instead of dy/dlambda' diffenc.c \
-    'return affine(-1, reciprocal(m->gamma_range), 0);' \
-    'return affine(1, reciprocal(m->gamma_range), 0);'
+    'number(m->graph, -1) : NULL' \
+    'number(m->graph, 1) : NULL'
+mutant 'dy/dlambda: the derivative by the time that the network sees' diffenc.c \
+    'network_time(m, with_tangent(gamma_t, gamma_dot))' \
+    'with_tangent(network_time(m, gamma_t), gamma_dot)'
+mutant 'time of the networks: from the learned end points' diffenc.c \
+    'affine(1 / range, sub(gamma_t, number(m->graph, low)), 0)' \
+    'mul(reciprocal(m->gamma_range), sub(gamma_t, m->gamma_min))'
 mutant 'residual: sign of dy/dlambda' diffenc.c \
     'add(gap, sub(e.y, e.y_dot))' \
     'add(gap, add(e.y, e.y_dot))'
@@ -150,14 +159,35 @@ mutant 'bits per dimension: in nats' diffenc.c \
     'affine(1 / (dimension(m) * log(2)), sum, 0)' \
     'affine(1.0 / dimension(m), sum, 0)'
 mutant 'times of a batch: all the same' diffenc.c \
-    'fmod(u + (double)example / batch, 1)' \
-    'fmod(u + 0 * (double)example / batch, 1)'
+    'fmod(u + (double)i / batch, 1)' \
+    'fmod(u + 0 * (double)i / batch, 1)'
+mutant 'times of an evaluation: all the same' diffenc.c \
+    'fmod(u + j * ((sqrt(5) - 1) / 2), 1)' \
+    'fmod(u + 0 * j * ((sqrt(5) - 1) / 2), 1)'
+mutant 'evaluation: the repetitions of an image at the same time' diffenc.c \
+    'evaluation_time(e->u, (double)repeat * e->count + i, m.config->timesteps)' \
+    'evaluation_time(e->u, (double)i, m.config->timesteps)'
+mutant 'training step: the gradient of the sum over the batch' diffenc.c \
+    'backward(bits_per_dimension(m, terms), 1.0 / batch);' \
+    'backward(bits_per_dimension(m, terms), 1.0); (void)batch;'
+mutant 'training step: the same noise at every step' diffenc.c \
+    'random_stream(b->seed, RANDOM_NOISE, b->step, index)' \
+    'random_stream(b->seed, RANDOM_NOISE, 0, index)'
 mutant 'generative mean: no counterterm' diffenc.c \
     'x_factor = add(x_factor, counterterm_factor(m, s, t));' \
     'x_factor = add(x_factor, affine(0, counterterm_factor(m, s, t), 0));'
 mutant 'sampler: variance for standard deviation' diffenc.c \
     'mul(square_root(generative_variance(m, s, t)), eps)' \
     'mul(generative_variance(m, s, t), eps)'
+mutant 'sampler: the loop ends a step early' diffenc.c \
+    'step >= 1 &&' \
+    'step >= 2 &&'
+mutant 'sampler: the loop takes the times of the step before' diffenc.c \
+    't = (double)step / T;' \
+    't = (double)(step < T ? step + 1 : T) / T;'
+mutant 'deterministic sampler: the noise is scaled for t' diffenc.c \
+    'return diffuse(x_s, gamma_s, eps_hat);' \
+    'return diffuse(x_s, gamma_t, eps_hat); (void)gamma_s;'
 mutant 'exact dx_t/dlambda: sign of dy/dlambda' diffenc.c \
     'sub(e.x_t, sub(e.y, e.y_dot))' \
     'sub(e.x_t, add(e.y, e.y_dot))'
@@ -165,32 +195,41 @@ mutant 'exact dx_t/dlambda: sign of dy/dlambda' diffenc.c \
 # ---- reverse mode and tangents ----
 
 mutant 'convolution: kernel not transposed for the input gradient' autograd.c \
-    'convolve3x3_fast(h, w, out, in, y->gradient, flipped(kernel), NULL, start, dx, scratch);' \
-    'convolve3x3_fast(h, w, out, in, y->gradient, kernel->value, NULL, start, dx, scratch);'
+    'convolve3x3_fast(h, w, out, in, y->gradient, transposed_kernel(kernel), NULL, dx, dx, scratch);' \
+    'convolve3x3_fast(h, w, out, in, y->gradient, kernel->value, NULL, dx, dx, scratch);'
+mutant 'dense layer: kernel not transposed for the input gradient' autograd.c \
+    'matrix_product(h * w, out, in, y->gradient, transposed_kernel(kernel), NULL, dx, dx, scratch);' \
+    'matrix_product(h * w, out, in, y->gradient, kernel->value, NULL, dx, dx, scratch);'
 mutant 'convolution: forgotten gradient of the residual' autograd.c \
-    '    if (residual)' \
-    '    if (residual && 0)'
+    'if (y->input[3])' \
+    'if (y->input[3] && 0)'
 mutant 'convolution: forgotten tangent of the bias' autograd.c \
-    'convolve(x->tangent, kernel, bias_dot, residual_dot)' \
-    'convolve(x->tangent, kernel, NULL, residual_dot)'
+    'bare_convolve(x->tangent, kernel, bias_dot, residual_dot, 0)' \
+    'bare_convolve(x->tangent, kernel, NULL, residual_dot, 0)'
 mutant 'subtraction: sign of the tangent' autograd.c \
-    'affine(b_factor, b->tangent, 0)' \
-    'affine(-b_factor, b->tangent, 0)'
+    'bare_add(a->tangent, factor, b->tangent)' \
+    'bare_add(a->tangent, -factor, b->tangent)'
 mutant 'concatenation: both get the gradient of the first' autograd.c \
     'const real *dy = y->gradient + (size_t)i * y->channels + first;' \
     'const real *dy = y->gradient + (size_t)i * y->channels + 0 * first;'
 mutant 'reverse sweep: a gradient begins with what is in its memory' autograd.c \
-    'a->gradient_is_empty = 1;' \
-    'a->gradient_is_empty = 0;'
+    'memset(a->gradient, 0, count * sizeof(real));' \
+    ';'
 mutant 'product rule: half of it' autograd.c \
-    'add_or(mul_or(a->tangent, b), mul_or(a, b->tangent))' \
-    'a->tangent ? mul(a->tangent, b) : mul(a, b->tangent)'
+    'bare_add(bare_mul(a->tangent, b), 1, bare_mul(a, b->tangent))' \
+    'a->tangent ? bare_mul(a->tangent, b) : bare_mul(a, b->tangent)'
 mutant 'number times tensor: gradient of the number from one element' autograd.c \
     'sum += dy[i];' \
     'sum = dy[i];'
 mutant 'softmax tangent: a term of its gradient missing' autograd.c \
     'g[j] * (s_dot[j] - mean) - inner * s_dot[j];' \
     'g[j] * (s_dot[j] - mean);'
+mutant 'attention: the gradient of q is written, not added' autograd.c \
+    'ds, k_scaled, NULL, dq + at, dq + at, scratch)' \
+    'ds, k_scaled, NULL, NULL, dq + at, scratch)'
+mutant 'multiples: half of the tangent' autograd.c \
+    'bare_multiples(a->tangent, factors, count)' \
+    'bare_affine(0.5, bare_multiples(a->tangent, factors, count), 0)'
 mutant 'max-pooling: the tangent takes its own largest' autograd.c \
     'y_dot->option = 1;' \
     'y_dot->option = 0;'
@@ -198,8 +237,14 @@ mutant 'dropout: another mask for the tangent' autograd.c \
     'y_dot->position = y->position;' \
     'y_dot->position = y->position + DROPOUT_RUN;'
 mutant 'upsampling: taps in the wrong order in the input gradient' autograd.c \
-    'flipped(kernel) + (3 - tap) * in * out' \
-    'flipped(kernel) + tap * in * out'
+    'transposed + (3 - tap) * size' \
+    'transposed + tap * size'
+mutant 'upsampling: rows and columns of the taps exchanged' autograd.c \
+    'tap / 2, column = 2 * (i % x->width) + tap % 2' \
+    'tap % 2, column = 2 * (i % x->width) + tap / 2'
+mutant 'upsampling: the gradient is gathered from the opposite corner' autograd.c \
+    'y->gradient + upsampled_place(x, y, tap, i)' \
+    'y->gradient + upsampled_place(x, y, 3 - tap, i)'
 mutant 'second derivative of swish' autograd.c \
     'return s * (1 - s) * (2 + x * (1 - 2 * s));' \
     'return s * (1 - s) * (2 + x * (1 - s));'
@@ -210,13 +255,13 @@ mutant 'likelihood: sign of the gradient by log variance' autograd.c \
 # ---- minimal filtering ----
 
 mutant 'filtering: a sign in A^T' tensor.c \
-    'odd + 8 * odd2 + m5;' \
-    'odd + 8 * odd2 - m5;'
+    'odd + 8 * odd2 + m[5 * step];' \
+    'odd + 8 * odd2 - m[5 * step];'
 mutant 'filtering: a sign in G' tensor.c \
-    'odd = -SIXTH * k1,' \
-    'odd = SIXTH * k1,'
+    '-SIXTH * (k0 + k2), -SIXTH * k1,' \
+    '-SIXTH * (k0 + k2), SIXTH * k1,'
 mutant 'filtering: a term missing in G^T' tensor.c \
-    'even2 - even + u5;' \
+    'even2 - even + u[5 * step];' \
     'even2 - even;'
 mutant 'filtering: the gradient of the last tiles alone' tensor.c \
     '.start = first ? k : NULL}' \
@@ -228,29 +273,50 @@ mutant 'filtering: no bias' tensor.c \
 # ---- group normalisation ----
 
 mutant 'group norm: gradient without mean(g xhat)' tensor.c \
-    'slope[c] *= -rstd[c] * rstd[c];' \
-    'slope[c] *= 0;'
+    'j.slope[c] = -t->rstd[c] * t->rstd[c] * j.mean_xhat[c];' \
+    'j.slope[c] = 0;'
 mutant 'group norm: gradient without mean(g)' tensor.c \
-    'offset[c] = -rstd[c] * offset[c] - slope[c] * mean[c];' \
-    'offset[c] = -slope[c] * mean[c];'
+    'j.offset[c] = -t->rstd[c] * j.offset[c] - j.slope[c] * t->mean[c];' \
+    'j.offset[c] = -j.slope[c] * t->mean[c];'
 mutant 'group norm: a term missing in the gradient of the tangent' tensor.c \
-    '+ g_inner[c] * xhat_dot[at]);' \
-    '+ 0 * g_inner[c] * xhat_dot[at]);'
+    '+ t->of_du_dot.mean_xhat[c + j] * t->xhat_dot[at + j]);' \
+    '+ 0 * t->of_du_dot.mean_xhat[c + j] * t->xhat_dot[at + j]);'
 mutant 'group norm: no curvature of swish in the gradient of the tangent' tensor.c \
-    'd * swish_curve(u, s) * n->scale[c] * xhat_dot[at]' \
-    '0 * swish_curve(u, s) * n->scale[c] * xhat_dot[at]'
+    'dy_dot * swish_curve(u, s) * t->n->scale[c + j] * xhat_dot' \
+    '0 * swish_curve(u, s) * t->n->scale[c + j] * xhat_dot'
+mutant 'group norm: no dropout in the gradient of the tangent' tensor.c \
+    'const real dy_dot = t->dy[at + j] * (dropout ? t->n->dropout_factor[at + j] : 1);' \
+    'const real dy_dot = t->dy[at + j]; (void)dropout;'
 
 # ---- networks ----
 
 mutant 'encoder: another dropout mask at every time' nn.c \
     'n->graph.dropout_position = 0;' \
     ';'
-mutant '1x1 kernels are not flipped' nn.c \
+mutant 'encoder: the dropout masks of the score network' nn.c \
+    'n->graph.dropout_stream.purpose = masks;' \
+    'n->graph.dropout_stream.purpose = RANDOM_DROPOUT; (void)masks;'
+mutant '1x1 kernels are not transposed' nn.c \
     'if (p->rank > 1)' \
     'if (p->rank > 2)'
-mutant 'time: frequencies of the tangent' nn.c \
-    'with_tangent(cycles, outer_scale(t_dot, frequency, half))' \
-    'affine(1, with_tangent(cycles, affine(0.5, outer_scale(t_dot, frequency, half), 0)), 0)'
+mutant 'gradient: with the kernels of the first step, transposed' nn.c \
+    '    transpose_kernels(w);' \
+    '    if (!w->transposed) transpose_kernels(w);'
+mutant 'gradient: a batch begins with the gradient of the last one' nn.c \
+    'memset(n->gradient, 0, w->model->weight_count * sizeof(real));' \
+    ';'
+mutant 'gradient: the last slot is left out of the sum' nn.c \
+    'for (int s = 1; s < slots; s++)' \
+    'for (int s = 1; s + 1 < slots; s++)'
+mutant 'gradient: as many slots as threads' nn.c \
+    'count / 2 < 1 ? 1 : count / 2 < GRADIENT_SLOTS ? count / 2 : GRADIENT_SLOTS;' \
+    'w->threads < count ? w->threads : count;'
+mutant 'time: seen in 1000 radians, not cycles' nn.c \
+    '1000 / 6.283185307179586 * exp' \
+    '1000 * exp'
+mutant 'AdamW: the schedule decays' nn.c \
+    'p->decays = rank > 1 || initial == INIT_ONE;' \
+    'p->decays = initial != INIT_ZERO;'
 mutant 'AdamW: no bias correction of the second moment' nn.c \
     'v_scale = (real)(1 / (1 - pow(o->beta2, step)))' \
     'v_scale = (real)(1 + 0 * pow(o->beta2, step))'

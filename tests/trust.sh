@@ -47,9 +47,10 @@ small_work() {   # small_work DIR THREADS PROGRAM...
         --schedule learned --steps 2 --sample-steps 1 --eval-every 2 --eval-limit 2 --threads "$threads" --out "$dir" &&
     "$@" train --data "$work/small" --net flat --model vdm-1 --channels 4 --batch 3 --timesteps 3 --steps 1 \
         --threads "$threads" --out "$dir/flat" &&
-    "$@" eval "$dir/checkpoint.safetensors" --limit 3 --timesteps 2 --variance-ratio optimal --threads "$threads" &&
+    "$@" eval "$dir/checkpoint.safetensors" --data "$work/small" --limit 3 --timesteps 2 --variance-ratio optimal \
+        --threads "$threads" &&
     "$@" sample "$dir/checkpoint.safetensors" --count 3 --steps 2 --pixels drawn --threads "$threads" --out "$dir/s.png" &&
-    "$@" show "$dir/checkpoint.safetensors" --count 1 --threads "$threads" --out "$dir/show.png" &&
+    "$@" show "$dir/checkpoint.safetensors" --data "$work/small" --count 1 --threads "$threads" --out "$dir/show.png" &&
     "$@" grad tests/golden/diffenc-unet-x-T4.checkpoint.safetensors --threads "$threads" \
         --batch tests/golden/diffenc-unet-x-T4.batch.safetensors --out "$dir/gradient"
 }
