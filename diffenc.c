@@ -320,8 +320,8 @@ Tensor *ancestral_step(const Method *m, Tensor *z_t, double s, double t, Tensor 
 }
 
 /* The deterministic sampler is ours and not the papers': DDIM for an x_t that moves,
- *     eps^ = (z_t - alpha_t x^)/sigma_t,   z_s = alpha_s (1 + (lambda_s - lambda_t) sigma_t^2) x^ + sigma_s
- * eps^ (VDM: without the bracket). */
+ *     eps^ = (z_t - alpha_t x^)/sigma_t
+ *     z_s = alpha_s (1 + (lambda_s - lambda_t) sigma_t^2) x^ + sigma_s eps^    (VDM: no bracket) */
 Tensor *deterministic_step(const Method *m, Tensor *z_t, Tensor *x_hat, double s, double t) {
     Tensor *gamma_s = gamma_at(m, s), *gamma_t = gamma_at(m, t);
     Tensor *eps_hat = mul(reciprocal(sigma_of(gamma_t)), sub(z_t, mul(alpha_of(gamma_t), x_hat)));
