@@ -261,7 +261,8 @@ static void inflate_member(Cursor *c) {
         take_byte(c);
     for (unsigned text = NAME; text <= COMMENT; text *= 2)
         while ((flags & text) && take_byte(c)) { }
-    take_little_endian(c, flags & HEADER_CRC ? 2 : 0);   /* gzip does not check it either */
+    const uint64_t crc = crc_32(header, (size_t)(c->data + c->at - header)) & 0xffff;
+    require(c, !(flags & HEADER_CRC) || take_little_endian(c, 2) == crc, "has a header of a wrong CRC");
     c->member = c->out.size;
     for (unsigned last = 0; !last && !c->failed;) {
         last = take_bits(c, 1);
@@ -957,7 +958,7 @@ static int take_integers(Cursor *c, int64_t *values, int most) {
         int64_t value = 0;
         accept(c, ' ');
         const size_t start = c->at;
-        for (; c->at < c->size && isdigit(c->data[c->at]); c->at++)
+        for (; c->at < c->size && isdigit(c->data[c->at]) && !c->failed; c->at++)
             if (require(c, value < INT64_MAX / 10, "the number is too large"))
                 value = 10 * value + (c->data[c->at] - '0');
         require(c, c->at > start, "expected a whole number that is not negative");
@@ -970,9 +971,10 @@ static int take_integers(Cursor *c, int64_t *values, int most) {
 static const char *const TYPE_NAMES[TYPE_OTHER] = {"U8", "F32", "F64"};
 static const unsigned char TYPE_SIZES[TYPE_OTHER] = {1, 4, 8};
 
-/* {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, whose data lie in data[size]. */
-static TensorEntry take_tensor(Cursor *c, const char *name, const unsigned char *data, size_t size) {
-    TensorEntry entry = {.name = name, .rank = -1, .count = 1};
+/* {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}. The tensors read so far need `*needed` bytes of
+ * data; while that is more than there are, the file is truncated and they have no place. */
+static TensorEntry take_tensor(Cursor *c, const char *name, const Bytes *data, uint64_t *needed) {
+    TensorEntry entry = {.name = name, .rank = -1, .count = 1, .data = data->data};
     int64_t offsets[2] = {0};
     int offset_count = -1;
     const char *type = "";
@@ -987,25 +989,23 @@ static TensorEntry take_tensor(Cursor *c, const char *name, const unsigned char 
         else
             require(c, 0, "expected each of dtype, shape and data_offsets once");
     }
-    if (!require(c, *type && entry.rank >= 0 && offset_count == 2, "expected dtype, shape, two data_offsets"))
-        return entry;
+    require(c, *type && entry.rank >= 0 && offset_count == 2, "expected dtype, shape, two data_offsets");
     while (entry.type < TYPE_OTHER && strcmp(type, TYPE_NAMES[entry.type]) != 0)
         entry.type++;
-    const size_t each = entry.type < TYPE_OTHER ? TYPE_SIZES[entry.type] : 1;
+    const int is_other = entry.type == TYPE_OTHER;
+    const size_t each = is_other ? 1 : TYPE_SIZES[entry.type];
     for (int i = 0; i < entry.rank; i++) {
         const size_t length = (size_t)entry.shape[i];
         require(c, !length || entry.count <= SIZE_MAX / each / length, "the shape is too large");
         entry.count *= length;
     }
     const uint64_t begin = (uint64_t)offsets[0], end = (uint64_t)offsets[1];
-    if (require(c, begin <= end && end <= size, "data_offsets leave the file")) {
-        entry.data = data + begin;
-        entry.size = (size_t)(end - begin);
-    }
+    entry.size = (size_t)(end - begin);
     /* Of another type no more is known than that an element has at least one bit. */
-    const int is_other = entry.type == TYPE_OTHER;
-    require(c, is_other ? entry.count / 8 <= entry.size : entry.size == entry.count * each,
-            "data_offsets do not fit the shape");
+    const int fits = is_other ? entry.count / 8 <= entry.size : entry.size == entry.count * each;
+    require(c, begin <= end && fits, "data_offsets do not fit the shape");
+    *needed = end > *needed ? end : *needed;
+    entry.data += *needed <= data->size ? begin : 0;
     return entry;
 }
 
@@ -1027,41 +1027,45 @@ static void sort_names(Cursor *c, void *items, int count, size_t size) {
         require(c, compare_names(item, item + size) != 0, "the name %s is there twice", *(char **)item);
 }
 
-static void take_header(Cursor *c, TensorFile *file, const unsigned char *data, size_t size) {
-    const size_t pair = 2 * sizeof *file->metadata;
+static void take_metadata(Cursor *c, TensorFile *file) {
+    for (int i = 0; next_item(c, "{}", i); i++) {
+        const char *key = take_key(c), *pair[2] = {key, take_string(c)};
+        file->metadata = array_grow(c, file->metadata, (size_t)file->metadata_count, sizeof pair);
+        if (!c->failed)
+            memcpy(file->metadata + 2 * file->metadata_count++, pair, sizeof pair);
+    }
+}
+
+static void take_header(Cursor *c, TensorFile *file, const Bytes *data) {
+    const size_t before = (size_t)(data->data - file->bytes.data);
+    uint64_t needed = 0;
     int metadata_seen = 0;
     for (int i = 0; next_item(c, "{}", i); i++) {
         const char *name = take_key(c);
-        const int is_metadata = strcmp(name, "__metadata__") == 0;
-        require(c, !is_metadata || !metadata_seen++, "a second __metadata__");
-        for (int k = 0; is_metadata && next_item(c, "{}", k); k++) {
-            const char *key = take_key(c), *value = take_string(c);
-            file->metadata = array_grow(c, file->metadata, (size_t)file->metadata_count, pair);
-            if (c->failed)
-                return;
-            file->metadata[2 * file->metadata_count] = key;
-            file->metadata[2 * file->metadata_count++ + 1] = value;
-        }
-        if (is_metadata)
+        if (strcmp(name, "__metadata__") == 0) {
+            require(c, !metadata_seen++, "a second __metadata__");
+            take_metadata(c, file);
             continue;
-        const TensorEntry entry = take_tensor(c, name, data, size);
+        }
+        const TensorEntry entry = take_tensor(c, name, data, &needed);
         file->tensors = array_grow(c, file->tensors, (size_t)file->tensor_count, sizeof entry);
         if (!c->failed)
             file->tensors[file->tensor_count++] = entry;
     }
     accept(c, ' ');
-    if (!require(c, c->at == c->size, "expected only spaces after the header"))
-        return;
+    require(c, c->at == c->size, "expected only spaces after the header");
     c->part = NULL;   /* from here on, messages tell of the whole */
+    require(c, needed <= data->size, "is truncated, holds %zu of %" PRIu64 " bytes", before + data->size,
+            before + needed);
     qsort(file->tensors, (size_t)file->tensor_count, sizeof *file->tensors, compare_places);
-    const unsigned char *end = data;
-    for (const TensorEntry *e = file->tensors; e < file->tensors + file->tensor_count; e++) {
+    const unsigned char *end = data->data;
+    for (const TensorEntry *e = file->tensors; e < file->tensors + file->tensor_count && !c->failed; e++) {
         require(c, e->data == end, "tensor %s: its data %s", e->name,
                 e->data < end ? "overlap those of another" : "leave a gap before them");
-        end = e->data + e->size;
+        end += e->size;
     }
-    require(c, end == data + size, "%td bytes at its end belong to no tensor", data + size - end);
-    sort_names(c, file->metadata, file->metadata_count, pair);
+    require(c, needed == data->size, "%" PRIu64 " bytes at its end belong to no tensor", data->size - needed);
+    sort_names(c, file->metadata, file->metadata_count, 2 * sizeof *file->metadata);
     sort_names(c, file->tensors, file->tensor_count, sizeof *file->tensors);
 }
 
@@ -1069,14 +1073,19 @@ int tensors_parse(Bytes bytes, const char *name, TensorFile *file, Error *error)
     enum { LONGEST = 100000000 };   /* the limit of the format's own implementation */
     Cursor c = {.data = bytes.data, .size = bytes.size, .name = name, .error = error};
     *file = (TensorFile){bytes, allocate(1, sizeof(TensorEntry)), 0, allocate(2, sizeof(char *)), 0};
-    require(&c, bytes.size >= 8, "holds %d bytes, expected a safetensors file", (int)bytes.size);
+    require(&c, bytes.size >= 8, "holds %zu bytes, expected a safetensors file", bytes.size);
+    /* The first bytes of these can be a length too, but no header follows. */
+    const char *start = bytes.size > 8 && bytes.data[8] != '{' ? (const char *)bytes.data : "";
+    require(&c, strncmp(start, "\x1f\x8b", 2) != 0, "is a gzip file, expected a safetensors file");
+    require(&c, strncmp(start, "PK", 2) != 0, "is a ZIP file, expected a safetensors file");
     const uint64_t length = take_little_endian(&c, 8), rest = bytes.size - c.at;
     require(&c, length <= LONGEST, "a header of %" PRIu64 " bytes, expected at most %d (safetensors)", length,
             LONGEST);
-    if (require(&c, length <= rest, "holds %" PRIu64 " of the %" PRIu64 " bytes of its header", rest,
-                length)) {
+    require(&c, length <= rest, "is truncated, holds %zu of the %zu bytes of its header", (size_t)rest,
+            (size_t)length);
+    if (!c.failed) {
         c = (Cursor){.data = bytes.data + 8, .size = length, .name = name, .part = "header", .error = error};
-        take_header(&c, file, bytes.data + 8 + length, (size_t)(rest - length));
+        take_header(&c, file, &(Bytes){bytes.data + 8 + length, (size_t)(rest - length)});
     }
     if (c.failed)
         tensors_free(file);
@@ -1105,13 +1114,12 @@ const char *tensors_metadata(const TensorFile *file, const char *key) {
     return pair ? pair[1] : NULL;
 }
 
-/* [28, 28, 1] for messages. Returns `text`. */
+/* [28, 28, 1]. Returns `text`. */
 static const char *shape_text(int rank, const int64_t *shape, char text[192]) {
-    char *at = text + sprintf(text, "[");
+    int length = sprintf(text, "[");
     for (int i = 0; i < rank; i++)
-        at += sprintf(at, "%s%" PRId64, i > 0 ? ", " : "", shape[i]);
-    strcpy(at, "]");
-    return text;
+        length += sprintf(text + length, "%s%" PRId64, i > 0 ? ", " : "", shape[i]);
+    return strcat(text, "]");
 }
 
 int tensors_copy(const TensorEntry *entry, const char *path, int rank, const int64_t *shape, real *out,
@@ -1128,8 +1136,7 @@ int tensors_copy(const TensorEntry *entry, const char *path, int rank, const int
         const union { uint32_t bits; float value; } single = {(uint32_t)bits};
         const union { uint64_t bits; double value; } full = {bits};
         out[i] = is_single ? (real)single.value : (real)full.value;
-        if (!isfinite(out[i]))
-            require(&c, 0, "tensor %s: value %zu is not a finite number", entry->name, i);
+        require(&c, isfinite(out[i]), "tensor %s: value %zu is not a finite number", entry->name, i);
     }
     return c.failed;
 }
@@ -1176,22 +1183,20 @@ static int write_tensors(void *file, const void *context) {
     const TensorList *list = context;
     FILE *stream = file;
     size_t offset = 0;
+    char shape[192];
     fprintf(stream, "%8s{\"__metadata__\":{", "");
     for (int i = 0; i < 2 * list->metadata_count; i++) {
         fputs(i == 0 ? "" : i % 2 ? ":" : ",", stream);
         put_string(stream, list->metadata[i]);
     }
     putc('}', stream);
-    for (int i = 0; i < list->tensor_count; i++) {
-        const TensorOut *t = &list->tensors[i];
-        assert(t->type != TYPE_OTHER && t->rank >= 0 && t->rank <= 8);
+    for (const TensorOut *t = list->tensors; t < list->tensors + list->tensor_count; t++) {
+        const size_t begin = offset;
+        offset += elements_of(t) * TYPE_SIZES[t->type];
         putc(',', stream);
         put_string(stream, t->name);
-        fprintf(stream, ":{\"dtype\":\"%s\",\"shape\":[", TYPE_NAMES[t->type]);
-        for (int d = 0; d < t->rank; d++)
-            fprintf(stream, "%s%" PRId64, d ? "," : "", t->shape[d]);
-        fprintf(stream, "],\"data_offsets\":[%zu,", offset);
-        fprintf(stream, "%zu]}", offset += elements_of(t) * TYPE_SIZES[t->type]);
+        fprintf(stream, ":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}", TYPE_NAMES[t->type],
+                shape_text(t->rank, t->shape, shape), begin, offset);
     }
     fprintf(stream, "}%*s", (int)(-(ftell(stream) + 1) & 7), "");
     const uint64_t length = (uint64_t)ftell(stream) - 8;
@@ -1200,11 +1205,9 @@ static int write_tensors(void *file, const void *context) {
     put_little_endian(stream, (const unsigned char *)&length, 8);
     if (fseek(stream, 0, SEEK_END) != 0)
         return -1;
-    for (int i = 0; i < list->tensor_count; i++) {
-        const TensorOut *t = &list->tensors[i];
+    for (const TensorOut *t = list->tensors; t < list->tensors + list->tensor_count; t++)
         for (size_t k = 0, size = TYPE_SIZES[t->type], count = elements_of(t); k < count; k++)
             put_little_endian(stream, (const unsigned char *)t->data + k * size, size);
-    }
     return ferror(stream);
 }
 

@@ -200,6 +200,9 @@ static void test_gzip(void) {
     check_inflate(gzip_stored, sizeof gzip_stored, short_text, SHORT);
     check_inflate(gzip_fixed, sizeof gzip_fixed, short_text, SHORT);
     check_inflate(gzip_dynamic, sizeof gzip_dynamic, text, LONG);
+    memcpy(members, gzip_fixed, sizeof gzip_fixed);
+    members[12] ^= 1;                                    /* the header's extra field */
+    REFUSED(gzip_inflate(members, sizeof gzip_fixed, "x.gz", SIZE_MAX, &out, &error), "header of a wrong CRC");
 
     size_t size = sizeof gzip_stored + sizeof gzip_dynamic;
     memcpy(members, gzip_stored, sizeof gzip_stored);
@@ -959,9 +962,12 @@ static void test_tensor_headers(void) {
         { "{" TENSOR("\\u001b[2J\xff", "F33", "[2]", "1", "2") "}", 2, "tensor \\x1b[2J\\xff: its data" },
         { "{" TENSOR("a", "F32", "[2]", "0", "8,9") "}", 8, "more numbers than expected" },
         { "{" TENSOR("a", "F33", "[2305843009213693952]", "0", "0") "}", 0, "data_offsets do not fit" },
-        { "{" TENSOR("a", "F32", "[2]", "8", "0") "}", 8, "data_offsets leave the file" },
-        { "{" TENSOR("a", "F32", "[2]", "0", "9") "}", 8, "data_offsets leave the file" },
-        { "{" TENSOR("a", "F32", "[2]", "0", "9000000000000000000") "}", 8, "data_offsets leave the file" },
+        { "{" TENSOR("a", "F32", "[2]", "8", "0") "}", 8, "data_offsets do not fit" },
+        { "{" TENSOR("a", "F32", "[2]", "0", "8") "}", 7,
+          "x.safetensors: is truncated, holds 69 of 70 bytes" },
+        { "{" TENSOR("a", "U8", "[9000000000000000000]", "0", "9000000000000000000") "," TENSOR("b", "U8",
+              "[1]", "0", "1") "}", 9, "is truncated, holds " },
+        { "{" TENSOR("a", "F32", "[2]", "0", "9") "}", 8, "data_offsets do not fit" },
         { "{" TENSOR("a", "F32", "[3]", "0", "8") "}", 8, "data_offsets do not fit" },
         { "{" TENSOR("a", "F32", "[2]", "0", "8") "}", 9, "1 bytes at its end belong to no tensor" },
         { "{" TENSOR("a", "F32", "[2]", "1", "9") "}", 9, "tensor a: its data leave a gap" },
@@ -999,7 +1005,11 @@ static void test_tensor_headers(void) {
     REFUSED(tensors_parse(copy_of("\0\1\2", 3), "x", &file, &error),
             "x: holds 3 bytes, expected a safetensors file");
     REFUSED(tensors_parse(copy_of("\x10\0\0\0\0\0\0\0{}", 10), "x", &file, &error),
-            "x: holds 2 of the 16 bytes of its header");
+            "x: is truncated, holds 2 of the 16 bytes of its header");
+    REFUSED(tensors_parse(copy_of(gzip_stored, sizeof gzip_stored), "x", &file, &error),
+            "x: is a gzip file, expected a safetensors file");
+    REFUSED(tensors_parse(copy_of("PK\3\4\x14\0\0\0\x08\0", 10), "x", &file, &error),
+            "x: is a ZIP file, expected a safetensors file");
     REFUSED(tensors_parse(copy_of("\x10\0\0\0\0\0\0\xff{}", 10), "x", &file, &error),
             "bytes, expected at most 100000000");
 }
