@@ -13,6 +13,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <libgen.h>
 #include <limits.h>
 #include <math.h>
 #include <stdarg.h>
@@ -338,17 +339,6 @@ static int file_read(const char *path, uint64_t most, Bytes *bytes, Error *error
     return status;
 }
 
-/* The new name of a file is on the disk when its directory is. A directory that can be written but not read,
- * or a file system that cannot do it (EINVAL), is no failure. `path` is spoilt. */
-static void directory_sync(Cursor *c, char *path) {
-    char *slash = strrchr(path, '/');
-    strcpy(slash ? slash + 1 : path, ".");
-    const int file = open(path, O_RDONLY | O_CLOEXEC);
-    require_call(c, file < 0 || fsync(file) == 0 || errno == EINVAL);
-    if (file >= 0)
-        close(file);
-}
-
 int file_replace(const char *path, FileWriter write, const void *context, Error *error) {
     char target[PATH_MAX], temporary[PATH_MAX + 32];
     struct stat status;
@@ -370,10 +360,16 @@ int file_replace(const char *path, FileWriter write, const void *context, Error 
     require_call(&c, !stream || (write(stream, context) == 0 && fflush(stream) == 0 && fsync(file) == 0));
     require_call(&c, (stream ? fclose(stream) : file < 0 ? 0 : close(file)) == 0);
     require_call(&c, c.failed || rename(temporary, target) == 0);
-    if (c.failed)
+    if (c.failed) {
         unlink(temporary);
-    else
-        directory_sync(&c, temporary);
+        return -1;
+    }
+    /* The new name of a file is on the disk when its directory is. A directory that can be written but not
+     * read, or a file system that cannot do it (EINVAL), is no failure. */
+    const int directory = open(dirname(temporary), O_RDONLY | O_CLOEXEC);
+    require_call(&c, directory < 0 || fsync(directory) == 0 || errno == EINVAL);
+    if (directory >= 0)
+        close(directory);
     return c.failed;
 }
 
@@ -409,8 +405,8 @@ static int write_png(void *stream, const void *context) {
     fputs("IDAT\x78\x01", data);
     for (int y = 0; y < height; y++) {
         const unsigned char *pixels = image->pixels + (size_t)y * (size_t)row;
-        const int length = row + 1;
-        fprintf(data, "%c%c%c%c%c%c", y == height - 1, length, length >> 8, ~length, ~length >> 8, 0);
+        const int length = row + 1, is_last = y == height - 1;
+        fprintf(data, "%c%c%c%c%c%c", is_last, length, length >> 8, ~length, ~length >> 8, 0);
         fwrite(pixels, 1, (size_t)row, data);
         for (int i = 0; i < length; i++) {
             low = (low + (i > 0 ? pixels[i - 1] : 0)) % 65521;
@@ -461,26 +457,24 @@ int image_write(const char *path, const unsigned char *pixels, int height, int w
 
 unsigned char *image_grid(const unsigned char *images, int count, int columns, int height, int width,
                           int channels, int *grid_height, int *grid_width) {
+    const int gap = 2, across = columns > count ? count : columns, rows = (count + across - 1) / across;
     assert(count > 0 && columns > 0);
-    columns = columns > count ? count : columns;
-    const int rows = (count + columns - 1) / columns, gap = 2;
     *grid_height = rows * (height + gap) + gap;
-    *grid_width = columns * (width + gap) + gap;
+    *grid_width = across * (width + gap) + gap;
     const size_t row = (size_t)width * (size_t)channels, grid_row = (size_t)*grid_width * (size_t)channels;
     unsigned char *grid = allocate((size_t)*grid_height, grid_row);
     memset(grid, 255, (size_t)*grid_height * grid_row);
-    for (int i = 0; i < count; i++) {
-        const int top = gap + i / columns * (height + gap), left = gap + i % columns * (width + gap);
-        unsigned char *corner = grid + (size_t)top * grid_row + (size_t)(left * channels);
-        for (int y = 0; y < height; y++, images += row)
-            memcpy(corner + (size_t)y * grid_row, images, row);
+    for (int i = 0; i < count * height; i++, images += row) {
+        const int x = gap + i / height % across * (width + gap);
+        const int y = gap + i / height / across * (height + gap) + i % height;
+        memcpy(grid + (size_t)y * grid_row + (size_t)(x * channels), images, row);
     }
     return grid;
 }
 
 /* ---- charts ---- */
 
-enum { CHART_WIDTH = 640, PLOT_X = 62, PLOT_Y = 56, PLOT_WIDTH = 562, PLOT_HEIGHT = 290 };
+enum { CHART_WIDTH = 640, PLOT_X = 62, PLOT_Y = 56, PLOT_WIDTH = 552, PLOT_HEIGHT = 290 };
 
 /* Values from `low` to `high` go over `length` units of the picture, beginning at `from`. */
 typedef struct { double low, high, step, from, length; } Axis;
@@ -506,7 +500,7 @@ static double curve_value(const Curve *c, int i, int side) {
 }
 
 /* The axes hold all curves, with one exception. A loss falls so far in its first steps that its end would
- * look flat: where the first tenth would take most of the height, what rises above the rest is cut off. */
+ * look flat: where the first tenth, or a single point, would take most of the height, it is cut off. */
 static void choose_axes(const Curve *curves, int count, Axis *across, Axis *up) {
     double late = -INFINITY;
     *across = (Axis){INFINITY, -INFINITY, 0, PLOT_X, PLOT_WIDTH};
@@ -520,7 +514,7 @@ static void choose_axes(const Curve *curves, int count, Axis *across, Axis *up) 
             up->low = fmin(up->low, curve_value(c, k, -1));
             up->high = fmax(up->high, high);
             if (i >= count && x >= across->low + (across->high - across->low) / 10)
-                late = fmax(late, high);
+                late = fmax(late, k > 0 ? fmin(high, curve_value(c, k - 1, 1)) : high);
         }
     if (up->high - up->low > 2.5 * (late - up->low))
         up->high = late;
@@ -781,16 +775,17 @@ int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *e
 static int dataset_read(Dataset *dataset, const char *path, int is_mnist, Error *error) {
     uint64_t most = (uint64_t)(MOST_RECORDS + 1) * RECORD;
     uint32_t header[4] = {0};
-    Bytes bytes = {NULL, 0};
-    int status = is_mnist ? file_read(path, 16, &bytes, error) : 0;
-    if (status == 0 && is_mnist)
+    Bytes bytes;
+    if (is_mnist) {
+        if (file_read(path, 16, &bytes, error))
+            return -1;
         most = 16 + idx_header(&bytes, header) + 1;
-    free(bytes.data);
-    if (status == 0)
-        status = file_read(path, most, &bytes, error);
-    if (status == 0)
-        status = is_mnist ? idx_parse(&bytes, path, dataset, error)
-                          : cifar_parse(&bytes, path, dataset, error);
+        free(bytes.data);
+    }
+    if (file_read(path, most, &bytes, error))
+        return -1;
+    const int status = is_mnist ? idx_parse(&bytes, path, dataset, error)
+                                : cifar_parse(&bytes, path, dataset, error);
     free(bytes.data);
     return status;
 }
