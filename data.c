@@ -317,7 +317,7 @@ static int file_bytes(const char *path, uint64_t most, Bytes *bytes, Error *erro
         free(bytes->data);
         *bytes = (Bytes){NULL, 0};
     }
-    return c.failed;
+    return bytes->data ? 0 : -1;
 }
 
 static int has_extension(const char *path, const char *extension) {
@@ -537,10 +537,11 @@ static void put_text(FILE *out, double x, double y, const char *anchor, const ch
 /* Grid lines and their labels, with the decimals that the step needs. */
 static void put_grid(FILE *out, const Axis *a) {
     const int decimals = (int)fmax(0, -floor(log10(a->step) + 1e-9)), is_up = a->length < 0;
-    for (double k = ceil(a->low / a->step - 1e-9); k * a->step <= a->high + 1e-9 * a->step; k++) {
-        const double at = axis_place(a, k * a->step);
+    const double first = ceil(a->low / a->step - 1e-9), last = floor(a->high / a->step + 1e-9);
+    for (int i = 0; i <= last - first; i++) {
+        const double value = (first + i) * a->step, at = axis_place(a, value);
         char label[64];
-        snprintf(label, sizeof label, "%.*f", decimals, k * a->step + 0.0);   /* 0 has no sign */
+        snprintf(label, sizeof label, "%.*f", decimals, value);
         const double x = is_up ? PLOT_X : at, y = is_up ? at : PLOT_Y + PLOT_HEIGHT;
         fprintf(out, "<path class='grid' d='M%.1f %.1f%c%d'/>", x, y, is_up ? 'h' : 'v',
                 is_up ? PLOT_WIDTH : -PLOT_HEIGHT);
@@ -764,7 +765,10 @@ int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *e
     unsigned char *pixels = resize(&c, dataset->pixels, (had + count) * 3 * PLANE);
     if (!pixels)
         return -1;
-    *dataset = (Dataset){(uint32_t)(had + count), SIDE, SIDE, 3, pixels, dataset->split, 0};
+    dataset->pixels = pixels;
+    dataset->count = (uint32_t)(had + count);
+    dataset->height = dataset->width = SIDE;
+    dataset->channels = 3;
     pixels += had * 3 * PLANE;
     for (size_t i = 0; i < count * 3 * PLANE; i++)   /* from planes to pixels */
         pixels[i] = bytes->data[i / (3 * PLANE) * RECORD + 1 + i % 3 * PLANE + i / 3 % PLANE];
@@ -1185,7 +1189,8 @@ static int write_tensors(void *file, const void *context) {
         put_string(stream, list->metadata[i]);
     }
     putc('}', stream);
-    for (const TensorOut *t = list->tensors; t < list->tensors + list->tensor_count; t++) {
+    for (int i = 0; i < list->tensor_count; i++) {
+        const TensorOut *t = &list->tensors[i];
         const size_t begin = offset;
         offset += elements_of(t) * TYPE_SIZES[t->type];
         putc(',', stream);
@@ -1200,9 +1205,11 @@ static int write_tensors(void *file, const void *context) {
     put_little_endian(stream, (const unsigned char *)&length, 8);
     if (fseek(stream, 0, SEEK_END) != 0)
         return -1;
-    for (const TensorOut *t = list->tensors; t < list->tensors + list->tensor_count; t++)
+    for (int i = 0; i < list->tensor_count; i++) {
+        const TensorOut *t = &list->tensors[i];
         for (size_t k = 0, size = TYPE_SIZES[t->type], count = elements_of(t); k < count; k++)
             put_little_endian(stream, (const unsigned char *)t->data + k * size, size);
+    }
     return ferror(stream);
 }
 

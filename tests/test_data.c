@@ -38,7 +38,7 @@ static void write_file(const char *name, const void *data, size_t size) {
 static Bytes read_file(const char *name) {
     FILE *stream = fopen(in_directory(name), "rb");
     CHECK(stream != NULL, "cannot read %s", name);
-    Bytes bytes = { malloc(1 << 20), 0 };
+    Bytes bytes = { calloc(1, 1 << 20), 0 };
     if (stream != NULL) {
         bytes.size = fread(bytes.data, 1, 1 << 20, stream);
         fclose(stream);
