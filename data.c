@@ -1,4 +1,4 @@
-/* data.c - files in and out: gzip, PNG, PGM, PPM, MNIST, CIFAR-10, built-in digits, a chart, safetensors.
+/* data.c - files in and out: gzip, PNG, PGM, PPM, MNIST, CIFAR-10, built-in digits, charts, safetensors.
  *
  * The parsers face files from strangers. Three rules make it easy to see that they are safe: memory is asked
  * for only after the file was seen to hold what it promises; every read goes through one bounded cursor; and
@@ -13,17 +13,17 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <libgen.h>
 #include <limits.h>
 #include <math.h>
 #include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* ---- messages ---- */
+/* ---- text ---- */
 
 /* Bytes of the UTF-8 character at `text`; 0 if there is none (RFC 3629: shortest form, no surrogates). */
 static size_t utf8_length(const char *text) {
@@ -39,31 +39,20 @@ static size_t utf8_length(const char *text) {
 
 const char *printable(const char *text, char *buffer, size_t size) {
     size_t at = 0;
-    for (size_t length; *text; text += length) {
+    for (size_t length; *text; text += length ? length : 1) {
         const unsigned first = (unsigned char)text[0], second = (unsigned char)text[1];
+        char escape[8] = "";
         length = utf8_length(text);
-        const int shown = length && first >= 0x20 && first != 0x7f && (first != 0xc2 || second >= 0xa0);
-        length = shown ? length : 1;
-        const size_t needed = shown ? length : 4;
-        if (at + needed >= size)
+        if (length == 0 || first < 0x20 || first == 0x7f || (first == 0xc2 && second < 0xa0))
+            length = (size_t)sprintf(escape, "\\x%02x", first);
+        if (at + length >= size)
             break;
-        memcpy(buffer + at, text, length);
-        if (!shown)
-            sprintf(buffer + at, "\\x%02x", first);
-        at += needed;
+        memcpy(buffer + at, *escape ? escape : text, length);
+        at += length;
+        length = *escape ? 1 : length;
     }
     buffer[at] = '\0';
     return buffer;
-}
-
-/* fail() for messages that quote names, paths or content of files: none of it may command the terminal. */
-static int refuse(Error *error, const char *format, ...) {
-    char text[sizeof error->text], shown[sizeof error->text];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(text, sizeof text, format, arguments);
-    va_end(arguments);
-    return fail(error, "%s", printable(text, shown, sizeof shown));
 }
 
 /* ---- reading bytes ---- */
@@ -75,21 +64,34 @@ typedef struct {
     size_t size, at;
     const char *name, *part;   /* of the file; what `at` counts in, for messages, or NULL */
     Error *error;
-    int failed;
+    int failed;        /* -1; or 1 where inflating has stopped, since `most` bytes are there */
+    unsigned bits;     /* gzip: what is left of the last byte, with a 1 above it */
+    Bytes out;         /* gzip: what came out, of which this member began at `member` */
+    size_t member;
+    uint64_t most;
 } Cursor;
 
-/* Fail with this message unless the condition holds. Returns whether all is well so far. */
+/* Fail with this message unless the condition holds. Returns whether all is well so far. Messages quote
+ * names, paths and content of files: none of it may command the terminal. */
 static int require(Cursor *c, int condition, const char *format, ...) {
+    char what[400], text[sizeof c->error->text], place[64] = "";
     if (c->failed || condition)
         return !c->failed;
-    char what[400];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(what, sizeof what, format, arguments);
     va_end(arguments);
-    c->failed = c->part ? refuse(c->error, "%s: %s (%s byte %zu)", c->name, what, c->part, c->at)
-                        : refuse(c->error, "%s: %s", c->name, what);
+    if (c->part)
+        snprintf(place, sizeof place, " (%s byte %zu)", c->part, c->at);
+    snprintf(text, sizeof text, "%s: %s%s", c->name, what, place);
+    printable(text, c->error->text, sizeof c->error->text);
+    c->failed = -1;
     return 0;
+}
+
+/* The same for a call of the system, whose reason is in errno. */
+static int require_call(Cursor *c, int condition) {
+    return require(c, condition, "%s", strerror(errno ? errno : EIO));
 }
 
 static unsigned take_byte(Cursor *c) {
@@ -118,12 +120,12 @@ static void *array_grow(Cursor *c, void *array, size_t count, size_t size) {
     return grown ? grown : array;
 }
 
-/* The CRC-32 of gzip and PNG. `crc` is that of the data before, 0 at the start. */
-static uint32_t crc_32(uint32_t crc, const unsigned char *data, size_t size) {
+/* The CRC-32 of gzip and PNG. */
+static uint32_t crc_32(const unsigned char *data, size_t size) {
     static const uint32_t table[16] = {   /* for half a byte */
         0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4, 0x4db26158, 0x5005713c,
         0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c, 0x9b64c2b0, 0x86d3d2d4, 0xa00ae278, 0xbdbdf21c};
-    crc = ~crc;
+    uint32_t crc = 0xffffffff;
     for (size_t i = 0; i < 2 * size; i++)
         crc = table[(crc ^ data[i / 2] >> 4 * (i % 2)) & 15] ^ crc >> 4;
     return ~crc;
@@ -136,175 +138,160 @@ typedef struct {
     int count[16], symbol[288];
 } PrefixCode;
 
-typedef struct {
-    Cursor in;
-    unsigned byte;   /* the last one taken from `in`; its lowest `used` bits are used up */
-    int used, is_full;
-    Bytes out;
-    uint64_t most;   /* bytes wanted; once `out` holds them, everything stops as after a failure */
-    size_t member;   /* where in `out` this member begins: no distance reaches before it */
-} Inflater;
-
-static unsigned take_bits(Inflater *s, int count) {
+static unsigned take_bits(Cursor *c, int count) {
     unsigned value = 0;
-    for (int i = 0; i < count; i++, s->used++) {
-        if (s->used == 8) {
-            s->byte = take_byte(&s->in);
-            s->used = 0;
-        }
-        value |= (s->byte >> s->used & 1) << i;
+    for (int i = 0; i < count; i++, c->bits >>= 1) {
+        c->bits = c->bits > 1 ? c->bits : 0x100 | take_byte(c);
+        value |= (c->bits & 1) << i;
     }
     return value;
 }
 
-static void put_byte(Inflater *s, unsigned byte) {
-    if (!s->in.failed && s->out.size == s->most)
-        s->is_full = s->in.failed = 1;
-    s->out.data = array_grow(&s->in, s->out.data, s->out.size, 1);
-    if (!s->in.failed)
-        s->out.data[s->out.size++] = (unsigned char)byte;
+static void put_byte(Cursor *c, unsigned byte) {
+    if (!c->failed && c->out.size == c->most)
+        c->failed = 1;
+    c->out.data = array_grow(c, c->out.data, c->out.size, 1);
+    if (!c->failed)
+        c->out.data[c->out.size++] = (unsigned char)byte;
 }
 
 /* Make a code from lengths[count] in 0..15. Only a code of one bit, or of none, may be incomplete. */
-static void make_code(Inflater *s, PrefixCode *code, const unsigned char *lengths, int count, int allow_one) {
-    int unused = 1, place[17] = {0};   /* where the symbols of each length begin */
-    memset(code->count, 0, sizeof code->count);
-    for (int i = 0; i < count; i++)
-        code->count[lengths[i]]++;
+static void make_code(Cursor *c, PrefixCode *code, const unsigned char *lengths, int count, int allow_one) {
+    int unused = 1, used = 0;
+    memset(code, 0, sizeof *code);
     for (int length = 1; length <= 15; length++) {
-        place[length + 1] = place[length] + code->count[length];
+        for (int i = 0; i < count; i++)
+            if (lengths[i] == length) {
+                code->symbol[used++] = i;
+                code->count[length]++;
+            }
         unused = 2 * unused - code->count[length];
-        require(&s->in, unused >= 0, "has an over-subscribed code");
+        require(c, unused >= 0, "has an over-subscribed code");
     }
-    allow_one = allow_one && place[16] <= 1 && place[16] == code->count[1];
-    require(&s->in, unused == 0 || allow_one, "has an incomplete code");
-    for (int i = 0; i < count; i++)
-        if (lengths[i])
-            code->symbol[place[lengths[i]]++] = i;
+    allow_one = allow_one && used <= 1 && used == code->count[1];
+    require(c, unused == 0 || allow_one, "has an incomplete code");
 }
 
-static unsigned take_symbol(Inflater *s, const PrefixCode *code) {
+static int take_symbol(Cursor *c, const PrefixCode *code) {
     int beyond = 0, shorter = 0;   /* the first code of this length, by so much; number of shorter codes */
     for (int length = 1; length <= 15; length++) {
-        beyond = 2 * beyond + (int)take_bits(s, 1);
+        beyond = 2 * beyond + (int)take_bits(c, 1);
         if (beyond < code->count[length])
-            return (unsigned)code->symbol[shorter + beyond];
+            return code->symbol[shorter + beyond];
         beyond -= code->count[length];
         shorter += code->count[length];
     }
-    return (unsigned)require(&s->in, 0, "has an invalid code");
+    return require(c, 0, "has an invalid code");
 }
 
 /* The two codes of a block: fixed, or sent as lengths that have a code themselves (3.2.6, 3.2.7). */
-static void take_codes(Inflater *s, int is_fixed, PrefixCode *literal, PrefixCode *distance) {
+static void take_codes(Cursor *c, int is_fixed, PrefixCode *literal, PrefixCode *distance) {
     static const unsigned char order[19] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
     unsigned char lengths[286 + 30 + 138] = {0};   /* a run may begin at the last of them */
     int literals = 288, all = 288 + 32;
     for (int i = 0; is_fixed && i < all; i++)
         lengths[i] = i < 144 ? 8 : i < 256 ? 9 : i < 280 ? 7 : i < 288 ? 8 : 5;
     if (!is_fixed) {
-        literals = 257 + (int)take_bits(s, 5);
-        all = literals + 1 + (int)take_bits(s, 5);
-        require(&s->in, literals <= 286 && all - literals <= 30, "has more codes than there are symbols");
-        for (int i = 0, count = 4 + (int)take_bits(s, 4); i < count; i++)
-            lengths[order[i]] = (unsigned char)take_bits(s, 3);
-        make_code(s, literal, lengths, 19, 0);
+        literals = 257 + (int)take_bits(c, 5);
+        all = literals + 1 + (int)take_bits(c, 5);
+        require(c, literals <= 286 && all - literals <= 30, "has more codes than there are symbols");
+        for (int i = 0, count = 4 + (int)take_bits(c, 4); i < count; i++)
+            lengths[order[i]] = (unsigned char)take_bits(c, 3);
+        make_code(c, literal, lengths, 19, 0);
     }
-    for (int i = 0, run = 1; !is_fixed && i < all && !s->in.failed; i += run) {
-        const int symbol = (int)take_symbol(s, literal);
-        require(&s->in, symbol != 16 || i > 0, "repeats a code length before the first");
-        run = symbol < 16 ? 1 : symbol < 18 ? 3 + (int)take_bits(s, symbol - 14) : 11 + (int)take_bits(s, 7);
+    for (int i = 0, run = 1; !is_fixed && i < all && !c->failed; i += run) {
+        const int symbol = take_symbol(c, literal);
+        require(c, symbol != 16 || i > 0, "repeats a code length before the first");
+        run = symbol < 16 ? 1 : symbol < 18 ? 3 + (int)take_bits(c, symbol - 14) : 11 + (int)take_bits(c, 7);
         memset(lengths + i, symbol < 16 ? symbol : symbol == 16 && i > 0 ? lengths[i - 1] : 0, (size_t)run);
-        require(&s->in, i + run <= all, "has more code lengths than codes");
+        require(c, i + run <= all, "has more code lengths than codes");
     }
-    require(&s->in, lengths[256], "has no code for the end of a block");
-    make_code(s, literal, lengths, literals, !is_fixed);
-    make_code(s, distance, lengths + literals, all - literals, !is_fixed);
+    require(c, lengths[256], "has no code for the end of a block");
+    make_code(c, literal, lengths, literals, !is_fixed);
+    make_code(c, distance, lengths + literals, all - literals, !is_fixed);
 }
 
 /* Lengths and distances are sent as small floating-point numbers: `symbol` counts 2^fine steps to a doubling,
  * further bits of the stream choose within a step (the tables of RFC 1951, 3.2.5). */
-static unsigned take_scaled(Inflater *s, unsigned symbol, int fine) {
-    const unsigned steps = 1u << fine;
-    const int more = (int)(symbol >> fine) - 1;
-    return more < 0 ? symbol : ((steps + symbol % steps) << more) + take_bits(s, more);
+static size_t take_scaled(Cursor *c, int symbol, int fine) {
+    const int steps = 1 << fine, more = (symbol >> fine) - 1;
+    return more < 0 ? (size_t)symbol : ((size_t)(steps + symbol % steps) << more) + take_bits(c, more);
 }
 
-static void inflate_compressed(Inflater *s, const PrefixCode *literal, const PrefixCode *distance) {
-    for (unsigned symbol; (symbol = take_symbol(s, literal)) != 256 && !s->in.failed;) {
-        if (symbol < 256) {
-            put_byte(s, symbol);
-            continue;
-        }
-        require(&s->in, symbol <= 285, "has an invalid length");
-        const unsigned length = symbol < 285 ? 3 + take_scaled(s, symbol - 257, 2) : 258;
-        const unsigned step = take_symbol(s, distance);
-        require(&s->in, step <= 29, "has an invalid distance");
-        const size_t back = s->in.failed ? 0 : 1 + take_scaled(s, step, 1);
-        require(&s->in, back <= s->out.size - s->member, "has a distance that is too far back");
-        /* Byte by byte: the copy may overlap its source, and then the bytes just written repeat. */
-        for (unsigned i = 0; i < length && !s->in.failed; i++)
-            put_byte(s, s->out.data[s->out.size - back]);
-    }
-}
-
-static void inflate_block(Inflater *s, unsigned type) {
-    Cursor *in = &s->in;
+static void inflate_block(Cursor *c, unsigned type) {
     PrefixCode literal, distance;
+    require(c, type < 3, "has a block of unknown type");
     if (type == 0) {
-        s->used = 8;   /* the rest of a byte is padding */
-        const uint64_t length = take_little_endian(in, 2);
-        require(in, take_little_endian(in, 2) == (length ^ 0xffff), "has a stored block of two lengths");
-        for (uint64_t i = 0; i < length && !in->failed; i++)
-            put_byte(s, take_byte(in));
-    } else if (require(in, type < 3, "has a block of unknown type")) {
-        take_codes(s, type == 1, &literal, &distance);
-        inflate_compressed(s, &literal, &distance);
+        c->bits = 0;   /* the rest of a byte is padding */
+        const uint64_t length = take_little_endian(c, 2);
+        require(c, take_little_endian(c, 2) == (length ^ 0xffff), "has a stored block of two lengths");
+        for (uint64_t i = 0; i < length && !c->failed; i++)
+            put_byte(c, take_byte(c));
+        return;
+    }
+    take_codes(c, type == 1, &literal, &distance);
+    for (int symbol = 0; symbol != 256 && !c->failed;) {
+        symbol = take_symbol(c, &literal);
+        if (symbol < 256)
+            put_byte(c, (unsigned)symbol);
+        if (symbol <= 256)
+            continue;
+        require(c, symbol <= 285, "has an invalid length");
+        const size_t length = symbol < 285 ? 3 + take_scaled(c, symbol - 257, 2) : 258;
+        const int step = take_symbol(c, &distance);
+        require(c, step <= 29, "has an invalid distance");
+        const size_t back = c->failed ? 0 : 1 + take_scaled(c, step, 1);
+        require(c, back <= c->out.size - c->member, "has a distance that is too far back");
+        /* Byte by byte: the copy may overlap its source, and then the bytes just written repeat. */
+        for (size_t i = 0; i < length && !c->failed; i++)
+            put_byte(c, c->out.data[c->out.size - back]);
     }
 }
 
 /* One member (RFC 1952, 2.3): header, deflate blocks, CRC-32 and length of what came out. */
-static void inflate_member(Inflater *s) {
+static void inflate_member(Cursor *c) {
     enum { HEADER_CRC = 2, EXTRA = 4, NAME = 8, COMMENT = 16 };
-    Cursor *in = &s->in;
-    const char *other = in->at > 0 ? "has trailing garbage" : "is not gzip";
-    require(in, take_byte(in) == 0x1f && take_byte(in) == 0x8b, other);
-    require(in, take_byte(in) == 8, "has an unknown compression method");
-    const unsigned flags = take_byte(in);
-    require(in, flags < 32, "has unknown flags");
-    take_little_endian(in, 6);   /* time, hints, system */
-    for (uint64_t extra = flags & EXTRA ? take_little_endian(in, 2) : 0; extra > 0; extra--)
-        take_byte(in);
+    const unsigned char *header = c->data + c->at, *other = c->data;
+    require(c, take_byte(c) == 0x1f && take_byte(c) == 0x8b,
+            header > other ? "has trailing garbage" : "is not gzip");
+    require(c, take_byte(c) == 8, "has an unknown compression method");
+    const unsigned flags = take_byte(c);
+    require(c, flags < 32, "has unknown flags");
+    take_little_endian(c, 6);   /* time, hints, system */
+    for (uint64_t extra = flags & EXTRA ? take_little_endian(c, 2) : 0; extra > 0; extra--)
+        take_byte(c);
     for (unsigned text = NAME; text <= COMMENT; text *= 2)
-        while ((flags & text) && take_byte(in)) { }
-    take_little_endian(in, flags & HEADER_CRC ? 2 : 0);   /* gzip does not check it either */
-    s->member = s->out.size;
-    for (unsigned last = 0; !last && !in->failed;) {
-        last = take_bits(s, 1);
-        inflate_block(s, take_bits(s, 2));
+        while ((flags & text) && take_byte(c)) { }
+    const uint64_t crc = crc_32(header, (size_t)(c->data + c->at - header)) & 0xffff;
+    require(c, !(flags & HEADER_CRC) || take_little_endian(c, 2) == crc, "has a header of a wrong CRC");
+    c->member = c->out.size;
+    for (unsigned last = 0; !last && !c->failed;) {
+        last = take_bits(c, 1);
+        inflate_block(c, take_bits(c, 2));
     }
-    s->used = 8;
-    const unsigned char *made = s->out.data + s->member;
-    const size_t size = s->out.size - s->member;
-    require(in, in->failed || take_little_endian(in, 4) == crc_32(0, made, size), "has a wrong CRC");
-    require(in, take_little_endian(in, 4) == (size & 0xffffffff), "has a wrong length");
+    c->bits = 0;
+    const size_t size = c->out.size - c->member;
+    require(c, c->failed || take_little_endian(c, 4) == crc_32(c->out.data + c->member, size),
+            "has a wrong CRC");
+    require(c, take_little_endian(c, 4) == (size & 0xffffffff), "has a wrong length");
 }
 
 int gzip_inflate(const unsigned char *data, size_t size, const char *name, uint64_t most, Bytes *out,
                  Error *error) {
-    Inflater s = {.in = {data, size, 0, name, "gzip", error, 0}, 0, 8, 0, {allocate(1, 1), 0}, most, 0};
-    require(&s.in, size > 0, "is empty, expected a gzip stream");
-    while (!s.in.failed && s.in.at < size) {
-        inflate_member(&s);
-        while (s.in.at < size && data[s.in.at] == 0)   /* padding, as on tapes */
-            s.in.at++;
+    Cursor c = {.data = data, .size = size, .name = name, .part = "gzip", .error = error, .most = most};
+    c.out.data = allocate(1, 1);
+    require(&c, size > 0, "is empty, expected a gzip stream");
+    while (!c.failed && c.at < size) {
+        inflate_member(&c);
+        while (c.at < size && data[c.at] == 0)   /* padding, as on tapes */
+            c.at++;
     }
-    if (s.in.failed && !s.is_full) {
-        free(s.out.data);
-        s.out = (Bytes){NULL, 0};
+    if (c.failed < 0) {
+        free(c.out.data);
+        c.out = (Bytes){NULL, 0};
     }
-    *out = s.out;
-    return s.in.failed && !s.is_full ? -1 : 0;
+    *out = c.out;
+    return c.failed < 0 ? -1 : 0;
 }
 
 /* ---- files ---- */
@@ -314,19 +301,18 @@ static int file_bytes(const char *path, uint64_t most, Bytes *bytes, Error *erro
     Cursor c = {.name = path, .error = error};
     struct stat status = {0};
     *bytes = (Bytes){NULL, 0};
-    const int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    const int is_open = file >= 0 && fstat(file, &status) == 0;
-    require(&c, is_open, "%s", strerror(errno));
+    require_call(&c, stat(path, &status) == 0);
     require(&c, !S_ISDIR(status.st_mode), "is a directory, expected a file");
     require(&c, S_ISREG(status.st_mode), "is a device or a pipe, expected a file");
-    const uint64_t there = c.failed ? 0 : (uint64_t)status.st_size, size = there < most ? there : most;
+    FILE *stream = c.failed ? NULL : fopen(path, "rb");
+    require_call(&c, stream != NULL);
+    const uint64_t there = (uint64_t)status.st_size, size = there < most ? there : most;
     bytes->data = resize(&c, NULL, (size_t)size);
-    for (ssize_t got = 1; got > 0 && !c.failed; bytes->size += got > 0 ? (size_t)got : 0) {
-        got = read(file, bytes->data + bytes->size, (size_t)size - bytes->size);
-        require(&c, got >= 0, "%s", strerror(errno));
-    }
-    if (file >= 0)
-        close(file);
+    if (bytes->data)
+        bytes->size = fread(bytes->data, 1, (size_t)size, stream);
+    require_call(&c, !stream || !ferror(stream));
+    if (stream)
+        fclose(stream);
     if (c.failed) {
         free(bytes->data);
         *bytes = (Bytes){NULL, 0};
@@ -353,46 +339,38 @@ static int file_read(const char *path, uint64_t most, Bytes *bytes, Error *error
     return status;
 }
 
-/* The new name of a file is on the disk when its directory is. A directory that can be written but not read,
- * or a file system that cannot do it (EINVAL), is no failure. `path` is spoilt. */
-static int directory_sync(char *path) {
-    char *slash = strrchr(path, '/');
-    strcpy(slash ? slash + 1 : path, ".");
-    const int file = open(path, O_RDONLY | O_CLOEXEC);
-    const int reason = file >= 0 && fsync(file) != 0 && errno != EINVAL ? errno : 0;
-    if (file >= 0)
-        close(file);
-    return reason;
-}
-
 int file_replace(const char *path, FileWriter write, const void *context, Error *error) {
     char target[PATH_MAX], temporary[PATH_MAX + 32];
     struct stat status;
-    if (!realpath(path, target)) {
-        if (errno != ENOENT || lstat(path, &status) == 0)   /* a link to nothing */
-            return refuse(error, "%s: %s", path, strerror(errno));
+    Cursor c = {.name = path, .error = error};
+    const int is_new = lstat(path, &status) != 0 && errno == ENOENT;
+    require_call(&c, is_new || realpath(path, target));
+    if (is_new)
         snprintf(target, sizeof target, "%s", path);
-    }
     /* A rename would turn /dev/null into a plain file. */
-    if (stat(target, &status) == 0 && !S_ISREG(status.st_mode))
-        return refuse(error, "%s: is not a regular file", path);
+    require(&c, c.failed || stat(target, &status) != 0 || S_ISREG(status.st_mode), "is not a regular file");
+    if (c.failed)
+        return -1;
     snprintf(temporary, sizeof temporary, "%s.tmp.%ld", target, (long)getpid());
     unlink(temporary);   /* whatever has this name was left by a process that is no more */
     const int file = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     FILE *stream = file < 0 ? NULL : fdopen(file, "wb");
-    int reason = stream ? 0 : errno;
+    require_call(&c, stream != NULL);
     errno = 0;
-    if (stream && (write(stream, context) != 0 || fflush(stream) != 0 || fsync(file) != 0))
-        reason = errno ? errno : EIO;
-    if (file >= 0 && (stream ? fclose(stream) : close(file)) != 0 && !reason)
-        reason = errno;
-    if (!reason && rename(temporary, target) != 0)
-        reason = errno;
-    if (reason)
+    require_call(&c, !stream || (write(stream, context) == 0 && fflush(stream) == 0 && fsync(file) == 0));
+    require_call(&c, (stream ? fclose(stream) : file < 0 ? 0 : close(file)) == 0);
+    require_call(&c, c.failed || rename(temporary, target) == 0);
+    if (c.failed) {
         unlink(temporary);
-    else
-        reason = directory_sync(temporary);
-    return reason ? refuse(error, "%s: %s", path, strerror(reason)) : 0;
+        return -1;
+    }
+    /* The new name of a file is on the disk when its directory is. A directory that can be written but not
+     * read, or a file system that cannot do it (EINVAL), is no failure. */
+    const int directory = open(dirname(temporary), O_RDONLY | O_CLOEXEC);
+    require_call(&c, directory < 0 || fsync(directory) == 0 || errno == EINVAL);
+    if (directory >= 0)
+        close(directory);
+    return c.failed;
 }
 
 /* ---- images ---- */
@@ -402,50 +380,49 @@ typedef struct {
     int height, width, channels, is_ppm;
 } Image;
 
-static unsigned char *put_big_endian(unsigned char *at, uint32_t value) {
+static void put_big_endian(FILE *stream, uint32_t value) {
     for (int shift = 24; shift >= 0; shift -= 8)
-        *at++ = (unsigned char)(value >> shift);
-    return at;
+        putc((int)(value >> shift & 255), stream);
 }
 
-static void put_chunk(FILE *stream, const char *type, const unsigned char *data, size_t size) {
-    unsigned char length[4], crc[4];
-    put_big_endian(length, (uint32_t)size);
-    put_big_endian(crc, crc_32(crc_32(0, (const unsigned char *)type, 4), data, size));
-    fwrite(length, 1, 4, stream);
-    fwrite(type, 1, 4, stream);
-    fwrite(data, 1, size, stream);
-    fwrite(crc, 1, 4, stream);
+/* A chunk of a PNG: its type, 4 characters, and its data are chunk[size]. */
+static void put_chunk(FILE *stream, const char *chunk, size_t size) {
+    put_big_endian(stream, (uint32_t)size - 4);
+    fwrite(chunk, 1, size, stream);
+    put_big_endian(stream, crc_32((const unsigned char *)chunk, size));
 }
 
 /* A PNG without compression, since the pixels are few: each row is a deflate block of type "stored". */
 static int write_png(void *stream, const void *context) {
     const Image *image = context;
-    const size_t row = (size_t)image->width * (size_t)image->channels, length = row + 1, inverse = ~length;
-    unsigned char header[13] = {[8] = 8, [9] = image->channels == 3 ? 2 : 0};   /* 8 bits, RGB or grey */
-    put_big_endian(put_big_endian(header, (uint32_t)image->width), (uint32_t)image->height);
-    unsigned char *data = allocate(2 + (row + 6) * (size_t)image->height + 4, 1), *at = data;
-    uint32_t low = 1, high = 0;   /* Adler-32 (RFC 1950) */
-    *at++ = 0x78;
-    *at++ = 0x01;
-    for (int y = 0; y < image->height; y++) {   /* is it the last, length, inverse; 0: no filter; pixels */
-        const size_t block[6] = {y == image->height - 1, length, length >> 8, inverse, inverse >> 8, 0};
-        for (int b = 0; b < 6; b++)
-            at[b] = (unsigned char)block[b];
-        memcpy(at + 6, image->pixels + (size_t)y * row, row);
-        at += 5;
-        for (const unsigned char *end = at + length; at < end; at++) {
-            low = (low + *at) % 65521;
+    const int row = image->width * image->channels, height = image->height, width = image->width;
+    uint32_t low = 1, high = 0;   /* Adler-32 (RFC 1950) of all rows, each with the 0 before it: no filter */
+    char header[18], *chunk = NULL;
+    size_t size = 0;
+    FILE *data = open_memstream(&chunk, &size);
+    if (!data)
+        return -1;
+    fputs("IDAT\x78\x01", data);
+    for (int y = 0; y < height; y++) {
+        const unsigned char *pixels = image->pixels + (size_t)y * (size_t)row;
+        const int length = row + 1, is_last = y == height - 1;
+        fprintf(data, "%c%c%c%c%c%c", is_last, length, length >> 8, ~length, ~length >> 8, 0);
+        fwrite(pixels, 1, (size_t)row, data);
+        for (int i = 0; i < length; i++) {
+            low = (low + (i > 0 ? pixels[i - 1] : 0)) % 65521;
             high = (high + low) % 65521;
         }
     }
-    at = put_big_endian(at, high << 16 | low);
-    fwrite("\x89PNG\r\n\x1a\n", 1, 8, stream);
-    put_chunk(stream, "IHDR", header, 13);
-    put_chunk(stream, "IDAT", data, (size_t)(at - data));
-    put_chunk(stream, "IEND", data, 0);
-    free(data);
-    return ferror((FILE *)stream);
+    put_big_endian(data, high << 16 | low);
+    const int status = fclose(data);
+    sprintf(header, "IHDR%c%c%c%c%c%c%c%c\x08%c%c%c%c", width >> 24, width >> 16, width >> 8, width,
+            height >> 24, height >> 16, height >> 8, height, image->channels == 3 ? 2 : 0, 0, 0, 0);
+    fputs("\x89PNG\r\n\x1a\n", stream);
+    put_chunk(stream, header, 17);
+    put_chunk(stream, chunk, size);
+    put_chunk(stream, "IEND", 4);
+    free(chunk);
+    return status || ferror((FILE *)stream);
 }
 
 static int write_netpbm(void *stream, const void *context) {
@@ -459,74 +436,179 @@ static int write_netpbm(void *stream, const void *context) {
 }
 
 int image_path_check(const char *path, int channels, Error *error) {
-    const int is_pgm = has_extension(path, ".pgm");
-    if (is_pgm && channels != 1)
-        return refuse(error, "%s: a .pgm holds grey images only, expected .png or .ppm for colour", path);
-    if (is_pgm || has_extension(path, ".png") || has_extension(path, ".ppm"))
-        return 0;
-    return refuse(error, "%s: unknown kind of image, expected a name that ends in .png, .pgm or .ppm", path);
+    Cursor c = {.name = path, .error = error};
+    const int is_pgm = has_extension(path, ".pgm"), is_ppm = has_extension(path, ".ppm");
+    require(&c, is_pgm || is_ppm || has_extension(path, ".png"),
+            "unknown kind of image, expected a name that ends in .png, .pgm or .ppm");
+    require(&c, !is_pgm || channels == 1, "a .pgm holds grey images only, expected .png or .ppm for colour");
+    return c.failed;
 }
 
 int image_write(const char *path, const unsigned char *pixels, int height, int width, int channels,
                 Error *error) {
     const Image image = {pixels, height, width, channels, has_extension(path, ".ppm")};
+    Cursor c = {.name = path, .error = error};
     assert(height > 0 && width > 0 && (channels == 1 || channels == 3));
-    if ((double)width * channels > 65534 || (double)height * width * 3 > 2e9)
-        return refuse(error, "%s: an image of %d x %d pixels is too large", path, width, height);
-    return image_path_check(path, channels, error) ||
+    require(&c, (double)width * channels <= 65534 && (double)height * width * 3 <= 2e9,
+            "an image of %d x %d pixels is too large", width, height);
+    return c.failed || image_path_check(path, channels, error) ||
            file_replace(path, has_extension(path, ".png") ? write_png : write_netpbm, &image, error) ? -1 : 0;
 }
 
 unsigned char *image_grid(const unsigned char *images, int count, int columns, int height, int width,
                           int channels, int *grid_height, int *grid_width) {
+    const int gap = 2, across = columns > count ? count : columns, rows = (count + across - 1) / across;
     assert(count > 0 && columns > 0);
-    columns = columns > count ? count : columns;
-    const int rows = (count + columns - 1) / columns, gap = 2;
     *grid_height = rows * (height + gap) + gap;
-    *grid_width = columns * (width + gap) + gap;
+    *grid_width = across * (width + gap) + gap;
     const size_t row = (size_t)width * (size_t)channels, grid_row = (size_t)*grid_width * (size_t)channels;
     unsigned char *grid = allocate((size_t)*grid_height, grid_row);
     memset(grid, 255, (size_t)*grid_height * grid_row);
-    for (int i = 0; i < count; i++) {
-        const int top = gap + i / columns * (height + gap), left = gap + i % columns * (width + gap);
-        unsigned char *corner = grid + (size_t)top * grid_row + (size_t)(left * channels);
-        for (int y = 0; y < height; y++, images += row)
-            memcpy(corner + (size_t)y * grid_row, images, row);
+    for (int i = 0; i < count * height; i++, images += row) {
+        const int x = gap + i / height % across * (width + gap);
+        const int y = gap + i / height / across * (height + gap) + i % height;
+        memcpy(grid + (size_t)y * grid_row + (size_t)(x * channels), images, row);
     }
     return grid;
 }
 
-/* ---- drawing ---- */
+/* ---- charts ---- */
 
-/* An image [height, width, channels] on white (255) or black (0). Pixel (x, y) is centred on (x, y). */
-typedef struct {
-    unsigned char *pixels;
-    int height, width, channels, background;
-} Canvas;
+enum { CHART_WIDTH = 640, PLOT_X = 62, PLOT_Y = 56, PLOT_WIDTH = 552, PLOT_HEIGHT = 290 };
 
-static int clamp(double value, int most) { return (int)fmin(fmax(value, 0), most); }
+/* Values from `low` to `high` go over `length` units of the picture, beginning at `from`. */
+typedef struct { double low, high, step, from, length; } Axis;
 
-/* A line with round ends and soft edges. The values of a pixel go from the background towards the colour by
- * how much of it is covered, and never back, so that the joints of a long curve do not show. */
-static void draw_line(const Canvas *canvas, double x0, double y0, double x1, double y1, double radius,
-                      const unsigned char *colour) {
-    const double along_x = x1 - x0, along_y = y1 - y0, square = along_x * along_x + along_y * along_y;
-    const int left = clamp(fmin(x0, x1) - radius, canvas->width);
-    const int right = clamp(fmax(x0, x1) + radius + 2, canvas->width);
-    const int bottom = clamp(fmax(y0, y1) + radius + 2, canvas->height);
-    for (int y = clamp(fmin(y0, y1) - radius, canvas->height); y < bottom; y++)
-        for (int x = left; x < right; x++) {
-            const double along = square > 0 ? ((x - x0) * along_x + (y - y0) * along_y) / square : 0;
-            const double part = fmin(fmax(along, 0), 1);
-            const double across_x = x - x0 - part * along_x, across_y = y - y0 - part * along_y;
-            const double cover = fmin(radius + 0.5 - sqrt(across_x * across_x + across_y * across_y), 1);
-            unsigned char *pixel = canvas->pixels + (y * (ptrdiff_t)canvas->width + x) * canvas->channels;
-            for (int c = 0; c < canvas->channels && cover > 0; c++) {
-                const int ground = canvas->background, moved = (int)lround(cover * (colour[c] - ground));
-                if (abs(moved) > abs(pixel[c] - ground))
-                    pixel[c] = (unsigned char)(ground + moved);
-            }
+static double axis_place(const Axis *a, double value) {
+    return a->from + (value - a->low) / (a->high - a->low) * a->length;
+}
+
+/* Widen an axis, above all one too short to be labelled; its step is 1, 2 or 5 times a power of ten. */
+static void axis_divide(Axis *a, double margin, int most_steps) {
+    const double size = 1e-6 + fabs(a->low) + fabs(a->high), range = a->high - a->low;
+    margin = range > 1e-6 * size ? margin * range : 0.05 * size;
+    a->low -= margin;
+    a->high += margin;
+    const double step = (a->high - a->low) / most_steps, power = pow(10, floor(log10(step)));
+    a->step = power * (step <= power ? 1 : step <= 2 * power ? 2 : step <= 5 * power ? 5 : 10);
+}
+
+/* The value of a curve (side 0), or an edge of its band (1: above, -1: below); NAN where it is not drawn. */
+static double curve_value(const Curve *c, int i, int side) {
+    const double error = c->error && isfinite(c->error[i]) ? c->error[i] : 0, y = c->y[i] + side * error;
+    return fabs(c->x[i]) < 1e30 && fabs(c->y[i]) + error < 1e30 ? y : NAN;
+}
+
+/* The axes hold all curves, with one exception. A loss falls so far in its first steps that its end would
+ * look flat: where the first tenth, or a single point, would take most of the height, it is cut off. */
+static void choose_axes(const Curve *curves, int count, Axis *across, Axis *up) {
+    double late = -INFINITY;
+    *across = (Axis){INFINITY, -INFINITY, 0, PLOT_X, PLOT_WIDTH};
+    *up = (Axis){INFINITY, -INFINITY, 0, PLOT_Y + PLOT_HEIGHT, -PLOT_HEIGHT};
+    for (int i = 0; i < 2 * count; i++)   /* twice: the second time it is known where the first tenth ends */
+        for (int k = 0; k < curves[i % count].count; k++) {
+            const Curve *c = &curves[i % count];
+            const double high = curve_value(c, k, 1), x = isnan(high) ? NAN : c->x[k];
+            across->low = fmin(across->low, x);   /* which is not NAN when the other is */
+            across->high = fmax(across->high, x);
+            up->low = fmin(up->low, curve_value(c, k, -1));
+            up->high = fmax(up->high, high);
+            if (i >= count && x >= across->low + (across->high - across->low) / 10)
+                late = fmax(late, k > 0 ? fmin(high, curve_value(c, k - 1, 1)) : high);
         }
+    if (up->high - up->low > 2.5 * (late - up->low))
+        up->high = late;
+    axis_divide(across, 0, 6);
+    axis_divide(up, 0.04, 10);
+}
+
+void put_escaped(FILE *out, const char *text) {
+    char shown[512];
+    for (const char *at = printable(text, shown, sizeof shown); *at; at++)
+        fprintf(out, strchr("<>&'\"", *at) ? "&#%d;" : "%c", *at);
+}
+
+static void put_text(FILE *out, double x, double y, const char *anchor, const char *text) {
+    fprintf(out, "<text x='%.1f' y='%.1f' text-anchor='%s'>", x, y, anchor);
+    put_escaped(out, text);
+    fputs("</text>\n", out);
+}
+
+/* Grid lines and their labels, with the decimals that the step needs. */
+static void put_grid(FILE *out, const Axis *a) {
+    const int decimals = (int)fmax(0, -floor(log10(a->step) + 1e-9)), is_up = a->length < 0;
+    const double first = ceil(a->low / a->step - 1e-9), last = floor(a->high / a->step + 1e-9);
+    for (int i = 0; i <= last - first; i++) {
+        const double value = (first + i) * a->step, at = axis_place(a, value);
+        char label[64];
+        snprintf(label, sizeof label, "%.*f", decimals, value);
+        const double x = is_up ? PLOT_X : at, y = is_up ? at : PLOT_Y + PLOT_HEIGHT;
+        fprintf(out, "<path class='grid' d='M%.1f %.1f%c%d'/>", x, y, is_up ? 'h' : 'v',
+                is_up ? PLOT_WIDTH : -PLOT_HEIGHT);
+        put_text(out, is_up ? x - 7 : x, is_up ? y + 5 : y + 20, is_up ? "end" : "middle", label);
+    }
+}
+
+/* Points of a curve, or of an edge of its band; the lower edge goes back. A point is left out where it would
+ * change no pixel: in a column, half a unit wide, among those drawn already. */
+static void put_points(FILE *out, const Axis *across, const Axis *up, const Curve *c, int side) {
+    double column = -1, top = 0, bottom = 0, x = -1, y = 0;
+    for (int k = 0; k < c->count; k++) {
+        const int i = side < 0 ? c->count - 1 - k : k;
+        const double value = curve_value(c, i, side);
+        if (isnan(value))
+            continue;
+        x = axis_place(across, c->x[i]);
+        y = fmin(fmax(axis_place(up, value), -999), 1999);
+        const int is_new = floor(2 * x) != column;
+        if (!is_new && y > top - 0.5 && y < bottom + 0.5)
+            continue;
+        column = floor(2 * x);
+        top = is_new ? y : fmin(top, y);
+        bottom = is_new ? y : fmax(bottom, y);
+        fprintf(out, "%.1f,%.1f ", x, y);
+    }
+    if (x >= 0)
+        fprintf(out, "%.1f,%.1f ", x, y);   /* the true end; of one point it makes a line, which is a dot */
+}
+
+void chart_svg(FILE *out, const char *title, const char *x_label, const char *y_label, const Curve *curves,
+               int count) {
+    enum { COLOURS = 6 };
+    static const char style[] =   /* the names are for a whole page, on which there may be many charts */
+        "<style>.chart{background:#fff;color:#222;font:15px sans-serif}.chart text{fill:currentColor}\n"
+        ".chart polyline,.chart path{fill:none;stroke:currentColor;stroke-width:2;stroke-linecap:round;"
+        "stroke-linejoin:round}\n.chart polygon{fill:currentColor;opacity:.22}"
+        ".chart .grid{stroke-width:.6;opacity:.35}.chart .title{font-size:18px;font-weight:bold}\n"
+        ".chart .c0{color:#0a62c4}.chart .c1{color:#c2410c}.chart .c2{color:#15803d}"
+        ".chart .c3{color:#8e24aa}.chart .c4{color:#946200}.chart .c5{color:#0e7490}\n"
+        "@media(prefers-color-scheme:dark){.chart{background:#15171b;color:#ddd}"
+        ".chart .c0{color:#6cb2ff}.chart .c1{color:#ff9a5c}.chart .c2{color:#5fd38a}"
+        ".chart .c3{color:#d99bf0}.chart .c4{color:#e3bd55}.chart .c5{color:#5fd0e6}}</style>\n";
+    const int bottom = PLOT_Y + PLOT_HEIGHT + 42;
+    Axis across, up;
+    choose_axes(curves, count, &across, &up);
+    fprintf(out, "<svg xmlns='http://www.w3.org/2000/svg' class='chart' viewBox='0 0 %d %d'>\n%s",
+            CHART_WIDTH, bottom + 14 + 22 * count, style);
+    put_text(out, PLOT_X, 22, "start' class='title", title);
+    put_text(out, PLOT_X, 45, "start", y_label);
+    put_text(out, PLOT_X + PLOT_WIDTH / 2.0, bottom, "middle", x_label);
+    put_grid(out, &across);
+    put_grid(out, &up);
+    for (int i = 0; i < count; i++) {   /* a line of the legend; an svg in the svg cuts off what leaves it */
+        const int y = bottom + 24 + 22 * i;
+        fprintf(out, "<g class='c%d' stroke-dasharray='%d'><path d='M%d %dh24'/>", i % COLOURS,
+                i / COLOURS * 7, PLOT_X, y - 5);
+        fprintf(out, "<svg x='%d' y='%d' width='%d' height='%d' viewBox='%d %d %d %d'><polygon points='",
+                PLOT_X, PLOT_Y, PLOT_WIDTH, PLOT_HEIGHT, PLOT_X, PLOT_Y, PLOT_WIDTH, PLOT_HEIGHT);
+        for (int side = 1; side >= -1 && curves[i].error; side -= 2)
+            put_points(out, &across, &up, &curves[i], side);
+        fputs("'/><polyline points='", out);
+        put_points(out, &across, &up, &curves[i], 0);
+        fputs("'/></svg></g>\n", out);
+        put_text(out, PLOT_X + 32, y, "start", curves[i].name);
+    }
+    fputs("</svg>\n", out);
 }
 
 /* ---- built-in digits ---- */
@@ -562,12 +644,13 @@ typedef struct {
  * put into the middle, as the images of MNIST were, and moved a little. */
 static Glyph digit_glyph(RandomStream stream, uint32_t index) {
     static const signed char variants[10] = {0, 10, 11, 3, 12, 5, 6, 13, 8, 9};
-    const int digit = (int)(index % 10), glyph = random_uniform(stream, 0) < 0.35 ? variants[digit] : digit;
-    const double narrow = 0.6 + 0.4 * random_uniform(stream, 1), tall = 16 + 3 * random_uniform(stream, 4);
-    const double slant = 0.5 * random_uniform(stream, 2) - 0.1, turn = 0.4 * random_uniform(stream, 3) - 0.2;
-    Glyph g = {.radius = 0.8 + 0.8 * random_uniform(stream, 7)};
-    double low[2] = {1e9, 1e9}, high[2] = {-1e9, -1e9};
-    uint32_t position = 8;
+    double low[2] = {1e9, 1e9}, high[2] = {-1e9, -1e9}, random[8];
+    uint32_t position = 0;
+    for (; position < 8; position++)
+        random[position] = random_uniform(stream, position);
+    const int digit = (int)(index % 10), glyph = random[0] < 0.35 ? variants[digit] : digit;
+    const double narrow = 0.6 + 0.4 * random[1], slant = 0.5 * random[2] - 0.1, turn = 0.4 * random[3] - 0.2;
+    Glyph g = {.radius = 0.8 + 0.8 * random[7]};
     for (const signed char *p = glyphs[glyph]; *p != END; p += 2, g.count++) {
         const int i = g.count, lifted = *p == PEN_UP;
         p += lifted;
@@ -585,19 +668,37 @@ static Glyph digit_glyph(RandomStream stream, uint32_t index) {
             high[axis] = fmax(high[axis], g.at[axis][i]);
         }
     }
-    const double scale = tall / fmax(high[1] - low[1], high[0] - low[0]);
-    for (uint32_t axis = 0; axis < 2; axis++) {
-        const double middle = (DIGIT_SIZE - 1) / 2.0 + 3 * (random_uniform(stream, 5 + axis) - 0.5);
+    const double scale = (16 + 3 * random[4]) / fmax(high[1] - low[1], high[0] - low[0]);
+    for (int axis = 0; axis < 2; axis++)
         for (int i = 0; i < g.count; i++)
-            g.at[axis][i] = middle + scale * (g.at[axis][i] - (low[axis] + high[axis]) / 2);
-    }
+            g.at[axis][i] = (DIGIT_SIZE - 1) / 2.0 + 3 * (random[5 + axis] - 0.5) +
+                            scale * (g.at[axis][i] - (low[axis] + high[axis]) / 2);
     return g;
+}
+
+/* A white line with round ends and soft edges. Pixel (x, y) is centred on (x, y); it only brightens, so that
+ * the joints of a long curve do not show. */
+static void draw_line(unsigned char *pixels, const double from[2], const double to[2], double radius) {
+    const double along_x = to[0] - from[0], along_y = to[1] - from[1];
+    const double square = along_x * along_x + along_y * along_y;
+    int first[2], end[2];
+    for (int axis = 0; axis < 2; axis++) {
+        first[axis] = (int)fmax(fmin(from[axis], to[axis]) - radius, 0);
+        end[axis] = (int)fmin(fmax(from[axis], to[axis]) + radius + 2, DIGIT_SIZE);
+    }
+    for (int y = first[1]; y < end[1]; y++)
+        for (int x = first[0]; x < end[0]; x++) {
+            const double along = (x - from[0]) * along_x + (y - from[1]) * along_y;
+            const double part = square > 0 ? fmin(fmax(along / square, 0), 1) : 0;
+            const double across_x = x - from[0] - part * along_x, across_y = y - from[1] - part * along_y;
+            const double cover = fmin(radius + 0.5 - sqrt(across_x * across_x + across_y * across_y), 1);
+            unsigned char *pixel = pixels + y * DIGIT_SIZE + x;
+            *pixel = (unsigned char)fmax(*pixel, (double)lround(255 * cover));
+        }
 }
 
 static void digit_draw(uint64_t seed, Split split, uint32_t index, unsigned char *out) {
     enum { PIECES = 5 };
-    static const unsigned char white[1] = {255};
-    const Canvas canvas = {out, DIGIT_SIZE, DIGIT_SIZE, 1, 0};
     const Glyph g = digit_glyph(random_stream(seed, RANDOM_GLYPHS, (uint32_t)split, index), index);
     memset(out, 0, DIGIT_SIZE * DIGIT_SIZE);
     for (int i = 0; i + 1 < g.count; i++) {
@@ -612,56 +713,29 @@ static void digit_draw(uint64_t seed, Split split, uint32_t index, unsigned char
                 const double *p = g.at[axis];
                 to[axis] = a * p[before] + b * p[i] + c * p[i + 1] + d * p[after];
             }
-            draw_line(&canvas, from[0], from[1], to[0], to[1], g.radius, white);
+            draw_line(out, from, to, g.radius);
             memcpy(from, to, sizeof from);
         }
     }
-}
-
-/* ---- charts ---- */
-
-void chart_draw(const Curve *curves, int curve_count, unsigned char *pixels, int height, int width) {
-    static const unsigned char grey[3] = {210, 210, 210};
-    const Canvas canvas = {pixels, height, width, 3, 255};
-    double low[2] = {INFINITY, INFINITY}, high[2] = {-INFINITY, -INFINITY}, at[4];
-    memset(pixels, 255, (size_t)height * (size_t)width * 3);
-    for (int i = 0; i < 2 * curve_count; i++)
-        for (int k = 0; k < curves[i / 2].count; k++) {
-            const double value = curves[i / 2].at[i % 2][k];
-            low[i % 2] = isfinite(value) ? fmin(low[i % 2], floor(value)) : low[i % 2];
-            high[i % 2] = isfinite(value) ? fmax(high[i % 2], floor(value) + 1) : high[i % 2];
-        }
-    const double across = (width - 1) / (high[0] - low[0]), down = (1 - height) / (high[1] - low[1]);
-    const double from[2] = {0, height - 1}, scale[2] = {across, down};
-    for (int i = 0; i <= high[1] - low[1] && high[1] - low[1] < height; i++)
-        draw_line(&canvas, 0, from[1] + i * scale[1], width, from[1] + i * scale[1], 0, grey);
-    for (const Curve *c = curves; c < curves + curve_count; c++)
-        for (int k = 0; k < c->count; k++) {
-            for (int j = 0; j < 4; j++)   /* x and y of the last point and of this one */
-                at[j] = from[j % 2] + (c->at[j % 2][j < 2 && k > 0 ? k - 1 : k] - low[j % 2]) * scale[j % 2];
-            if (isfinite(at[0] + at[1] + at[2] + at[3]))
-                draw_line(&canvas, at[0], at[1], at[2], at[3], 0.7, c->colour);
-        }
 }
 
 /* ---- data sets ---- */
 
 enum { SIDE = 32, PLANE = SIDE * SIDE, RECORD = 1 + 3 * PLANE, MOST_RECORDS = 10000 };   /* CIFAR-10 */
 
-/* An IDX header: big-endian magic number, count, height, width. Returns the size of a whole file with this
- * header, or of the header alone where it is wrong. */
-static uint64_t idx_header(Cursor *c, uint32_t header[4]) {
-    memset(header, 0, 4 * sizeof *header);
-    for (int i = 0; i < 16 && c->at < c->size; i++)
-        header[i / 4] = header[i / 4] << 8 | take_byte(c);
-    const int is_header = c->at == 16 && header[0] == 0x803 && header[2] - 1 < 32768 && header[3] - 1 < 32768;
-    return 16 + (is_header ? (uint64_t)header[1] * header[2] * header[3] : 0);
+/* An IDX header: big-endian magic number, count, height, width. Returns the bytes of pixels that it promises,
+ * 0 where it is wrong. */
+static uint64_t idx_header(const Bytes *bytes, uint32_t header[4]) {
+    for (size_t i = 0; i < 16; i++)
+        header[i / 4] = header[i / 4] << 8 | (i < bytes->size ? bytes->data[i] : 0);
+    const int is_header = header[0] == 0x803 && header[2] - 1 < 32768 && header[3] - 1 < 32768;
+    return is_header ? (uint64_t)header[1] * header[2] * header[3] : 0;
 }
 
 int idx_parse(Bytes *bytes, const char *name, Dataset *dataset, Error *error) {
-    uint32_t header[4];
-    Cursor c = {bytes->data, bytes->size, 0, name, NULL, error, 0};
-    const uint64_t promised = idx_header(&c, header) - 16, held = bytes->size - c.at;
+    uint32_t header[4] = {0};
+    Cursor c = {.name = name, .error = error};
+    const uint64_t promised = idx_header(bytes, header), held = bytes->size - 16;
     require(&c, bytes->size >= 16, "holds %zu bytes, expected an IDX header of 16", bytes->size);
     require(&c, header[0] == 0x803, "magic number 0x%08x, expected 0x00000803 (IDX images)",
             (unsigned)header[0]);
@@ -682,7 +756,7 @@ int idx_parse(Bytes *bytes, const char *name, Dataset *dataset, Error *error) {
 int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *error) {
     Cursor c = {.name = name, .error = error};
     const size_t count = bytes->size / RECORD, had = dataset->count;
-    require(&c, bytes->size <= (size_t)MOST_RECORDS * RECORD, "holds more than the 10,000 images of a batch");
+    require(&c, count <= MOST_RECORDS, "holds more than the 10,000 images of a batch");
     require(&c, count > 0 && bytes->size % RECORD == 0,
             "holds %zu bytes, expected a multiple of 3,073 (a label, 32 x 32 x 3 pixels)", bytes->size);
     for (size_t i = 0; i < count && !c.failed; i++)
@@ -695,47 +769,42 @@ int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *e
     dataset->count = (uint32_t)(had + count);
     dataset->height = dataset->width = SIDE;
     dataset->channels = 3;
-    for (size_t i = 0; i < count * PLANE; i++)
-        for (size_t channel = 0; channel < 3; channel++)
-            pixels[3 * (had * PLANE + i) + channel] =
-                bytes->data[i / PLANE * RECORD + 1 + channel * PLANE + i % PLANE];
+    pixels += had * 3 * PLANE;
+    for (size_t i = 0; i < count * 3 * PLANE; i++)   /* from planes to pixels */
+        pixels[i] = bytes->data[i / (3 * PLANE) * RECORD + 1 + i % 3 * PLANE + i / 3 % PLANE];
     return 0;
 }
 
-/* Add the images of a file, reading no more of it than its header promises. */
+/* Add the images of a file, reading hardly more of it than its header promises or a batch holds. */
 static int dataset_read(Dataset *dataset, const char *path, int is_mnist, Error *error) {
-    uint32_t header[4];
-    uint64_t most = is_mnist ? 16 : (uint64_t)MOST_RECORDS * RECORD + 1;   /* one more than allowed */
+    uint64_t most = (uint64_t)(MOST_RECORDS + 1) * RECORD;
+    uint32_t header[4] = {0};
     Bytes bytes;
-    int status = file_read(path, most, &bytes, error);
-    if (status == 0 && is_mnist) {
-        most = idx_header(&(Cursor){.data = bytes.data, .size = bytes.size}, header) + 1;
+    if (is_mnist) {
+        if (file_read(path, 16, &bytes, error))
+            return -1;
+        most = 16 + idx_header(&bytes, header) + 1;
         free(bytes.data);
-        status = file_read(path, most, &bytes, error);
     }
-    if (status == 0)
-        status = is_mnist ? idx_parse(&bytes, path, dataset, error)
-                          : cifar_parse(&bytes, path, dataset, error);
+    if (file_read(path, most, &bytes, error))
+        return -1;
+    const int status = is_mnist ? idx_parse(&bytes, path, dataset, error)
+                                : cifar_parse(&bytes, path, dataset, error);
     free(bytes.data);
     return status;
 }
 
 /* Add the images of DIRECTORY/NAME or DIRECTORY/NAME.gz. Where neither is there, nothing is added. */
 static int dataset_add(Dataset *dataset, const char *where, const char *name, int is_mnist, Error *error) {
-    char path[PATH_MAX + 64];
-    int status = 0, is_read = 0;
-    for (int packed = 0; packed < 2 && status == 0; packed++) {
-        snprintf(path, sizeof path, "%s/%s%s", where, name, packed ? ".gz" : "");
-        if (access(path, F_OK) != 0 && errno == ENOENT)
-            continue;
-        if (is_read) {
-            refuse(error, "%s: is not read, since %s is there too", path, name);
-            fprintf(stderr, "diffenc: %s\n", error->text);
-        } else
-            status = dataset_read(dataset, path, is_mnist, error);
-        is_read = 1;
+    char plain[PATH_MAX + 64], packed[PATH_MAX + 68];
+    snprintf(plain, sizeof plain, "%s/%s", where, name);
+    snprintf(packed, sizeof packed, "%s.gz", plain);
+    const int is_plain = access(plain, F_OK) == 0 || errno != ENOENT, is_packed = access(packed, F_OK) == 0;
+    if (is_plain && is_packed) {
+        require(&(Cursor){.name = packed, .error = error}, 0, "is not read, since %s is there too", name);
+        fprintf(stderr, "diffenc: %s\n", error->text);
     }
-    return status;
+    return is_plain || is_packed ? dataset_read(dataset, is_plain ? plain : packed, is_mnist, error) : 0;
 }
 
 int dataset_open(Dataset *dataset, const char *where, Split split, uint64_t seed, Error *error) {
@@ -744,18 +813,18 @@ int dataset_open(Dataset *dataset, const char *where, Split split, uint64_t seed
          "data_batch_4.bin", "data_batch_5.bin"}, {"t10k-images-idx3-ubyte", "test_batch.bin"},
     };
     const int is_test = split == SPLIT_TEST, is_digits = strcmp(where, "digits") == 0;
+    Cursor c = {.name = where, .error = error};
     *dataset = (Dataset){.split = split};
     if (is_digits)
         *dataset = (Dataset){is_test ? 10000 : 60000, DIGIT_SIZE, DIGIT_SIZE, 1, NULL, split, seed};
-    int failed = !is_digits && access(where, F_OK) != 0 ? refuse(error, "%s: %s", where, strerror(errno)) : 0;
-    for (int i = 0; names[is_test][i] && dataset->channels != 1 && !failed; i++)
-        failed = dataset_add(dataset, where, names[is_test][i], i == 0, error);
-    if (!dataset->count && !failed)
-        failed = refuse(error, "%s: holds neither %s (MNIST) nor %s (CIFAR-10), plain or with .gz", where,
-                        names[is_test][0], is_test ? "test_batch.bin" : "data_batch_1.bin to ..5.bin");
-    if (failed)
+    require_call(&c, is_digits || access(where, F_OK) == 0);
+    for (int i = 0; names[is_test][i] && dataset->channels != 1 && !c.failed; i++)
+        c.failed = dataset_add(dataset, where, names[is_test][i], i == 0, error);
+    require(&c, dataset->count > 0, "holds neither %s (MNIST) nor %s (CIFAR-10), plain or with .gz",
+            names[is_test][0], is_test ? "test_batch.bin" : "data_batch_1.bin to ..5.bin");
+    if (c.failed)
         dataset_close(dataset);
-    return failed;
+    return c.failed;
 }
 
 void dataset_close(Dataset *dataset) {
@@ -888,7 +957,7 @@ static int take_integers(Cursor *c, int64_t *values, int most) {
         int64_t value = 0;
         accept(c, ' ');
         const size_t start = c->at;
-        for (; c->at < c->size && isdigit(c->data[c->at]); c->at++)
+        for (; c->at < c->size && isdigit(c->data[c->at]) && !c->failed; c->at++)
             if (require(c, value < INT64_MAX / 10, "the number is too large"))
                 value = 10 * value + (c->data[c->at] - '0');
         require(c, c->at > start, "expected a whole number that is not negative");
@@ -901,9 +970,10 @@ static int take_integers(Cursor *c, int64_t *values, int most) {
 static const char *const TYPE_NAMES[TYPE_OTHER] = {"U8", "F32", "F64"};
 static const unsigned char TYPE_SIZES[TYPE_OTHER] = {1, 4, 8};
 
-/* {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, whose data lie in data[size]. */
-static TensorEntry take_tensor(Cursor *c, const char *name, const unsigned char *data, size_t size) {
-    TensorEntry entry = {.name = name, .rank = -1, .count = 1};
+/* {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}. The tensors read so far need `*needed` bytes of
+ * data; while that is more than there are, the file is truncated and they have no place. */
+static TensorEntry take_tensor(Cursor *c, const char *name, const Bytes *data, uint64_t *needed) {
+    TensorEntry entry = {.name = name, .rank = -1, .count = 1, .data = data->data};
     int64_t offsets[2] = {0};
     int offset_count = -1;
     const char *type = "";
@@ -918,25 +988,23 @@ static TensorEntry take_tensor(Cursor *c, const char *name, const unsigned char 
         else
             require(c, 0, "expected each of dtype, shape and data_offsets once");
     }
-    if (!require(c, *type && entry.rank >= 0 && offset_count == 2, "expected dtype, shape, two data_offsets"))
-        return entry;
+    require(c, *type && entry.rank >= 0 && offset_count == 2, "expected dtype, shape, two data_offsets");
     while (entry.type < TYPE_OTHER && strcmp(type, TYPE_NAMES[entry.type]) != 0)
         entry.type++;
-    const size_t each = entry.type < TYPE_OTHER ? TYPE_SIZES[entry.type] : 1;
+    const int is_other = entry.type == TYPE_OTHER;
+    const size_t each = is_other ? 1 : TYPE_SIZES[entry.type];
     for (int i = 0; i < entry.rank; i++) {
         const size_t length = (size_t)entry.shape[i];
         require(c, !length || entry.count <= SIZE_MAX / each / length, "the shape is too large");
         entry.count *= length;
     }
     const uint64_t begin = (uint64_t)offsets[0], end = (uint64_t)offsets[1];
-    if (require(c, begin <= end && end <= size, "data_offsets leave the file")) {
-        entry.data = data + begin;
-        entry.size = (size_t)(end - begin);
-    }
+    entry.size = (size_t)(end - begin);
     /* Of another type no more is known than that an element has at least one bit. */
-    const int is_other = entry.type == TYPE_OTHER;
-    require(c, is_other ? entry.count / 8 <= entry.size : entry.size == entry.count * each,
-            "data_offsets do not fit the shape");
+    const int fits = is_other ? entry.count / 8 <= entry.size : entry.size == entry.count * each;
+    require(c, begin <= end && fits, "data_offsets do not fit the shape");
+    *needed = end > *needed ? end : *needed;
+    entry.data += *needed <= data->size ? begin : 0;
     return entry;
 }
 
@@ -958,56 +1026,65 @@ static void sort_names(Cursor *c, void *items, int count, size_t size) {
         require(c, compare_names(item, item + size) != 0, "the name %s is there twice", *(char **)item);
 }
 
-static void take_header(Cursor *c, TensorFile *file, const unsigned char *data, size_t size) {
-    const size_t pair = 2 * sizeof *file->metadata;
+static void take_metadata(Cursor *c, TensorFile *file) {
+    for (int i = 0; next_item(c, "{}", i); i++) {
+        const char *key = take_key(c), *pair[2] = {key, take_string(c)};
+        file->metadata = array_grow(c, file->metadata, (size_t)file->metadata_count, sizeof pair);
+        if (!c->failed)
+            memcpy(file->metadata + 2 * file->metadata_count++, pair, sizeof pair);
+    }
+}
+
+static void take_header(Cursor *c, TensorFile *file, const Bytes *data) {
+    const size_t before = (size_t)(data->data - file->bytes.data);
+    uint64_t needed = 0;
     int metadata_seen = 0;
     for (int i = 0; next_item(c, "{}", i); i++) {
         const char *name = take_key(c);
-        const int is_metadata = strcmp(name, "__metadata__") == 0;
-        require(c, !is_metadata || !metadata_seen++, "a second __metadata__");
-        for (int k = 0; is_metadata && next_item(c, "{}", k); k++) {
-            const char *key = take_key(c), *value = take_string(c);
-            file->metadata = array_grow(c, file->metadata, (size_t)file->metadata_count, pair);
-            if (c->failed)
-                return;
-            file->metadata[2 * file->metadata_count] = key;
-            file->metadata[2 * file->metadata_count++ + 1] = value;
-        }
-        if (is_metadata)
+        if (strcmp(name, "__metadata__") == 0) {
+            require(c, !metadata_seen++, "a second __metadata__");
+            take_metadata(c, file);
             continue;
-        const TensorEntry entry = take_tensor(c, name, data, size);
+        }
+        const TensorEntry entry = take_tensor(c, name, data, &needed);
         file->tensors = array_grow(c, file->tensors, (size_t)file->tensor_count, sizeof entry);
         if (!c->failed)
             file->tensors[file->tensor_count++] = entry;
     }
     accept(c, ' ');
-    if (!require(c, c->at == c->size, "expected only spaces after the header"))
-        return;
+    require(c, c->at == c->size, "expected only spaces after the header");
     c->part = NULL;   /* from here on, messages tell of the whole */
+    require(c, needed <= data->size, "is truncated, holds %zu of %" PRIu64 " bytes", before + data->size,
+            before + needed);
     qsort(file->tensors, (size_t)file->tensor_count, sizeof *file->tensors, compare_places);
-    const unsigned char *end = data;
-    for (const TensorEntry *e = file->tensors; e < file->tensors + file->tensor_count; e++) {
+    const unsigned char *end = data->data;
+    for (const TensorEntry *e = file->tensors; e < file->tensors + file->tensor_count && !c->failed; e++) {
         require(c, e->data == end, "tensor %s: its data %s", e->name,
                 e->data < end ? "overlap those of another" : "leave a gap before them");
-        end = e->data + e->size;
+        end += e->size;
     }
-    require(c, end == data + size, "%td bytes at its end belong to no tensor", data + size - end);
-    sort_names(c, file->metadata, file->metadata_count, pair);
+    require(c, needed == data->size, "%" PRIu64 " bytes at its end belong to no tensor", data->size - needed);
+    sort_names(c, file->metadata, file->metadata_count, 2 * sizeof *file->metadata);
     sort_names(c, file->tensors, file->tensor_count, sizeof *file->tensors);
 }
 
 int tensors_parse(Bytes bytes, const char *name, TensorFile *file, Error *error) {
     enum { LONGEST = 100000000 };   /* the limit of the format's own implementation */
-    Cursor c = {bytes.data, bytes.size, 0, name, NULL, error, 0};
+    Cursor c = {.data = bytes.data, .size = bytes.size, .name = name, .error = error};
     *file = (TensorFile){bytes, allocate(1, sizeof(TensorEntry)), 0, allocate(2, sizeof(char *)), 0};
-    require(&c, bytes.size >= 8, "holds %d bytes, expected a safetensors file", (int)bytes.size);
+    require(&c, bytes.size >= 8, "holds %zu bytes, expected a safetensors file", bytes.size);
+    /* The first bytes of these can be a length too, but no header follows. */
+    const char *start = bytes.size > 8 && bytes.data[8] != '{' ? (const char *)bytes.data : "";
+    require(&c, strncmp(start, "\x1f\x8b", 2) != 0, "is a gzip file, expected a safetensors file");
+    require(&c, strncmp(start, "PK", 2) != 0, "is a ZIP file, expected a safetensors file");
     const uint64_t length = take_little_endian(&c, 8), rest = bytes.size - c.at;
     require(&c, length <= LONGEST, "a header of %" PRIu64 " bytes, expected at most %d (safetensors)", length,
             LONGEST);
-    if (require(&c, length <= rest, "holds %" PRIu64 " of the %" PRIu64 " bytes of its header", rest,
-                length)) {
-        c = (Cursor){bytes.data + 8, (size_t)length, 0, name, "header", error, 0};
-        take_header(&c, file, bytes.data + 8 + length, (size_t)(rest - length));
+    require(&c, length <= rest, "is truncated, holds %zu of the %zu bytes of its header", (size_t)rest,
+            (size_t)length);
+    if (!c.failed) {
+        c = (Cursor){.data = bytes.data + 8, .size = length, .name = name, .part = "header", .error = error};
+        take_header(&c, file, &(Bytes){bytes.data + 8 + length, (size_t)(rest - length)});
     }
     if (c.failed)
         tensors_free(file);
@@ -1036,18 +1113,17 @@ const char *tensors_metadata(const TensorFile *file, const char *key) {
     return pair ? pair[1] : NULL;
 }
 
-/* [28, 28, 1] for messages. Returns `text`. */
+/* [28, 28, 1]. Returns `text`. */
 static const char *shape_text(int rank, const int64_t *shape, char text[192]) {
-    char *at = text + sprintf(text, "[");
+    int length = sprintf(text, "[");
     for (int i = 0; i < rank; i++)
-        at += sprintf(at, "%s%" PRId64, i > 0 ? ", " : "", shape[i]);
-    strcpy(at, "]");
-    return text;
+        length += sprintf(text + length, "%s%" PRId64, i > 0 ? ", " : "", shape[i]);
+    return strcat(text, "]");
 }
 
 int tensors_copy(const TensorEntry *entry, const char *path, int rank, const int64_t *shape, real *out,
                  Error *error) {
-    Cursor c = {entry->data, entry->size, 0, path, NULL, error, 0};
+    Cursor c = {.data = entry->data, .size = entry->size, .name = path, .error = error};
     const int is_single = entry->type == TYPE_F32;
     char found[192], expected[192];
     require(&c, is_single || entry->type == TYPE_F64, "tensor %s is not of type F32 or F64", entry->name);
@@ -1059,8 +1135,7 @@ int tensors_copy(const TensorEntry *entry, const char *path, int rank, const int
         const union { uint32_t bits; float value; } single = {(uint32_t)bits};
         const union { uint64_t bits; double value; } full = {bits};
         out[i] = is_single ? (real)single.value : (real)full.value;
-        if (!isfinite(out[i]))
-            require(&c, 0, "tensor %s: value %zu is not a finite number", entry->name, i);
+        require(&c, isfinite(out[i]), "tensor %s: value %zu is not a finite number", entry->name, i);
     }
     return c.failed;
 }
@@ -1107,6 +1182,7 @@ static int write_tensors(void *file, const void *context) {
     const TensorList *list = context;
     FILE *stream = file;
     size_t offset = 0;
+    char shape[192];
     fprintf(stream, "%8s{\"__metadata__\":{", "");
     for (int i = 0; i < 2 * list->metadata_count; i++) {
         fputs(i == 0 ? "" : i % 2 ? ":" : ",", stream);
@@ -1115,14 +1191,12 @@ static int write_tensors(void *file, const void *context) {
     putc('}', stream);
     for (int i = 0; i < list->tensor_count; i++) {
         const TensorOut *t = &list->tensors[i];
-        assert(t->type != TYPE_OTHER && t->rank >= 0 && t->rank <= 8);
+        const size_t begin = offset;
+        offset += elements_of(t) * TYPE_SIZES[t->type];
         putc(',', stream);
         put_string(stream, t->name);
-        fprintf(stream, ":{\"dtype\":\"%s\",\"shape\":[", TYPE_NAMES[t->type]);
-        for (int d = 0; d < t->rank; d++)
-            fprintf(stream, "%s%" PRId64, d ? "," : "", t->shape[d]);
-        fprintf(stream, "],\"data_offsets\":[%zu,", offset);
-        fprintf(stream, "%zu]}", offset += elements_of(t) * TYPE_SIZES[t->type]);
+        fprintf(stream, ":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}", TYPE_NAMES[t->type],
+                shape_text(t->rank, t->shape, shape), begin, offset);
     }
     fprintf(stream, "}%*s", (int)(-(ftell(stream) + 1) & 7), "");
     const uint64_t length = (uint64_t)ftell(stream) - 8;
