@@ -84,7 +84,7 @@ static const char *signal_name(void) {
 
 /* ---- a command's options, and everything it works with ---- */
 
-enum { TEXT_SIZE = 1024 };   /* bytes of a text that an option holds */
+enum { TEXT_SIZE = 1024 }; /* bytes of a text that an option holds */
 
 /* What a training was told; it travels in a checkpoint. */
 typedef struct {
@@ -93,8 +93,8 @@ typedef struct {
     int batch;
     uint64_t seed;
     char data[TEXT_SIZE];
-    uint64_t data_digest;   /* of these images, wherever they lie; 0: not known */
-    uint64_t step;          /* of the checkpoint */
+    uint64_t data_digest; /* of these images, wherever they lie; 0: not known */
+    uint64_t step;        /* of the checkpoint */
 } Settings;
 
 /* What a command needs of a checkpoint: only the weights in training (grad), only their average (sample,
@@ -107,25 +107,25 @@ typedef struct {
     int threads, steps, save_every, sample_every, sample_steps, eval_every, eval_limit, resume;
     int count, sampler, draw, split, limit, repeats, timesteps;
     uint64_t seed;
-    char out[TEXT_SIZE], where[TEXT_SIZE], ratio[TEXT_SIZE], batch[TEXT_SIZE];   /* where "": as in training */
+    char out[TEXT_SIZE], where[TEXT_SIZE], ratio[TEXT_SIZE], batch[TEXT_SIZE];
     Settings settings;
     const char *checkpoint;
     const Command *command;
-    char **arguments;   /* behind the command's name */
+    char **arguments; /* behind the command's name */
     Arena *arena;
-    double need;   /* bytes of memory, as far as known */
+    double need; /* bytes of memory, as far as known */
     Model model;
     Workers workers;
     Dataset data;
     Error error;
     /* Of a training. */
-    unsigned char *test;    /* [test_count] images */
-    int test_count, lock;   /* descriptor of OUT/.lock */
+    unsigned char *test;  /* [test_count] images */
+    int test_count, lock; /* descriptor of OUT/.lock */
     FILE *log;
     double started, last_line;
     uint64_t first_step;
-    int resuming;       /* its settings were read from the checkpoint */
-    int line_is_open;   /* the terminal's cursor stands behind the progress line */
+    int resuming;     /* its settings were read from the checkpoint */
+    int line_is_open; /* the terminal's cursor stands behind the progress line */
 } Job;
 
 struct Command {
@@ -133,7 +133,7 @@ struct Command {
     int taker;
     Load load;
     int (*run)(Job *job);
-    int (*run_elsewhere)(int argc, char **argv);   /* instead of all that stands before */
+    int (*run_elsewhere)(int argc, char **argv); /* instead of all that stands before */
     const char *usage, *help;
 };
 
@@ -170,13 +170,13 @@ static const Option OPTIONS[] = {
     {"net", FIXED, CHOICE, C(net), 0, 0, "flat|unet", "body of the score network"},
     {"channels", FIXED, INT, C(channels), -1e9, 1e9, "N", "of the score network, a multiple of 4"},
     {"encoder-channels", FIXED, INT, C(encoder_channels), -1e9, 1e9, "N", "of the encoder, a multiple of 4"},
-    {"fourier", FIXED, RANGE, C(fourier_first), 0, 0, "FIRST..LAST", "features of z at 2^FIRST .. 2^LAST cycles"},
+    {"fourier", FIXED, RANGE, C(fourier_first), 0, 0, "FIRST..LAST", "2^FIRST .. 2^LAST cycles of z"},
     {"predict", FIXED, CHOICE, C(prediction), 0, 0, "v|eps|x", "what the score network predicts"},
     {"schedule", FIXED, CHOICE, C(schedule), 0, 0, "fixed|learned", "the end points of gamma(t)"},
     {"gamma-min", FIXED, NUMBER, C(gamma_min), -1e9, 1e9, "X", "gamma(0); where a learned schedule starts"},
     {"gamma-max", FIXED, NUMBER, C(gamma_max), -1e9, 1e9, "X", "gamma(1); where a learned schedule starts"},
     {"timesteps", FIXED, INT, C(timesteps), -1e9, 1e9, "T", "number of time steps; 0: continuous time"},
-    {"variance-ratio", FIXED, NUMBER, C(variance_ratio), -1e9, 1e9, "W", "sigma_Q^2/sigma_P^2, finite T only"},
+    {"variance-ratio", FIXED, NUMBER, C(variance_ratio), 0, 1e9, "W", "sigma_Q^2/sigma_P^2, finite T only"},
     {"batch", FIXED, INT, IN(settings.batch), 1, MAX_BATCH, "N", "examples in a step"},
     {"seed", FIXED, COUNT, IN(settings.seed), 0, 0, "N", "same seed, binary and machine: the same bits"},
     {"data", SETTING, TEXT, IN(settings.data), 0, 0, "DIR|digits",
@@ -226,16 +226,16 @@ enum { OPTION_COUNT = sizeof OPTIONS / sizeof OPTIONS[0] };
 static int smaller(int a, int b) { return a < b ? a : b; }
 
 static Settings settings_default(void) {
-    const Settings s = {config_default(), optimizer_default(), .batch = 64, .seed = 1, .data = "digits"};
-    return s;
+    return (Settings){config_default(), optimizer_default(), .batch = 64, .seed = 1, .data = "digits"};
 }
 
 static Job job_default(const Command *command, char **arguments) {
-    Job job = {.command = command, .arguments = arguments, .arena = arena_new(), .save_every = 500, .sample_steps = 100, .eval_limit = 256, .repeats = 1,
-               .timesteps = -1, .seed = 1, .split = SPLIT_TEST};
+    Job job = {.command = command, .arguments = arguments, .settings = settings_default()};
+    job.arena = arena_new();
     job.threads = smaller(omp_get_max_threads(), MAX_THREADS);
+    job.save_every = 500, job.sample_steps = 100, job.eval_limit = 256;
+    job.split = SPLIT_TEST, job.repeats = 1, job.timesteps = -1, job.seed = 1;
     job.count = command->taker == SHOW ? 4 : 64;
-    job.settings = settings_default();
     if (command->taker == TRAIN) {
         job.steps = 10000;
         strcpy(job.out, "run");
@@ -359,8 +359,7 @@ static int option_apply(const Option *o, Job *job, const char *text) {
     return 0;
 }
 
-/* Parse the arguments of a command; all but `train` take a checkpoint. Returns 0 to go on, -1 with job->error,
- * or HELP. */
+/* Parse the arguments of a command; all but `train` take a checkpoint. Returns 0, -1 or HELP. */
 static int parse_options(Job *job) {
     const Command *command = job->command;
     Error *error = &job->error;
@@ -414,8 +413,7 @@ static int settings_read(Job *job, const TensorFile *f, const char *path) {
     if (!format || strcmp(format, "diffenc") != 0)
         return fail(error, "%s: is no checkpoint of this program: metadata 'format' is not 'diffenc'", path);
     if (!version || strcmp(version, "1") != 0)
-        return fail(error, "%s: format version %.20s, this program reads version 1", path,
-                    version ? version : "missing");
+        return fail(error, "%s: format version %.20s, not 1", path, version ? version : "missing");
     for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++) {
         char key[TEXT_SIZE];
         metadata_key(o->name, key);
@@ -434,13 +432,12 @@ static size_t image_size(const Config *c) { return (size_t)c->height * c->width 
 
 /* The least of `limit` and the number in a file of the system, if there is one ("max" is none). */
 static double system_limit(const char *path, double limit) {
-    double value = limit;
+    double value;
     FILE *stream = fopen(path, "r");
-    if (stream && fscanf(stream, "%lf", &value) != 1)
-        value = limit;
+    const int found = stream && fscanf(stream, "%lf", &value) == 1;
     if (stream)
         fclose(stream);
-    return fmin(limit, value);
+    return found ? fmin(limit, value) : limit;
 }
 
 /* Bytes that this process may have: the machine's, or less where a limit of the process or of one of its
@@ -454,7 +451,7 @@ static double memory_limit(void) {
     limit = system_limit("/sys/fs/cgroup/memory/memory.limit_in_bytes", limit);
     FILE *stream = fopen("/proc/self/cgroup", "r");
     if (stream && fscanf(stream, "0::%1000[^\n]", group) != 1)
-        *group = 0;   /* none of version 2, which has this one line */
+        *group = 0; /* none of version 2, which has this one line */
     if (stream)
         fclose(stream);
     for (char *end = group + strlen(group); end; end = strrchr(group, '/')) {
@@ -494,7 +491,7 @@ static int model_memory_check(Job *job, size_t weights) {
 /* ---- checkpoints ---- */
 
 static const ElementType TYPE_OF_REAL = sizeof(real) == sizeof(double) ? TYPE_F64 : TYPE_F32;
-enum { NAME_SIZE = 80 };   /* "adam.m." and the name of a parameter */
+enum { NAME_SIZE = 80 }; /* "adam.m." and the name of a parameter */
 
 /* A parameter's part of a vector as a tensor called "PREFIX.NAME", which is put into `name`. */
 static TensorOut tensor_out(const char *prefix, const Parameter *p, const real *vector,
@@ -563,7 +560,7 @@ static int checkpoint_load(Job *job, const TensorFile *f, const char *path) {
         if (tensors_copy(entry, path, tensor.rank, tensor.shape, values, &job->error))
             return -1;
     }
-    if (known != f->tensor_count)   /* the file is not what its metadata claim */
+    if (known != f->tensor_count) /* the file is not what its metadata claim */
         return fail(&job->error, "%s: holds %d tensors that model %s does not have", path,
                     f->tensor_count - known, model);
     return 0;
@@ -719,8 +716,7 @@ static int directory_enter(Job *job) {
                     strerror(errno));
     path_in(job->out, "checkpoint.safetensors", path);
     if (!job->resume && access(path, F_OK) == 0)
-        return fail(&job->error, "%s: there is a checkpoint already; --resume goes on with it, another --out "
-                    "starts anew", path);
+        return fail(&job->error, "%s: there is a checkpoint already; --resume or another --out", path);
     return directory_inspect(job);
 }
 
@@ -739,7 +735,7 @@ static int directory_check(Job *job) {
 
 static const char *const LOG_HEADER = "step,bpd,recon,latent,diffusion,gradient_norm,test_bpd,seconds\n";
 
-enum { LINE_SIZE = 4096, COLUMNS = 8 };   /* a diverging number in full has up to 316 digits */
+enum { LINE_SIZE = 4096, COLUMNS = 8 }; /* a diverging number in full has up to 316 digits */
 
 /* The numbers of a line; 0 if it is none of a log. Where there is no test bound its number is NAN. */
 static int log_line(const char *line, double value[COLUMNS]) {
@@ -788,8 +784,8 @@ static int log_open(Job *job) {
         return fail(&job->error, "%s: cannot be opened for writing: %s", path, strerror(errno));
     rewind(job->log);
     if (!log_check(job->log, job->model.step, &kept))
-        return fail(&job->error, "%s: is not the log of this training up to step %llu; without it --resume "
-                    "begins a new one", path, (unsigned long long)job->model.step);
+        return fail(&job->error, "%s: is not the log of this training; without it --resume begins a new one",
+                    path);
     if (ftruncate(file, kept) || fseek(job->log, 0, SEEK_END) ||
         (kept == 0 && fputs(LOG_HEADER, job->log) < 0) || fflush(job->log))
         return fail(&job->error, "%s: cannot be written: %s", path, strerror(errno));
@@ -928,7 +924,7 @@ static int train_step(Job *job) {
                       images + (size_t)i * d);
     }
     if (training_step(&job->model, &job->workers, &s->optimizer, images, s->batch, s->seed, &r, &job->error))
-        return stop_signal ? 0 : -1;   /* a step in which a signal came is not taken */
+        return stop_signal ? 0 : -1; /* a step in which a signal came is not taken */
     const unsigned long long step = job->model.step;
     fprintf(job->log, "%llu,%.6f,%.6f,%.6f,%.6f,%.6f,", step, r.total, r.recon, r.latent, r.diffusion,
             r.gradient_norm);
@@ -998,7 +994,7 @@ static int train_prepare(Job *job) {
     Settings *s = &job->settings;
     Error *error = &job->error;
     size_t weights;
-    if (job->resume) {   /* locked before it is read: what another training writes meanwhile would be lost */
+    if (job->resume) { /* locked before it is read: what another training writes meanwhile would be lost */
         char path[TEXT_SIZE];
         path_in(job->out, "checkpoint.safetensors", path);
         if (access(path, F_OK))
@@ -1011,13 +1007,13 @@ static int train_prepare(Job *job) {
     }
     if (train_data(job) || config_check(&s->config, error))
         return -1;
-    job->model.config = s->config;   /* with what may change on the way */
+    job->model.config = s->config; /* with what may change on the way */
     if (job->resume)
         return log_open(job);
-    if (model_size(&s->config, &weights, error) || model_memory_check(job, weights) ||
-        directory_enter(job) || model_new(&job->model, &s->config, s->seed, error))
+    if (model_size(&s->config, &weights, error) || model_memory_check(job, weights) || directory_enter(job) ||
+        model_new(&job->model, &s->config, s->seed, error))
         return -1;
-    return save(job) || log_open(job) ? -1 : 0;   /* a log without a checkpoint would be a stranger's */
+    return save(job) || log_open(job) ? -1 : 0; /* a log without a checkpoint would be a stranger's */
 }
 
 /* From here on a signal ends the work instead of the program. */
@@ -1030,7 +1026,7 @@ static void workers_start(Job *job) {
 static int train(Job *job) {
     const Config *c = &job->settings.config;
     char model[32];
-    if (!job->resume && config_check(c, &job->error))   /* known from the options alone */
+    if (!job->resume && config_check(c, &job->error)) /* known from the options alone */
         return USAGE;
     if (train_prepare(job))
         return -1;
@@ -1182,8 +1178,8 @@ enum { SHOW_TIMES = 9, SHOW_ROWS = 3 };
 
 typedef struct {
     const Model *model;
-    unsigned char *images, *pictures;   /* [count, SHOW_ROWS, SHOW_TIMES, d] */
-    unsigned char *broken;              /* [count]: something is not finite */
+    unsigned char *images, *pictures; /* [count, SHOW_ROWS, SHOW_TIMES, d] */
+    unsigned char *broken;            /* [count]: something is not finite */
 } Show;
 
 /* Values in [-scale, scale] as grey levels; 1 if one is not finite. */
@@ -1221,8 +1217,8 @@ static int show(Job *job) {
         memory_check(job, 3.0 * job->count * (double)each))
         return -1;
     const int count = limited(&job->data, job->count);
-    Show s = {&job->model, images_of(job, &job->data, count),
-              arena_allocate(job->arena, (size_t)count, each), arena_allocate(job->arena, (size_t)count, 1)};
+    Show s = {&job->model, images_of(job, &job->data, count), arena_allocate(job->arena, (size_t)count, each),
+              arena_allocate(job->arena, (size_t)count, 1)};
     workers_run(&job->workers, job->model.ema, count, show_example, &s);
     if (result_check(job, job->checkpoint, memchr(s.broken, 1, (size_t)count) == NULL) ||
         grid_write(job, job->out, s.pictures, count * SHOW_ROWS * SHOW_TIMES, SHOW_TIMES))
@@ -1241,7 +1237,7 @@ static int batch_read(Job *job, const TensorFile *f, const char *path, Example *
     const Config *c = &job->model.config;
     const TensorEntry *entry[4];
     Error *error = &job->error;
-    real *number[4];   /* by name: t [count], eps and eps0 [count, d] */
+    real *number[4]; /* by name: t [count], eps and eps0 [count, d] */
     for (int i = 0; i < 4; i++)
         if (!(entry[i] = tensors_find(f, names[i])))
             return fail(error, "%s: holds no tensor '%s', which a batch needs", path, names[i]);
@@ -1333,8 +1329,7 @@ enum { COMMAND_COUNT = sizeof COMMANDS / sizeof COMMANDS[0] };
 static int prepare(Job *job) {
     if (!job->checkpoint)
         return 0;
-    if ((*job->out && output_check(job, job->checkpoint)) ||
-        file_take(job, job->checkpoint, checkpoint_take))
+    if ((*job->out && output_check(job, job->checkpoint)) || file_take(job, job->checkpoint, checkpoint_take))
         return -1;
     workers_start(job);
     return 0;
@@ -1374,9 +1369,9 @@ int main(int argc, char **argv) {
     const Command *command = COMMANDS;
     int descriptor, status;
     while ((descriptor = open("/dev/null", O_RDWR)) >= 0 && descriptor <= STDERR_FILENO)
-        ;   /* where one of the three is closed, the next file opened would take the place of the terminal */
+        ; /* where one of the three is closed, the next file opened would take the place of the terminal */
     close(descriptor);
-    signal(SIGXFSZ, SIG_IGN);   /* a write beyond the limit on file sizes then fails, and is reported */
+    signal(SIGXFSZ, SIG_IGN); /* a write beyond the limit on file sizes then fails, and is reported */
     while (command < COMMANDS + COMMAND_COUNT && strcmp(name, command->name) != 0)
         command++;
     if (command < COMMANDS + COMMAND_COUNT)
