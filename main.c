@@ -716,7 +716,7 @@ static int directory_enter(Job *job) {
                     strerror(errno));
     path_in(job->out, "checkpoint.safetensors", path);
     if (!job->resume && access(path, F_OK) == 0)
-        return fail(&job->error, "%s: there is a checkpoint already; --resume or another --out", path);
+        return fail(&job->error, "%s: there is a checkpoint already; --resume goes on with it", path);
     return directory_inspect(job);
 }
 
