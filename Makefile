@@ -76,7 +76,7 @@ run: all
 	@test ! -e $(RUN) || { echo "$(RUN) is there already: RUN=DIRECTORY names another, or move it away."; exit 1; }
 	./$(PROGRAM) train --data digits --model diffenc-2-2 --net unet --channels 16 --encoder-channels 8 \
 	    --batch 16 --steps 900 --lr 2e-3 --warmup 50 --clip 1 --save-every 300 --sample-steps 60 --out $(RUN)
-	@echo "Look at $(RUN)/samples-900.png and $(RUN)/loss.png; \`./$(PROGRAM) train --resume --out $(RUN)\` goes on."
+	@echo "Look at $(RUN)/samples-900.png and $(RUN)/loss.svg; \`./$(PROGRAM) train --resume --out $(RUN)\` goes on."
 
 # All tests, in single and in double precision; the last line is the sum of both. MNIST_DIR=DIR adds the real data.
 test:

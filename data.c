@@ -620,28 +620,161 @@ static void digit_draw(uint64_t seed, Split split, uint32_t index, unsigned char
 
 /* ---- charts ---- */
 
-void chart_draw(const Curve *curves, int curve_count, unsigned char *pixels, int height, int width) {
-    static const unsigned char grey[3] = {210, 210, 210};
-    const Canvas canvas = {pixels, height, width, 3, 255};
-    double low[2] = {INFINITY, INFINITY}, high[2] = {-INFINITY, -INFINITY}, at[4];
-    memset(pixels, 255, (size_t)height * (size_t)width * 3);
-    for (int i = 0; i < 2 * curve_count; i++)
-        for (int k = 0; k < curves[i / 2].count; k++) {
-            const double value = curves[i / 2].at[i % 2][k];
-            low[i % 2] = isfinite(value) ? fmin(low[i % 2], floor(value)) : low[i % 2];
-            high[i % 2] = isfinite(value) ? fmax(high[i % 2], floor(value) + 1) : high[i % 2];
+enum { CHART_WIDTH = 640, PLOT_X = 62, PLOT_Y = 56, PLOT_WIDTH = 562, PLOT_HEIGHT = 290 };
+
+/* Values from `low` to `high` go over `length` units of the picture, beginning at `from`. */
+typedef struct { double low, high, step, from, length; } Axis;
+
+static double axis_place(const Axis *a, double value) {
+    return a->from + (value - a->low) / (a->high - a->low) * a->length;
+}
+
+/* Widen an axis, above all one too short to be labelled; its step is 1, 2 or 5 times a power of ten. */
+static void axis_divide(Axis *a, double margin, int most_steps) {
+    const double size = 1e-6 + fabs(a->low) + fabs(a->high), range = a->high - a->low;
+    margin = range > 1e-6 * size ? margin * range : 0.05 * size;
+    a->low -= margin;
+    a->high += margin;
+    const double step = (a->high - a->low) / most_steps, power = pow(10, floor(log10(step)));
+    a->step = power * (step <= power ? 1 : step <= 2 * power ? 2 : step <= 5 * power ? 5 : 10);
+}
+
+/* The value of a curve (side 0), or an edge of its band (1: above, -1: below). */
+static double curve_value(const Curve *c, int i, int side) {
+    return c->y[i] + (c->error && isfinite(c->error[i]) ? side * c->error[i] : 0);
+}
+
+static int is_drawn(const Curve *c, int i) {
+    return fabs(c->x[i]) < 1e30 && fabs(curve_value(c, i, 1)) < 1e30;   /* false for what is not a number */
+}
+
+static int compare_numbers(const void *left, const void *right) {
+    const double a = *(const double *)left, b = *(const double *)right;
+    return (a > b) - (a < b);
+}
+
+/* The axes hold all curves, with one exception. A loss falls so far in its first steps that its end would
+ * look flat: where the first tenth, or one value in fifty, would take most of the height, it is cut off. */
+static void choose_axes(const Curve *curves, int count, Axis *across, Axis *up) {
+    size_t total = 0, late = 0;
+    double x[2] = {INFINITY, -INFINITY}, y[2] = {INFINITY, -INFINITY};
+    for (const Curve *c = curves; c < curves + count; total += (size_t)c++->count)
+        for (int i = 0; i < c->count; i++)
+            if (is_drawn(c, i)) {
+                x[0] = fmin(x[0], c->x[i]);
+                x[1] = fmax(x[1], c->x[i]);
+                y[0] = fmin(y[0], curve_value(c, i, -1));
+                y[1] = fmax(y[1], curve_value(c, i, 1));
+            }
+    double *values = allocate(total, sizeof *values);
+    for (const Curve *c = curves; c < curves + count; c++)
+        for (int i = 0; i < c->count; i++)
+            if (is_drawn(c, i) && c->x[i] >= x[0] + (x[1] - x[0]) / 10)
+                values[late++] = curve_value(c, i, 1);
+    qsort(values, late, sizeof *values, compare_numbers);
+    if (late > 0 && y[1] - y[0] > 2.5 * (values[late - 1 - late / 50] - y[0]))
+        y[1] = values[late - 1 - late / 50];
+    free(values);
+    *across = (Axis){late ? x[0] : 0, late ? x[1] : 1, 0, PLOT_X, PLOT_WIDTH};
+    *up = (Axis){late ? y[0] : 0, late ? y[1] : 1, 0, PLOT_Y + PLOT_HEIGHT, -PLOT_HEIGHT};
+    axis_divide(across, 0, 6);
+    axis_divide(up, 0.04, 10);
+}
+
+void put_escaped(FILE *out, const char *text) {
+    char shown[512];
+    for (const char *at = printable(text, shown, sizeof shown); *at; at++)
+        fprintf(out, strchr("<>&'\"", *at) ? "&#%d;" : "%c", *at);
+}
+
+static void put_text(FILE *out, double x, double y, const char *attributes, const char *text) {
+    fprintf(out, "<text x='%.1f' y='%.1f' %s>", x, y, attributes);
+    put_escaped(out, text);
+    fputs("</text>\n", out);
+}
+
+/* Grid lines and their labels, with the decimals that the step needs. */
+static void put_grid(FILE *out, const Axis *a, int is_vertical) {
+    const int decimals = (int)fmax(0, -floor(log10(a->step) + 1e-9));
+    for (double k = ceil(a->low / a->step - 1e-9); k * a->step <= a->high + 1e-9 * a->step; k++) {
+        const double at = axis_place(a, k * a->step);
+        char label[64];
+        snprintf(label, sizeof label, "%.*f", decimals, k * a->step + 0.0);   /* 0 has no sign */
+        if (is_vertical)
+            fprintf(out, "<path class='grid' d='M%d %.1fh%d'/>", PLOT_X, at, PLOT_WIDTH);
+        else
+            fprintf(out, "<path class='grid' d='M%.1f %dv%d'/>", at, PLOT_Y, PLOT_HEIGHT);
+        put_text(out, is_vertical ? PLOT_X - 7 : at, is_vertical ? at + 5 : PLOT_Y + PLOT_HEIGHT + 20,
+                 is_vertical ? "text-anchor='end'" : "text-anchor='middle'", label);
+    }
+}
+
+/* Points of a curve, or of an edge of its band; the lower edge goes back. A point is left out where it would
+ * change no pixel: in a column, half a unit wide, among those drawn already. */
+static void put_points(FILE *out, const Axis *across, const Axis *up, const Curve *c, int side) {
+    double column = -1, top = 0, bottom = 0, x = -1, y = 0;
+    for (int k = 0; k < c->count; k++) {
+        const int i = side < 0 ? c->count - 1 - k : k;
+        if (!is_drawn(c, i))
+            continue;
+        x = axis_place(across, c->x[i]);
+        y = fmin(fmax(axis_place(up, curve_value(c, i, side)), -999), 1999);
+        const int is_new = floor(2 * x) != column;
+        if (!is_new && y > top - 0.5 && y < bottom + 0.5)
+            continue;
+        column = floor(2 * x);
+        top = is_new ? y : fmin(top, y);
+        bottom = is_new ? y : fmax(bottom, y);
+        fprintf(out, "%.1f,%.1f ", x, y);
+    }
+    if (x >= 0)
+        fprintf(out, "%.1f,%.1f ", x, y);   /* the true end; of one point it makes a line, which is a dot */
+}
+
+void chart_svg(FILE *out, const char *title, const char *x_label, const char *y_label, const Curve *curves,
+               int count) {
+    enum { COLOURS = 6 };
+    static const char style[] =   /* the names are for a whole page, on which there may be many charts */
+        "<style>.chart{background:#fff;color:#222;font:15px sans-serif}.chart text{fill:currentColor}\n"
+        ".chart polyline,.chart path{fill:none;stroke:currentColor;stroke-width:2;stroke-linecap:round;"
+        "stroke-linejoin:round}\n.chart polygon{fill:currentColor;opacity:.22}"
+        ".chart .grid{stroke-width:.6;opacity:.35}\n"
+        ".chart .c0{color:#0a62c4}.chart .c1{color:#c2410c}.chart .c2{color:#15803d}"
+        ".chart .c3{color:#8e24aa}.chart .c4{color:#946200}.chart .c5{color:#0e7490}\n"
+        "@media(prefers-color-scheme:dark){.chart{background:#15171b;color:#ddd}"
+        ".chart .c0{color:#6cb2ff}.chart .c1{color:#ff9a5c}.chart .c2{color:#5fd38a}"
+        ".chart .c3{color:#d99bf0}.chart .c4{color:#e3bd55}.chart .c5{color:#5fd0e6}}</style>\n";
+    size_t longest = 8;
+    for (const Curve *c = curves; c < curves + count; c++)
+        longest = longest < strlen(c->name) ? strlen(c->name) : longest;
+    const int columns = longest > 60 ? 1 : PLOT_WIDTH / (40 + 8 * (int)longest);
+    const int y = PLOT_Y + PLOT_HEIGHT + 46, height = y + 10 + 22 * ((count + columns - 1) / columns);
+    Axis across, up;
+    choose_axes(curves, count, &across, &up);
+    fprintf(out, "<svg xmlns='http://www.w3.org/2000/svg' class='chart' viewBox='0 0 %d %d'>\n%s",
+            CHART_WIDTH, height, style);
+    put_text(out, PLOT_X, 22, "font-size='18' font-weight='bold'", title);
+    put_text(out, PLOT_X, 45, "", y_label);
+    put_text(out, PLOT_X + PLOT_WIDTH / 2.0, y - 4, "text-anchor='middle'", x_label);
+    put_grid(out, &across, 0);
+    put_grid(out, &up, 1);
+    for (int i = 0; i < count; i++) {   /* an svg in the svg cuts off what leaves the plot */
+        const double x = PLOT_X + i % columns * (PLOT_WIDTH / columns), row = y + 20 + i / columns * 22;
+        fprintf(out, "<g class='c%d' stroke-dasharray='%d'><path d='M%.1f %.1fh24'/>", i % COLOURS,
+                i / COLOURS * 7, x, row - 5);
+        fprintf(out, "<svg x='%d' y='%d' width='%d' height='%d' viewBox='%d %d %d %d'>", PLOT_X, PLOT_Y,
+                PLOT_WIDTH, PLOT_HEIGHT, PLOT_X, PLOT_Y, PLOT_WIDTH, PLOT_HEIGHT);
+        for (int side = curves[i].error ? 1 : -2; side > -2; side -= 2) {
+            fputs(side > 0 ? "<polygon points='" : "", out);
+            put_points(out, &across, &up, &curves[i], side);
+            fputs(side < 0 ? "'/>" : "", out);
         }
-    const double across = (width - 1) / (high[0] - low[0]), down = (1 - height) / (high[1] - low[1]);
-    const double from[2] = {0, height - 1}, scale[2] = {across, down};
-    for (int i = 0; i <= high[1] - low[1] && high[1] - low[1] < height; i++)
-        draw_line(&canvas, 0, from[1] + i * scale[1], width, from[1] + i * scale[1], 0, grey);
-    for (const Curve *c = curves; c < curves + curve_count; c++)
-        for (int k = 0; k < c->count; k++) {
-            for (int j = 0; j < 4; j++)   /* x and y of the last point and of this one */
-                at[j] = from[j % 2] + (c->at[j % 2][j < 2 && k > 0 ? k - 1 : k] - low[j % 2]) * scale[j % 2];
-            if (isfinite(at[0] + at[1] + at[2] + at[3]))
-                draw_line(&canvas, at[0], at[1], at[2], at[3], 0.7, c->colour);
-        }
+        fputs("<polyline points='", out);
+        put_points(out, &across, &up, &curves[i], 0);
+        fputs("'/></svg></g>\n", out);
+        put_text(out, x + 32, row, "", curves[i].name);
+    }
+    fputs("</svg>\n", out);
 }
 
 /* ---- data sets ---- */

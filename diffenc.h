@@ -24,6 +24,7 @@
 #include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 
 /* The number type of the whole program. `make DOUBLE=1` defines DIFFENC_DOUBLE; there gradients and
  * identities are checked to 1e-7 and better instead of to rounding noise. */
@@ -602,9 +603,18 @@ int image_path_check(const char *path, int channels, Error *error);   /* before 
 unsigned char *image_grid(const unsigned char *images, int count, int columns, int height, int width,
                           int channels, int *grid_height, int *grid_width);
 
-/* Curves in pixels [height, width, 3], a grey line at every whole y. What is not finite is left out. */
-typedef struct { const double *at[2]; int count; unsigned char colour[3]; } Curve;   /* x, y [count] */
-void chart_draw(const Curve *curves, int curve_count, unsigned char *pixels, int height, int width);
+/* A chart as SVG, on its own or inside HTML, light or dark as the reader's system is. What is not finite is
+ * left out; the beginning of a falling curve is cut off where its end would look flat. */
+typedef struct {
+    const char *name;
+    const double *x, *y, *error;   /* [count]; error: NULL, or standard errors, drawn as a band */
+    int count;
+} Curve;
+void chart_svg(FILE *out, const char *title, const char *x_label, const char *y_label, const Curve *curves,
+               int count);
+
+/* `text` for XML or HTML; like printable(), and <, >, &, ' and " are escaped. */
+void put_escaped(FILE *out, const char *text);
 
 /* ---- data sets ---- */
 

@@ -215,7 +215,7 @@ static const Option OPTIONS[] = {
      "sampler steps of a grid, or all of a finite T where that is less; 0: no grids"},
     {"eval-every", TRAIN, INT, IN(eval_every), 0, 2e9, "N", "between bounds on test images; 0: none"},
     {"eval-limit", TRAIN, INT, IN(eval_limit), 1, 1e9, "N", "test images of such a bound"},
-    {"out", TRAIN, TEXT, IN(out), 0, 0, "DIR", "where checkpoint, log.csv, loss.png and samples go"},
+    {"out", TRAIN, TEXT, IN(out), 0, 0, "DIR", "where checkpoint, log.csv, loss.svg and samples go"},
     {"out", SAMPLE, TEXT, IN(out), 0, 0, "FILE", "a grid of the images: .png, .pgm or .ppm"},
     {"out", SHOW, TEXT, IN(out), 0, 0, "FILE", "of each image x_t, y, dx_t/dlambda over t"},
     {"out", GRAD, TEXT, IN(out), 0, 0, "FILE", "loss.recon, .latent, .diffusion in nats, bpd, grad.NAME"},
@@ -670,7 +670,7 @@ static int file_kind(const char *name) {
     int whole[4] = {0}, temporary[4] = {0};
     sscanf(name, "checkpoint.safetensors%n.tmp.%*[0-9]%n", &whole[0], &temporary[0]);
     sscanf(name, "log.csv%n.tmp.%*[0-9]%n", &whole[1], &temporary[1]);
-    sscanf(name, "loss.png%n.tmp.%*[0-9]%n", &whole[2], &temporary[2]);
+    sscanf(name, "loss.svg%n.tmp.%*[0-9]%n", &whole[2], &temporary[2]);
     sscanf(name, "samples-%*[0-9].png%n.tmp.%*[0-9]%n", &whole[3], &temporary[3]);
     for (int i = 0; i < 4; i++)
         if (whole[i] && (!name[whole[i]] || (temporary[i] && !name[temporary[i]])))
@@ -792,10 +792,15 @@ static int log_open(Job *job) {
     return 0;
 }
 
+static int write_log_chart(void *stream, const void *curves) {
+    chart_svg(stream, "Loss by term", "step", "log10 of bits per dimension", curves, 3);
+    return ferror((FILE *)stream);
+}
+
 /* The log as a chart: each term averaged over at most POINTS equal runs of steps. The terms differ by factors
  * of a thousand and more, so their logarithms are shown. */
 static int log_draw(FILE *log, int steps, const char *path, Error *error) {
-    enum { HEIGHT = 600, WIDTH = 900, POINTS = 600 };
+    enum { POINTS = 600 };
     double(*sum)[POINTS] = allocate_zeroed(5, sizeof *sum), value[COLUMNS]; /* step, three terms, how many */
     const int per_point = (steps - 1) / POINTS + 1;
     char line[LINE_SIZE];
@@ -813,13 +818,10 @@ static int log_draw(FILE *log, int steps, const char *path, Error *error) {
                 sum[j][points] = j == 0 ? sum[j][i] / sum[4][i] : log10(sum[j][i] / sum[4][i]);
             points++;
         }
-    const Curve curves[3] = {{{sum[0], sum[1]}, points, {44, 160, 44}},  /* recon is green, */
-                             {{sum[0], sum[2]}, points, {255, 127, 14}}, /* latent orange, */
-                             {{sum[0], sum[3]}, points, {31, 119, 180}}};
-    unsigned char *pixels = allocate((size_t)HEIGHT * WIDTH, 3);
-    chart_draw(curves, 3, pixels, HEIGHT, WIDTH);
-    const int status = image_write(path, pixels, HEIGHT, WIDTH, 3, error);
-    free(pixels);
+    const Curve curves[3] = {{"recon", sum[0], sum[1], NULL, points},
+                             {"latent", sum[0], sum[2], NULL, points},
+                             {"diffusion", sum[0], sum[3], NULL, points}};
+    const int status = file_replace(path, write_log_chart, curves, error);
     free(sum);
     return status;
 }
@@ -862,7 +864,7 @@ static int save(Job *job) {
     path_in(job->out, "checkpoint.safetensors", path);
     if (directory_check(job) || checkpoint_write(job, path))
         return -1;
-    path_in(job->out, "loss.png", path);
+    path_in(job->out, "loss.svg", path);
     if (job->log && job->model.step > 0 && log_draw(job->log, job->steps, path, &minor)) {
         end_line(job);
         say("", &minor);

@@ -472,32 +472,50 @@ static void test_images(void) {
     free(grid);
 }
 
+/* Draw a chart; the result is its text, on the heap. */
+static char *chart_text(const Curve *curves, int count) {
+    FILE *stream = fopen(in_directory("chart.svg"), "wb");
+    chart_svg(stream, "a & b", "x < y", "\x1b", curves, count);
+    CHECK(fclose(stream) == 0, "cannot write a chart");
+    Bytes bytes = read_file("chart.svg");
+    bytes.data[bytes.size] = '\0';
+    char *text = (char *)bytes.data;
+    CHECK(strncmp(text, "<svg xmlns=", 11) == 0 && strcmp(text + bytes.size - 7, "</svg>\n") == 0, "ends");
+    for (const char *plot = strstr(text, "</style>"); plot && (plot = strchr(plot, '\'')); plot++)
+        CHECK(strncmp(plot, "'nan", 4) != 0 && strncmp(plot, "'inf", 4) != 0 && strncmp(plot, "'-nan", 5) != 0
+              && strncmp(plot, "'-inf", 5) != 0, "not a number: %.40s", plot);
+    return text;
+}
+
 static void test_chart(void) {
-    enum { HEIGHT = 300, WIDTH = 450, COUNT = 200 };
-    static double x[COUNT], values[2][COUNT];
+    enum { COUNT = 100000 };
+    static double x[COUNT], falling[COUNT], error[COUNT];
     for (int i = 0; i < COUNT; i++) {
-        x[i] = i * 10;
-        values[0][i] = 10 - i * 0.01;
-        values[1][i] = i % 9 ? 8 + i * 0.01 : NAN;
+        x[i] = i;
+        falling[i] = i % 9 ? 1.0134 + 10 * exp(-i / 3000.0) : NAN;
+        error[i] = i % 2 ? 0.001 : NAN;
     }
-    const Curve curves[2] = { { { x, values[0] }, COUNT, { 200, 0, 0 } },
-                              { { x, values[1] }, COUNT, { 0, 0, 200 } } };
-    unsigned char *pixels = malloc((size_t)HEIGHT * WIDTH * 3);
-    chart_draw(curves, 2, pixels, HEIGHT, WIDTH);
-    for (int i = 0; i < 2; i++) {
-        int found = 0;
-        for (int p = 0; p < HEIGHT * WIDTH; p++) found += memcmp(pixels + 3 * p, curves[i].colour, 3) == 0;
-        CHECK(found > 100, "%d pixels of curve %d", found, i);
-    }
-    /* Whatever is drawn stays inside: the sanitizers watch. */
-    static const double odd[8][2] = { { NAN, INFINITY }, { 1e300, -1e300 }, { 0, 0 }, { 1e29, -1e29 },
-                                      { 1e6, 1e6 + 1e-9 }, { 1e-300, 2e-300 }, { 0, 5e-324 },
+    const Curve curves[2] = { { "<&'\">", x, falling, NULL, COUNT }, { "band", x, falling, error, 2000 } };
+    char *text = chart_text(curves, 2);
+    static const char *const there[] = {
+        "<polyline points='", "<polygon points='", ">&#60;&#38;&#39;&#34;&#62;<", ">band<", ">a &#38; b<",
+        ">x &#60; y<", ">\\x1b<", ">1.05<", ">20000<"
+    };
+    for (size_t i = 0; i < sizeof there / sizeof there[0]; i++)
+        CHECK(strstr(text, there[i]), "no %s", there[i]);
+    CHECK(!strstr(text, ">2.00<"), "the end of the curve is flat");
+    CHECK(strlen(text) < 60000, "%d bytes: not thinned out", (int)strlen(text));
+    free(text);
+    /* Numbers at the edge of what there is: the sanitizers watch. */
+    static const double odd[9][2] = { { NAN, INFINITY }, { 1e300, -1e300 }, { 0, 0 }, { 1e29, -1e29 },
+                                      { 1e6, 1e6 + 1e-9 }, { 1e-300, 2e-300 }, { 0, 5e-324 }, { 5, 6 },
                                       { 5e-324, 5e-324 } };
-    for (int i = 0; i < 64; i++) {
-        const Curve curve = { { odd[i / 8], odd[i % 8] }, 2, { 1, 2, 3 } };
-        chart_draw(&curve, i % 5 > 0, pixels, HEIGHT, WIDTH);
+    for (int i = 0; i < 81; i++) {
+        const Curve curve = { "odd", odd[i / 9], odd[i % 9], odd[i % 7], 2 };
+        text = chart_text(&curve, i % 5 > 0);
+        CHECK(strlen(text) < 10000, "%d bytes for two points", (int)strlen(text));
+        free(text);
     }
-    free(pixels);
 }
 
 /* ---- data sets ---- */
