@@ -122,8 +122,10 @@ typedef struct {
     unsigned char *test;  /* [test_count] images */
     int test_count, lock; /* descriptor of OUT/.lock */
     FILE *log;
-    double started, last_line;
+    double started, step_seconds, last_line, last_report;
     uint64_t first_step;
+    unsigned long long newest_grid; /* its step; 0: none */
+    const char *end;                /* why the training ended, or NULL */
     int resuming;     /* its settings were read from the checkpoint */
     int line_is_open; /* the terminal's cursor stands behind the progress line */
 } Job;
@@ -215,7 +217,7 @@ static const Option OPTIONS[] = {
      "sampler steps of a grid, or all of a finite T where that is less; 0: no grids"},
     {"eval-every", TRAIN, INT, IN(eval_every), 0, 2e9, "N", "between bounds on test images; 0: none"},
     {"eval-limit", TRAIN, INT, IN(eval_limit), 1, 1e9, "N", "test images of such a bound"},
-    {"out", TRAIN, TEXT, IN(out), 0, 0, "DIR", "where checkpoint, log.csv, loss.svg and samples go"},
+    {"out", TRAIN, TEXT, IN(out), 0, 0, "DIR", "where checkpoint, log.csv, report.html and samples go"},
     {"out", SAMPLE, TEXT, IN(out), 0, 0, "FILE", "a grid of the images: .png, .pgm or .ppm"},
     {"out", SHOW, TEXT, IN(out), 0, 0, "FILE", "of each image x_t, y, dx_t/dlambda over t"},
     {"out", GRAD, TEXT, IN(out), 0, 0, "FILE", "loss.recon, .latent, .diffusion in nats, bpd, grad.NAME"},
@@ -665,12 +667,18 @@ static void path_in(const char *directory, const char *name, char path[TEXT_SIZE
     snprintf(path, TEXT_SIZE, "%.*s/%.60s", TEXT_SIZE - 64, directory, name);
 }
 
+static void grid_path(const Job *job, unsigned long long step, char path[TEXT_SIZE]) {
+    char name[64];
+    snprintf(name, sizeof name, "samples-%llu.png", step);
+    path_in(job->out, name, path);
+}
+
 /* Whether a training writes files of this name: 1, their temporary ones (file_replace): 2, or 0. */
 static int file_kind(const char *name) {
     int whole[4] = {0}, temporary[4] = {0};
     sscanf(name, "checkpoint.safetensors%n.tmp.%*[0-9]%n", &whole[0], &temporary[0]);
     sscanf(name, "log.csv%n.tmp.%*[0-9]%n", &whole[1], &temporary[1]);
-    sscanf(name, "loss.svg%n.tmp.%*[0-9]%n", &whole[2], &temporary[2]);
+    sscanf(name, "report.html%n.tmp.%*[0-9]%n", &whole[2], &temporary[2]);
     sscanf(name, "samples-%*[0-9].png%n.tmp.%*[0-9]%n", &whole[3], &temporary[3]);
     for (int i = 0; i < 4; i++)
         if (whole[i] && (!name[whole[i]] || (temporary[i] && !name[temporary[i]])))
@@ -683,6 +691,7 @@ static int file_kind(const char *name) {
 static int directory_inspect(Job *job) {
     char path[TEXT_SIZE];
     struct stat status;
+    unsigned long long grid;
     int result = 0;
     DIR *listing = opendir(job->out);
     if (!listing)
@@ -696,6 +705,8 @@ static int directory_inspect(Job *job) {
             result = fail(&job->error, "%s: is there already; another --out starts anew", path);
         else if (kind == 1 && (lstat(path, &status) || !S_ISREG(status.st_mode)))
             result = fail(&job->error, "%s: is not a regular file; a training writes to no other", path);
+        else if (sscanf(entry->d_name, "samples-%llu.png", &grid) == 1 && grid > job->newest_grid)
+            job->newest_grid = grid;
     }
     closedir(listing);
     return result;
@@ -721,28 +732,29 @@ static int directory_enter(Job *job) {
 }
 
 /* Files are written by path, so before each of them: is this still the directory that was locked? */
-static int directory_check(Job *job) {
+static int directory_check(const Job *job, Error *error) {
     char path[TEXT_SIZE];
     struct stat locked, here;
     path_in(job->out, ".lock", path);
     if (fstat(job->lock, &locked) == 0 && stat(path, &here) == 0 && locked.st_dev == here.st_dev &&
         locked.st_ino == here.st_ino)
         return 0;
-    return fail(&job->error, "%s: was removed or replaced while this training was at work in it", job->out);
+    return fail(error, "%s: was removed or replaced while this training was at work in it", job->out);
 }
 
 /* ---- diffenc train: its log ---- */
 
-static const char *const LOG_HEADER = "step,bpd,recon,latent,diffusion,gradient_norm,test_bpd,seconds\n";
+static const char *const LOG_HEADER =
+    "step,bpd,recon,latent,diffusion,gradient_norm,test_bpd,test_error,seconds\n";
 
-enum { LINE_SIZE = 4096, COLUMNS = 8 }; /* a diverging number in full has up to 316 digits */
+enum { LINE_SIZE = 4096, COLUMNS = 9, TEST_COLUMN = 6 }; /* a diverging number has up to 316 digits */
 
-/* The numbers of a line; 0 if it is none of a log. Where there is no test bound its number is NAN. */
+/* The numbers of a line; 0 if it is none of a log. A test bound and its error that are not there are NAN. */
 static int log_line(const char *line, double value[COLUMNS]) {
     for (int i = 0; i < COLUMNS; i++) {
         char *end;
         value[i] = strtod(line, &end);
-        if (end == line && i == 6)
+        if (end == line && (i == TEST_COLUMN || i == TEST_COLUMN + 1))
             value[i] = NAN;
         else if (end == line)
             return 0;
@@ -792,41 +804,95 @@ static int log_open(Job *job) {
     return 0;
 }
 
-static int write_log_chart(void *stream, const void *curves) {
-    chart_svg(stream, "Loss by term", "step", "log10 of bits per dimension", curves, 3);
+/* ---- diffenc train: its report ---- */
+
+static void time_left(const Job *job, char text[32]) {
+    const long long left = (long long)(job->step_seconds * (job->steps - (double)job->model.step));
+    snprintf(text, 32, "%lld:%02d:%02d left", left / 3600, (int)(left / 60 % 60), (int)(left % 60));
+}
+
+static void put_base64(FILE *out, const char *path) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    unsigned char b[3] = {0};
+    FILE *in = fopen(path, "rb");
+    for (size_t count; in && (count = fread(b, 1, 3, in)) > 0; memset(b, 0, 3)) {
+        const unsigned bits = (unsigned)b[0] << 16 | (unsigned)b[1] << 8 | b[2];
+        for (unsigned i = 0; i < 4; i++)
+            putc(i <= count ? digits[bits >> (18 - 6 * i) & 63] : '=', out);
+    }
+    if (in)
+        fclose(in);
+}
+
+/* The log as charts. Noise would hide what is learned, so each point is the mean of a run of steps. */
+static void put_charts(FILE *out, const Job *job) {
+    enum { POINTS = 120 };
+    static const char *const label = "bits per dimension";
+    double(*mean)[POINTS] = allocate_zeroed(COLUMNS, sizeof *mean), value[COLUMNS];
+    double(*count)[POINTS] = allocate_zeroed(COLUMNS, sizeof *count), tests = 0;
+    char line[LINE_SIZE];
+    for (rewind(job->log); fgets(line, sizeof line, job->log);)
+        for (int i = 0, found = log_line(line, value); i < COLUMNS && found; i++)
+            if (isfinite(value[i])) {
+                const int point = (int)((value[0] - 1) * POINTS / (double)job->model.step);
+                mean[i][point] += value[i];
+                count[i][point]++;
+                tests += i == TEST_COLUMN;
+            }
+    fseek(job->log, 0, SEEK_END);
+    for (int i = 0; i < COLUMNS * POINTS; i++)
+        mean[0][i] /= count[0][i];   /* where there is nothing, NAN is what a chart leaves out */
+    const Curve total[2] = {{"training", mean[0], mean[1], NULL, POINTS},
+                            {"test, with standard error", mean[0], mean[TEST_COLUMN],
+                             mean[TEST_COLUMN + 1], POINTS}};
+    chart_svg(out, "Loss", "step", label, total, tests > 0 ? 2 : 1);
+    for (int term = 0; term < 3; term++) {
+        const Curve curve = {TERMS[term], mean[0], mean[2 + term], NULL, POINTS};
+        chart_svg(out, TERMS[term], "step", label, &curve, 1);
+    }
+    free(mean);
+    free(count);
+}
+
+static int write_report(void *stream, const void *context) {
+    static const char *const head =
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>\n"
+        "<style>:root{color-scheme:light dark}body{font:16px/1.5 sans-serif;max-width:1320px;margin:auto;"
+        "padding:1rem;background:#fff;color:#222}main{display:grid;gap:1.5rem;"
+        "grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr))}main .chart,img{width:100%}"
+        "img{image-rendering:pixelated}figure{margin:0}dl{columns:15rem;margin:0}dt{float:left;clear:left;"
+        "width:9.5rem;opacity:.7}dd{margin-left:9.5rem;overflow-wrap:anywhere}"
+        "@media(max-width:600px){main .chart{font-size:19px;overflow:visible}}"
+        "@media(prefers-color-scheme:dark){body{background:#15171b;color:#ddd}}</style>\n";
+    const Job *job = context;
+    const unsigned long long step = job->model.step;
+    char text[TEXT_SIZE], left[32];
+    config_model_name(&job->settings.config, text);
+    fprintf(stream, "%s%s<title>%s</title>\n<h1>%s, ", head,
+            job->end ? "" : "<meta http-equiv=refresh content=10>", text, text);
+    put_escaped(stream, job->settings.data);
+    fprintf(stream, "</h1>\n<p><b>Step %llu of %d</b>, epoch %.2f, %.3g seconds a step, ", step, job->steps,
+            (double)step * job->settings.batch / job->data.count, job->step_seconds);
+    time_left(job, left);
+    put_escaped(stream, job->end ? job->end : left);
+    fputs(".</p>\n<main>", stream);
+    put_charts(stream, job);
+    if (job->newest_grid > 0) {
+        grid_path(job, job->newest_grid, text);
+        fprintf(stream, "<figure><img alt='samples' src='data:image/png;base64,");
+        put_base64(stream, text);
+        fprintf(stream, "'><figcaption>Samples at step %llu</figcaption></figure>\n", job->newest_grid);
+    }
+    fputs("<dl>\n", stream);
+    for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++)
+        if (o->takers & TRAIN && *o->argument) {
+            fprintf(stream, "<dt>%s<dd>", o->name);
+            option_text(o, job, text);
+            put_escaped(stream, text);
+        }
+    fputs("</dl></main>\n", stream);
     return ferror((FILE *)stream);
 }
-
-/* The log as a chart: each term averaged over at most POINTS equal runs of steps. The terms differ by factors
- * of a thousand and more, so their logarithms are shown. */
-static int log_draw(FILE *log, int steps, const char *path, Error *error) {
-    enum { POINTS = 600 };
-    double(*sum)[POINTS] = allocate_zeroed(5, sizeof *sum), value[COLUMNS]; /* step, three terms, how many */
-    const int per_point = (steps - 1) / POINTS + 1;
-    char line[LINE_SIZE];
-    int points = 0;
-    for (rewind(log); fgets(line, sizeof line, log);) {
-        const int found = log_line(line, value) && value[0] >= 1 && value[0] <= steps;
-        const int at = found ? ((int)value[0] - 1) / per_point : POINTS;
-        for (int i = 0; i < 5 && at < POINTS; i++)
-            sum[i][at] += i == 4 ? 1 : value[i == 0 ? 0 : i + 1];
-    }
-    fseek(log, 0, SEEK_END);
-    for (int i = 0; i < POINTS; i++)
-        if (sum[4][i] > 0) {
-            for (int j = 0; j < 4; j++)
-                sum[j][points] = j == 0 ? sum[j][i] / sum[4][i] : log10(sum[j][i] / sum[4][i]);
-            points++;
-        }
-    const Curve curves[3] = {{"recon", sum[0], sum[1], NULL, points},
-                             {"latent", sum[0], sum[2], NULL, points},
-                             {"diffusion", sum[0], sum[3], NULL, points}};
-    const int status = file_replace(path, write_log_chart, curves, error);
-    free(sum);
-    return status;
-}
-
-/* ---- diffenc train ---- */
 
 /* What is printed next begins a line of its own. */
 static void end_line(Job *job) {
@@ -835,41 +901,45 @@ static void end_line(Job *job) {
     job->line_is_open = 0;
 }
 
+/* A report that cannot be written ends no training, and is not what a training failed by. */
+static void report(Job *job) {
+    char path[TEXT_SIZE];
+    Error error;
+    path_in(job->out, "report.html", path);
+    job->last_report = seconds_now();
+    if ((directory_check(job, &error) || file_replace(path, write_report, job, &error)) &&
+        job->end != job->error.text) {
+        end_line(job);
+        say("", &error);
+    }
+}
+
+/* ---- diffenc train ---- */
+
 static void progress(Job *job, const StepReport *r) {
-    const uint64_t step = job->model.step;
-    const double now = seconds_now(), done = (double)(step - job->first_step);
-    const double per_step = (now - job->started) / done;
-    const long long left = (long long)(per_step * (job->steps - (double)step));
-    const int terminal = isatty(STDERR_FILENO), last = step == (uint64_t)job->steps || stop_signal;
-    if (!last && done > 1 && now - job->last_line < (terminal ? 0.1 : 10))
+    const unsigned long long step = job->model.step;
+    const double now = seconds_now();
+    const int terminal = isatty(STDERR_FILENO), last = step == (unsigned)job->steps || stop_signal;
+    char left[32];
+    if (!last && job->last_line > 0 && now - job->last_line < (terminal ? 0.1 : 10))
         return;
+    time_left(job, left);
     job->last_line = now;
     fprintf(stderr,
-            "%sstep %llu/%d  %.4f bpd (recon %.4f  latent %.4f  diffusion %.4f)  %.1f images/s  "
-            "%lld:%02d:%02d left%s",
-            terminal ? "\r" : "", (unsigned long long)step, job->steps, r->total, r->recon, r->latent,
-            r->diffusion, job->settings.batch / per_step, left / 3600, (int)(left / 60 % 60),
-            (int)(left % 60), terminal ? "  " : "\n");
+            "%sstep %llu/%d  %.4f bpd (recon %.4f  latent %.4f  diffusion %.4f)  %.1f images/s  %s%s",
+            terminal ? "\r" : "", step, job->steps, r->total, r->recon, r->latent, r->diffusion,
+            job->settings.batch / job->step_seconds, left, terminal ? "  " : "\n");
     job->line_is_open = terminal;
     fflush(stderr);
 }
 
-/* The checkpoint, and the log up to it, which a resumed training asks for. A picture that cannot be drawn
- * ends no training. */
+/* The checkpoint, and the log up to it, which a resumed training asks for. */
 static int save(Job *job) {
     char path[TEXT_SIZE];
-    Error minor;
     if (job->log)
         fsync(fileno(job->log));
     path_in(job->out, "checkpoint.safetensors", path);
-    if (directory_check(job) || checkpoint_write(job, path))
-        return -1;
-    path_in(job->out, "loss.svg", path);
-    if (job->log && job->model.step > 0 && log_draw(job->log, job->steps, path, &minor)) {
-        end_line(job);
-        say("", &minor);
-    }
-    return 0;
+    return directory_check(job, &job->error) ? -1 : checkpoint_write(job, path);
 }
 
 /* After the work on what is called `name`: was it ended by a signal, or are its results no numbers? Then
@@ -884,7 +954,7 @@ static int result_check(Job *job, const char *name, int finite) {
 static int sample_to(Job *job, const char *path, int count, int steps, uint64_t seed) {
     unsigned char *images = arena_allocate(job->arena, (size_t)count, image_size(&job->model.config));
     const int status = sample_images(&job->workers, count, steps, job->sampler, seed, job->draw, images);
-    if (result_check(job, path, status == 0) || (job->log && directory_check(job)))
+    if (result_check(job, path, status == 0) || (job->log && directory_check(job, &job->error)))
         return -1;
     return grid_write(job, path, images, count, (int)ceil(sqrt(count)));
 }
@@ -894,19 +964,20 @@ static int sample_to(Job *job, const char *path, int count, int steps, uint64_t 
 static void sample_grid(Job *job) {
     const int timesteps = job->model.config.timesteps;
     const int steps = timesteps > 0 ? smaller(timesteps, job->sample_steps) : job->sample_steps;
-    char name[64], path[TEXT_SIZE];
+    char path[TEXT_SIZE];
     if (steps == 0)
         return;
-    snprintf(name, sizeof name, "samples-%llu.png", (unsigned long long)job->model.step);
-    path_in(job->out, name, path);
+    grid_path(job, job->model.step, path);
     const int status = sample_to(job, path, 64, steps, job->settings.seed);
     if (stop_signal)
         return;
     end_line(job);
-    if (status)
+    if (status) {
         say("", &job->error);
-    else
-        printf("%s\n", path);
+        return;
+    }
+    job->newest_grid = job->model.step;
+    printf("%s\n", path);
     fflush(stdout);
 }
 
@@ -919,6 +990,7 @@ static int train_step(Job *job) {
     const size_t d = image_size(&s->config);
     unsigned char *images = arena_allocate(job->arena, (size_t)s->batch, d);
     StepReport r = {0};
+    char test[1024] = ",";
     for (int i = 0; i < s->batch; i++) {
         const uint64_t n = job->model.step * (uint64_t)s->batch + (uint64_t)i;
         const uint32_t position = (uint32_t)(n % job->data.count), epoch = (uint32_t)(n / job->data.count);
@@ -928,24 +1000,26 @@ static int train_step(Job *job) {
     if (training_step(&job->model, &job->workers, &s->optimizer, images, s->batch, s->seed, &r, &job->error))
         return stop_signal ? 0 : -1; /* a step in which a signal came is not taken */
     const unsigned long long step = job->model.step;
-    fprintf(job->log, "%llu,%.6f,%.6f,%.6f,%.6f,%.6f,", step, r.total, r.recon, r.latent, r.diffusion,
-            r.gradient_norm);
     if (due(step, job->eval_every)) {
         double result[4][2];
         bound(job, job->test, job->test_count, 1, s->seed, result);
         if (!stop_signal) {
-            fprintf(job->log, "%.6f", result[3][0]);
+            snprintf(test, sizeof test, "%.6f,%.6f", result[3][0], result[3][1]);
             end_line(job);
             printf("step %llu: test %.4f +- %.4f bpd on %d images\n", step, result[3][0], result[3][1],
                    job->test_count);
             fflush(stdout);
         }
     }
-    fprintf(job->log, ",%.3f\n", seconds_now() - job->started);
+    fprintf(job->log, "%llu,%.6f,%.6f,%.6f,%.6f,%.6f,%s,%.3f\n", step, r.total, r.recon, r.latent,
+            r.diffusion, r.gradient_norm, test, seconds_now() - job->started);
+    job->step_seconds = (seconds_now() - job->started) / (double)(step - job->first_step);
     progress(job, &r);
-    return fflush(job->log)
-               ? fail(&job->error, "%s/log.csv: cannot be written: %s", job->out, strerror(errno))
-               : 0;
+    if (fflush(job->log))
+        return fail(&job->error, "%s/log.csv: cannot be written: %s", job->out, strerror(errno));
+    if (seconds_now() - job->last_report > 10)
+        report(job);
+    return 0;
 }
 
 /* A grid is drawn after the checkpoint of its step and before the next step: a training that was stopped or
@@ -957,6 +1031,7 @@ static int train_loop(Job *job) {
     job->settings.optimizer.steps = job->steps;
     job->first_step = *step;
     job->started = seconds_now();
+    job->last_report = job->started - 9; /* the first one after a second */
     while (status == 0 && *step < steps && !stop_signal) {
         if (due(*step, job->sample_every))
             sample_grid(job);
@@ -1038,7 +1113,11 @@ static int train(Job *job) {
            job->model.weight_count, job->settings.data, (unsigned)job->data.count, c->height, c->width,
            c->image_channels, job->threads, (unsigned long long)job->model.step, job->steps, job->out);
     fflush(stdout);
-    if (train_loop(job))
+    const int status = train_loop(job);
+    job->end = status ? job->error.text : stop_signal ? "stopped; --resume goes on" : "finished";
+    if (job->model.step > 0)
+        report(job);
+    if (status)
         return FAILURE;
     const unsigned long long step = job->model.step;
     if (!stop_signal) {

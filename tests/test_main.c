@@ -396,10 +396,11 @@ static void test_help(void) {
 /* The same checkpoint, log (but for the seconds) and samples: all those of the undisturbed training `a`, and
  * whoever was stopped has more of them. */
 static void same_trainings(const char *a, const char *b, int steps) {
-    const Outcome o = run("cd %s && test -e samples-%d.png || exit 1\n"
-                          "for f in checkpoint.safetensors samples-*; do cmp $f ../%s/$f || exit 1; done\n"
-                          "cut -d, -f1-7 log.csv >../sevens && cut -d, -f1-7 ../%s/log.csv | cmp ../sevens -",
-                          a, steps, b, b);
+    const Outcome o =
+        run("cd %s && test -e samples-%d.png || exit 1\n"
+            "for f in checkpoint.safetensors samples-*; do cmp $f ../%s/$f || exit 1; done\n"
+            "cut -d, -f1-8 log.csv >../columns && cut -d, -f1-8 ../%s/log.csv | cmp ../columns -",
+            a, steps, b, b);
     CHECK(o.status == 0, "%s and %s: %s%s", a, b, o.out, o.error);
 }
 
@@ -418,10 +419,10 @@ static void test_resume(void) {
         const Outcome o = succeed("$D train $TINY %s --steps 4 --threads 2 --out a", ways[i]);
         CHECK(strstr(o.error, "step 4/4") && strstr(o.error, "left\n"), "progress ends at the last step: %s",
               o.error);
-        CHECK(file_count("a/loss.svg") == 1 && file_count("a/samples-4.png") == 1, "%s: no pictures",
+        CHECK(file_count("a/report.html") == 1 && file_count("a/samples-4.png") == 1, "%s: no pictures",
               ways[i]);
         succeed("$D train $TINY %s --steps 2 --threads 1 --out b", ways[i]);
-        succeed("rm b/samples-2.png && printf '3,9,9,9,9,9,,9\\n3,9,9' >>b/log.csv");
+        succeed("rm b/samples-2.png && printf '3,9,9,9,9,9,,,9\\n3,9,9' >>b/log.csv");
         succeed("$D train --resume --sample-steps 2 %s --steps 4 --threads 3 --out b",
                 i == 4 ? "--eval-every 2 --eval-limit 3 --sample-every 2" : "");
         same_trainings("a", "b", 4);
@@ -710,6 +711,31 @@ static void test_stops(void) {
         succeed("$D train $TINY --steps %ld --out stopped-not", step + 1);
         same_trainings("stopped-not", "stopped", (int)step + 1);
     }
+}
+
+/* The report while a training runs and after its end. One that cannot be written ends no training. The grid
+ * in it is that of the file. */
+static void test_report_html(void) {
+    static const char *const report = "live/report.html";
+    char text[TEXT];
+    const pid_t child =
+        begin("live", "exec $D train $TINY --eval-every 1 --eval-limit 2 --steps 1000000 --out live");
+    for (int look = 0; look < 1000 && file_count(report) == 0; look++)
+        pause_for(0.03);
+    read_text(report, text);
+    CHECK(strstr(text, "http-equiv=refresh") && strstr(text, " left.</p>") && strstr(text, ">test, with"),
+          "a report of no running training: %s", text);
+    succeed("rm live/report.html && mkdir live/report.html");
+    const Outcome o = stop(child, "live", SIGTERM, "SIGTERM");
+    CHECK(strstr(o.error, "report.html: is not a regular file"), "%s", o.error);
+    const long steps = step_of("live/checkpoint.safetensors") + 1;
+    succeed("rmdir live/report.html && $D train --resume --steps %ld --sample-steps 2 --out live", steps);
+    read_text(report, text);
+    CHECK(strstr(text, "finished.</p>") && !strstr(text, "http-equiv"), "a report of no end: %s", text);
+    succeed("sed -n \"s/.*base64,\\([^']*\\)'.*/\\1/p\" %s | base64 -d | cmp - live/samples-%ld.png", report,
+            steps);
+    succeed("test $(grep -c '</svg>$' %s) = 4 && ! grep -o 'https*:[^ ]*' %s | grep -v w3.org/2000/svg",
+            report, report);
 }
 
 /* The same wherever the program is: in a step, which is then completed; in a grid of a million
@@ -1468,6 +1494,7 @@ int main(void) {
         {"small disk", test_small_disk},
         {"directory", test_no_directory},
         {"stop", test_stops},
+        {"report", test_report_html},
         {"stop anywhere", test_stops_anywhere},
         {"two", test_two_trainings},
         {"strangers", test_strangers_files},
