@@ -41,10 +41,9 @@ static const double LOG_2 = 0.6931471805599453;
 static const char *const TERMS[4] = {"recon", "latent", "diffusion", "total"};
 
 /* The only way of an Error to the terminal: it may quote a file, and a file may hold anything. */
-static void say(const char *command, const Error *error) {
+static void say(const Error *error) {
     char text[4 * sizeof error->text];
-    fprintf(stderr, "diffenc: %s%s%s\n", command, *command ? ": " : "",
-            printable(error->text, text, sizeof text));
+    fprintf(stderr, "diffenc: %s\n", printable(error->text, text, sizeof text));
 }
 
 /* ---- signals ---- */
@@ -126,7 +125,6 @@ typedef struct {
     uint64_t first_step;
     unsigned long long newest_grid; /* its step; 0: none */
     const char *end;                /* why the training ended, or NULL */
-    int resuming;     /* its settings were read from the checkpoint */
     int line_is_open; /* the terminal's cursor stands behind the progress line */
 } Job;
 
@@ -142,7 +140,7 @@ struct Command {
 /* Who takes an option: commands, and the metadata of checkpoints. What is FIXED makes the model and the order
  * of the data, and cannot change when a training is resumed. */
 enum { TRAIN = 1, SAMPLE = 2, EVAL = 4, SHOW = 8, GRAD = 16, RECORD = 32, KEPT = 64 };
-enum { SETTING = TRAIN | RECORD, FIXED = SETTING | KEPT };
+enum { ALL = TRAIN | SAMPLE | EVAL | SHOW | GRAD, SETTING = TRAIN | RECORD, FIXED = SETTING | KEPT };
 
 typedef enum { INT, RANGE, NUMBER, COUNT, TEXT, CHOICE, MODEL } OptionType;
 
@@ -181,8 +179,7 @@ static const Option OPTIONS[] = {
     {"variance-ratio", FIXED, NUMBER, C(variance_ratio), 0, 1e9, "W", "sigma_Q^2/sigma_P^2, finite T only"},
     {"batch", FIXED, INT, IN(settings.batch), 1, MAX_BATCH, "N", "examples in a step"},
     {"seed", FIXED, COUNT, IN(settings.seed), 0, 0, "N", "same seed, binary and machine: the same bits"},
-    {"data", SETTING, TEXT, IN(settings.data), 0, 0, "DIR|digits",
-     "(Fashion-)MNIST, CIFAR-10; built-in digits"},
+    {"data", SETTING, TEXT, IN(settings.data), 0, 0, "DIR|digits", "(Fashion-)MNIST, CIFAR-10; built in"},
     {"dropout", SETTING, NUMBER, C(dropout), -1e9, 1e9, "X", "rate in training"},
     {"lr", SETTING, NUMBER, O(learning_rate), 0, 1e6, "X", "learning rate of AdamW"},
     {"warmup", SETTING, INT, O(warmup), 0, 2e9, "N", "steps over which the learning rate rises from 0"},
@@ -209,12 +206,10 @@ static const Option OPTIONS[] = {
     {"sampler", SAMPLE, CHOICE, IN(sampler), 0, 0, "ancestral|deterministic", "draws of z_s, or none"},
     {"pixels", SAMPLE, CHOICE, IN(draw), 0, 0, "likely|drawn", "the likeliest given z_0, or drawn"},
     {"batch", GRAD, TEXT, IN(batch), 0, 0, "FILE", "images U8 [B,H,W,C], t [B], eps, eps0 [B,H,W,C]"},
-    {"threads", TRAIN | SAMPLE | EVAL | SHOW | GRAD, INT, IN(threads), 1, MAX_THREADS, "N",
-     "a training step and grad use 16 at most, the rest one for each image"},
+    {"threads", ALL, INT, IN(threads), 1, MAX_THREADS, "N", "train and grad use 16, the rest one an image"},
     {"save-every", TRAIN, INT, IN(save_every), 0, 2e9, "N", "between checkpoints; 0: at the end only"},
     {"sample-every", TRAIN, INT, IN(sample_every), 0, 2e9, "N", "between grids; 0: at the end only"},
-    {"sample-steps", TRAIN, INT, IN(sample_steps), 0, 1e6, "T",
-     "sampler steps of a grid, or all of a finite T where that is less; 0: no grids"},
+    {"sample-steps", TRAIN, INT, IN(sample_steps), 0, 1e6, "T", "steps of a grid, at most T; 0: no grids"},
     {"eval-every", TRAIN, INT, IN(eval_every), 0, 2e9, "N", "between bounds on test images; 0: none"},
     {"eval-limit", TRAIN, INT, IN(eval_limit), 1, 1e9, "N", "test images of such a bound"},
     {"out", TRAIN, TEXT, IN(out), 0, 0, "DIR", "where checkpoint, log.csv, report.html and samples go"},
@@ -343,10 +338,10 @@ static void print_help(const Job *job) {
     }
 }
 
-/* Set an option. A resumed training goes on with the settings of its checkpoint: what the command line asks
- * for must agree, or be something that may change on the way. Then the change is announced. */
+/* Set an option. A training that has its model already goes on from a checkpoint: what the command line asks
+ * for must agree with it, or be something that may change on the way. Then the change is announced. */
 static int option_apply(const Option *o, Job *job, const char *text) {
-    const int resuming = job->resuming && (o->takers & SETTING) == SETTING;
+    const int resuming = job->model.params && (o->takers & SETTING) == SETTING;
     char was[TEXT_SIZE], now[TEXT_SIZE];
     option_text(o, job, was);
     if (option_set(o, job, text, &job->error))
@@ -600,14 +595,14 @@ static int file_take(Job *job, const char *path, int (*take)(Job *, const Tensor
 
 /* ---- data and pictures ---- */
 
-/* Open data for the model. A new training's model is made for its data. */
+/* Open data for the model. Where there is none yet, it will be made for these data. */
 static int data_open(Job *job, const char *where, Split split, Dataset *data) {
     Config *c = &job->settings.config;
     Error inner;
     if (dataset_open(data, where, split, job->settings.seed, &inner))
         return fail(&job->error, "%s%s", inner.text,
-                    job->resuming ? "; --data says where the data are now" : "");
-    if (job->command->taker == TRAIN && !job->resuming && split == SPLIT_TRAIN)
+                    job->resume ? "; --data says where the data are now" : "");
+    if (!job->model.params && split == SPLIT_TRAIN)
         c->height = data->height, c->width = data->width, c->image_channels = data->channels;
     if (data->height == c->height && data->width == c->width && data->channels == c->image_channels)
         return 0;
@@ -725,9 +720,9 @@ static int directory_enter(Job *job) {
     if (fcntl(job->lock, F_SETLK, &lock))
         return fail(&job->error, "%s: another training is at work in this directory (%s)", job->out,
                     strerror(errno));
-    path_in(job->out, "checkpoint.safetensors", path);
-    if (!job->resume && access(path, F_OK) == 0)
-        return fail(&job->error, "%s: there is a checkpoint already; --resume goes on with it", path);
+    if (!job->resume && access(job->checkpoint, F_OK) == 0)
+        return fail(&job->error, "%s: there is a checkpoint already; --resume goes on with it",
+                    job->checkpoint);
     return directory_inspect(job);
 }
 
@@ -840,8 +835,8 @@ static void put_charts(FILE *out, const Job *job) {
                 tests += i == TEST_COLUMN;
             }
     fseek(job->log, 0, SEEK_END);
-    for (int i = 0; i < COLUMNS * POINTS; i++)
-        mean[0][i] /= count[0][i];   /* where there is nothing, NAN is what a chart leaves out */
+    for (int i = 0; i < COLUMNS * POINTS; i++)   /* 0 / 0 is NAN, which a chart leaves out */
+        mean[i / POINTS][i % POINTS] /= count[i / POINTS][i % POINTS];
     const Curve total[2] = {{"training", mean[0], mean[1], NULL, POINTS},
                             {"test, with standard error", mean[0], mean[TEST_COLUMN],
                              mean[TEST_COLUMN + 1], POINTS}};
@@ -910,7 +905,7 @@ static void report(Job *job) {
     if ((directory_check(job, &error) || file_replace(path, write_report, job, &error)) &&
         job->end != job->error.text) {
         end_line(job);
-        say("", &error);
+        say(&error);
     }
 }
 
@@ -935,11 +930,9 @@ static void progress(Job *job, const StepReport *r) {
 
 /* The checkpoint, and the log up to it, which a resumed training asks for. */
 static int save(Job *job) {
-    char path[TEXT_SIZE];
     if (job->log)
         fsync(fileno(job->log));
-    path_in(job->out, "checkpoint.safetensors", path);
-    return directory_check(job, &job->error) ? -1 : checkpoint_write(job, path);
+    return directory_check(job, &job->error) ? -1 : checkpoint_write(job, job->checkpoint);
 }
 
 /* After the work on what is called `name`: was it ended by a signal, or are its results no numbers? Then
@@ -973,7 +966,7 @@ static void sample_grid(Job *job) {
         return;
     end_line(job);
     if (status) {
-        say("", &job->error);
+        say(&job->error);
         return;
     }
     job->newest_grid = job->model.step;
@@ -1072,14 +1065,9 @@ static int train_prepare(Job *job) {
     Error *error = &job->error;
     size_t weights;
     if (job->resume) { /* locked before it is read: what another training writes meanwhile would be lost */
-        char path[TEXT_SIZE];
-        path_in(job->out, "checkpoint.safetensors", path);
-        if (access(path, F_OK))
-            return fail(error, "%s: there is no checkpoint to resume", path);
-        if (directory_enter(job) || file_take(job, path, checkpoint_take))
-            return -1;
-        job->resuming = 1;
-        if (parse_options(job))
+        if (access(job->checkpoint, F_OK))
+            return fail(error, "%s: there is no checkpoint to resume", job->checkpoint);
+        if (directory_enter(job) || file_take(job, job->checkpoint, checkpoint_take) || parse_options(job))
             return -1;
     }
     if (train_data(job) || config_check(&s->config, error))
@@ -1102,7 +1090,9 @@ static void workers_start(Job *job) {
 
 static int train(Job *job) {
     const Config *c = &job->settings.config;
-    char model[32];
+    char model[32], checkpoint[TEXT_SIZE];
+    path_in(job->out, "checkpoint.safetensors", checkpoint);
+    job->checkpoint = checkpoint;
     if (!job->resume && config_check(c, &job->error)) /* known from the options alone */
         return USAGE;
     if (train_prepare(job))
@@ -1121,11 +1111,11 @@ static int train(Job *job) {
         return FAILURE;
     const unsigned long long step = job->model.step;
     if (!stop_signal) {
-        printf("%s/checkpoint.safetensors at step %llu\n", job->out, step);
+        printf("%s at step %llu\n", checkpoint, step);
         return 0;
     }
-    return fail(&job->error, "stopped by %s; %s/checkpoint.safetensors at step %llu, --resume goes on",
-                signal_name(), job->out, step);
+    return fail(&job->error, "stopped by %s; %s at step %llu, --resume goes on", signal_name(), checkpoint,
+                step);
 }
 
 /* ---- what the commands on a checkpoint have in common ---- */
@@ -1406,27 +1396,23 @@ static const Command COMMANDS[] = {
 };
 enum { COMMAND_COUNT = sizeof COMMANDS / sizeof COMMANDS[0] };
 
-/* All but `train` begin with a checkpoint. */
-static int prepare(Job *job) {
-    if (!job->checkpoint)
-        return 0;
-    if ((*job->out && output_check(job, job->checkpoint)) || file_take(job, job->checkpoint, checkpoint_take))
-        return -1;
-    workers_start(job);
-    return 0;
-}
-
 /* Run a command, say what went wrong, free everything. Returns the exit status. */
 static int run(const Command *command, char **arguments) {
     Job job = job_default(command, arguments);
     int status = parse_options(&job);
     if (status < 0)
         status = USAGE;
-    if (status == OK && (status = prepare(&job)) == OK)
+    if (status == OK && job.checkpoint) {   /* all but train begin with one */
+        const int spoils = *job.out && output_check(&job, job.checkpoint);
+        status = spoils ? -1 : file_take(&job, job.checkpoint, checkpoint_take);
+        if (status == OK)
+            workers_start(&job);
+    }
+    if (status == OK)
         status = command->run(&job);
     end_line(&job);
     if (status != OK && status != HELP)
-        say(status == USAGE ? command->name : "", &job.error);
+        say(&job.error);
     workers_free(&job.workers);
     model_free(&job.model);
     dataset_close(&job.data);
@@ -1434,15 +1420,6 @@ static int run(const Command *command, char **arguments) {
     if (job.log)
         fclose(job.log);
     return status >= 0 ? status : stop_signal ? 128 + stop_signal : FAILURE;
-}
-
-static int help(FILE *to) {
-    fprintf(to,
-            "DiffEnc: variational diffusion with a learned encoder\n\nusage: diffenc COMMAND [options]\n\n");
-    for (int i = 0; i < COMMAND_COUNT; i++)
-        fprintf(to, "  %-8s %s\n", COMMANDS[i].name, COMMANDS[i].help);
-    fprintf(to, "\ndiffenc COMMAND --help names every option with its default.\n");
-    return to == stdout ? HELP : USAGE;
 }
 
 int main(int argc, char **argv) {
@@ -1455,14 +1432,20 @@ int main(int argc, char **argv) {
     signal(SIGXFSZ, SIG_IGN); /* a write beyond the limit on file sizes then fails, and is reported */
     while (command < COMMANDS + COMMAND_COUNT && strcmp(name, command->name) != 0)
         command++;
-    if (command < COMMANDS + COMMAND_COUNT)
+    if (command < COMMANDS + COMMAND_COUNT) {
         status = command->run ? run(command, argv + 2) : command->run_elsewhere(argc - 1, argv + 1);
-    else if (strcmp(name, "--help") == 0 || strcmp(name, "help") == 0 || argc < 2)
-        status = help(argc < 2 ? stderr : stdout);
-    else {
+    } else if (argc < 2 || strcmp(name, "--help") == 0 || strcmp(name, "help") == 0) {
+        FILE *to = argc < 2 ? stderr : stdout;
+        fprintf(to, "DiffEnc: variational diffusion with a learned encoder\n\n"
+                    "usage: diffenc COMMAND [options]\n\n");
+        for (command = COMMANDS; command < COMMANDS + COMMAND_COUNT; command++)
+            fprintf(to, "  %-8s %s\n", command->name, command->help);
+        fprintf(to, "\ndiffenc COMMAND --help names every option with its default.\n");
+        status = argc < 2 ? USAGE : HELP;
+    } else {
         Error error;
         fail(&error, "unknown command '%.60s' (see diffenc --help)", name);
-        say("", &error);
+        say(&error);
         status = USAGE;
     }
     if (status == HELP)

@@ -234,17 +234,13 @@ static void rewrite(const char *from, const char *to, const char *key, const cha
 /* Copy FROM to TO with the first value of a tensor overwritten by a NaN. */
 static void poison(const char *from, const char *to, const char *tensor) {
     TensorFile file = read_tensors(from);
+    TensorOut *out = tensors_again(&file);
     const TensorEntry *entry = tensors_find(&file, tensor);
     CHECK(entry != NULL, "%s holds no %s", from, tensor);
-    if (entry) {
-        succeed("cp %s %s", from, to);
-        FILE *stream = fopen(to, "r+b");
-        const int written =
-            stream && fseek(stream, (long)(entry->data - file.bytes.data), SEEK_SET) == 0 &&
-            fwrite("\xff\xff\xff\xff\xff\xff\xff\x7f", entry->size / entry->count, 1, stream) == 1 &&
-            fclose(stream) == 0;
-        CHECK(written, "%s: cannot be written", to);
-    }
+    if (entry)
+        memset(file.bytes.data + (entry->data - file.bytes.data), 0xff, entry->size / entry->count);
+    write_tensors(to, out, file.tensor_count, file.metadata, file.metadata_count);
+    free(out);
     tensors_free(&file);
 }
 
