@@ -824,18 +824,22 @@ static void put_charts(FILE *out, const Job *job) {
     enum { POINTS = 120 };
     static const char *const label = "bits per dimension";
     double(*mean)[POINTS] = allocate_zeroed(COLUMNS, sizeof *mean), value[COLUMNS];
-    double(*count)[POINTS] = allocate_zeroed(COLUMNS, sizeof *count), tests = 0;
+    double(*count)[POINTS] = allocate_zeroed(COLUMNS, sizeof *count);
     char line[LINE_SIZE];
-    for (rewind(job->log); fgets(line, sizeof line, job->log);)
-        for (int i = 0, found = log_line(line, value); i < COLUMNS && found; i++)
-            if (isfinite(value[i])) {
-                const int point = (int)((value[0] - 1) * POINTS / (double)job->model.step);
+    int tests = 0;
+    for (rewind(job->log); fgets(line, sizeof line, job->log);) {
+        const double steps = (double)job->model.step;
+        const int found = log_line(line, value) && value[0] >= 1 && value[0] <= steps;
+        const int point = found ? (int)((value[0] - 1) * POINTS / steps) : 0;
+        for (int i = 0; i < COLUMNS; i++)
+            if (found && isfinite(value[i])) {
                 mean[i][point] += value[i];
                 count[i][point]++;
-                tests += i == TEST_COLUMN;
             }
+        tests += found && isfinite(value[TEST_COLUMN]);
+    }
     fseek(job->log, 0, SEEK_END);
-    for (int i = 0; i < COLUMNS * POINTS; i++)   /* 0 / 0 is NAN, which a chart leaves out */
+    for (int i = 0; i < COLUMNS * POINTS; i++) /* 0 / 0 is NAN, which a chart leaves out */
         mean[i / POINTS][i % POINTS] /= count[i / POINTS][i % POINTS];
     const Curve total[2] = {{"training", mean[0], mean[1], NULL, POINTS},
                             {"test, with standard error", mean[0], mean[TEST_COLUMN],

@@ -587,8 +587,7 @@ static void test_changed_data(void) {
     CHECK(file_count("out*") == 0, "a refused training made a directory");
     write_idx("moved/train-images-idx3-ubyte", 0x803, 6, 12, 8, 6 * 12 * 8);
     refuse(1, "other images than this training began with", "$D train --resume --steps 2 --out data");
-    succeed("cp small/* moved && printf x | dd of=moved/train-images-idx3-ubyte bs=1 seek=99 "
-            "conv=notrunc");
+    succeed("cp small/* moved && printf x | dd of=moved/train-images-idx3-ubyte bs=1 seek=99 conv=notrunc");
     refuse(1, "other images than this training began with", "$D train --resume --steps 2 --out data");
     write_idx("moved/train-images-idx3-ubyte", 0x803, 7, 16, 8, 7 * 16 * 8);
     refuse(1, "images are 16x8x1, the model is for 12x8x1", "$D train --resume --steps 2 --out data");
@@ -855,10 +854,7 @@ static void test_output_is_input(void) {
 
 /* A stranger's checkpoint: what it says does not reach the terminal raw, opens no path, takes no memory. */
 static void test_stranger(void) {
-    rewrite("good", "bad.name", "model",
-            "vdm\33[31m\nroot# \xc2\x9b"
-            "1m",
-            NULL);
+    rewrite("good", "bad.name", "model", "vdm\33[31m\nroot# \xc2\x9b" "1m", NULL);
     rewrite("good", "bad.data", "data", "\33]0;title\7", NULL);
     rewrite("good", "bad.where", "data", "/no-such/place", NULL);
     rewrite("good", "bad.large", "height", "256", NULL);
