@@ -268,30 +268,23 @@ static void write_cifar(const char *name, int count) {
 
 /* ---- golden files ---- */
 
-/* || a - b || and || b ||. */
-static void distance(const real *a, const real *b, size_t count, double *difference, double *norm) {
-    double sum = 0;
-    for (size_t i = 0; i < count; i++)
-        sum += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
-    *difference = sqrt(sum);
-    *norm = sqrt(dot(b, b, count));
+static double norm_of(const TensorFile *file, const char *name) {
+    const TensorEntry *entry = tensors_find(file, name);
+    real *values = values_of(entry, name);
+    const double norm = sqrt(dot(values, values, entry->count));
+    free(values);
+    return norm;
 }
 
 /* The norm that an error of the tensor called `name` is measured by: its own, with one exception. A constant
  * added to all keys shifts every logit of a row alike, which the softmax does not see: the gradient by
  * mid.attn.k.bias is zero in exact arithmetic and rounding noise in any other. Its measure is the gradient by
  * mid.attn.k.kernel. */
-static double measure(const TensorFile *expected, const char *name, double norm) {
+static double measure(const TensorFile *expected, const char *name) {
     char kernel[128];
     const char *tail = strstr(name, "mid.attn.k.bias");
-    if (!tail)
-        return norm;
-    snprintf(kernel, sizeof kernel, "%.*smid.attn.k.kernel", (int)(tail - name), name);
-    const TensorEntry *entry = tensors_find(expected, kernel);
-    real *values = values_of(entry, kernel);
-    norm = sqrt(dot(values, values, entry->count));
-    free(values);
-    return norm;
+    snprintf(kernel, sizeof kernel, "%.*smid.attn.k.kernel", tail ? (int)(tail - name) : 0, name);
+    return norm_of(expected, tail ? kernel : name);
 }
 
 /* Relative to the norm of each tensor. In single precision the schedule and z_t are kept in double; what is
@@ -308,10 +301,11 @@ static void golden_compare(const char *name, const TensorFile *got, const Tensor
         CHECK(alike, "%s: %s is missing or of another shape", name, e->name);
         if (!alike)
             continue;
-        double difference, norm;
+        double square = 0;
         real *a = values_of(g, g->name), *b = values_of(e, e->name);
-        distance(a, b, e->count, &difference, &norm);
-        norm = measure(expected, e->name, norm);
+        for (size_t k = 0; k < e->count; k++)
+            square += ((double)a[k] - (double)b[k]) * ((double)a[k] - (double)b[k]);
+        const double difference = sqrt(square), norm = measure(expected, e->name);
         CHECK(difference <= golden_tolerance() * norm, "%s: %s differs by %.2e of its norm %.2e", name,
               e->name, difference / norm, norm);
         free(a);
@@ -398,6 +392,15 @@ static void same_trainings(const char *a, const char *b, int steps) {
             "cut -d, -f1-8 log.csv >../columns && cut -d, -f1-8 ../%s/log.csv | cmp ../columns -",
             a, steps, b, b);
     CHECK(o.status == 0, "%s and %s: %s%s", a, b, o.out, o.error);
+}
+
+/* What goes on to `steps` steps is what was not interrupted; `options` are those of the whole training. */
+static void check_resumed(const char *directory, int steps, const char *options) {
+    char undisturbed[64];
+    snprintf(undisturbed, sizeof undisturbed, "%s-not", directory);
+    succeed("$D train --resume --sample-steps 2 --steps %d --out %s", steps, directory);
+    succeed("$D train $TINY %s --steps %d --out %s", options, steps, undisturbed);
+    same_trainings(undisturbed, directory, steps);
 }
 
 /* Each way to train: uninterrupted, and stopped after two of four steps and resumed with other numbers of
@@ -518,12 +521,10 @@ static void test_steps_0(void) {
     CHECK(step_of("zero/checkpoint.safetensors") == 0 && is_whole("zero/checkpoint.safetensors"),
           "initial checkpoint");
     CHECK(file_count("zero/*.png") == 0, "pictures of no training");
-    succeed("$D train --resume --sample-steps 2 --steps 2 --out zero");
-    succeed("$D train $TINY --steps 2 --out two");
-    same_trainings("two", "zero", 2);
+    check_resumed("zero", 2, "");
     succeed("$D train --resume --sample-steps 2 --steps 1 --out zero");
     CHECK(step_of("zero/checkpoint.safetensors") == 2, "a total that is passed already changes nothing");
-    same_trainings("two", "zero", 2);
+    same_trainings("zero-not", "zero", 2);
     refuse(1, "there is a checkpoint already", "$D train $TINY --steps 2 --out zero");
     refuse(1, "there is no checkpoint to resume", "$D train --resume --steps 2 --out nothing");
     CHECK(file_count("nothing") == 0, "a refused training made a directory");
@@ -702,9 +703,7 @@ static void test_stops(void) {
         read_text("stopped/log.csv", log);
         snprintf(line, sizeof line, "\n%ld,", step);
         CHECK(strstr(log, line), "the log ends at step %ld: %s", step, log);
-        succeed("$D train --resume --sample-steps 2 --steps %ld --out stopped", step + 1);
-        succeed("$D train $TINY --steps %ld --out stopped-not", step + 1);
-        same_trainings("stopped-not", "stopped", (int)step + 1);
+        check_resumed("stopped", (int)step + 1, "");
     }
 }
 
@@ -796,10 +795,7 @@ static void test_two_trainings(void) {
     CHECK(strstr(o.error, "rr: was removed or replaced") || strstr(o.error, "No such file or directory"),
           "%s", o.error);
     CHECK(step_of("rr/checkpoint.safetensors") == 3, "the checkpoint is of the first training");
-    succeed(
-        "$D train --resume --sample-steps 2 --steps 4 --out rr && $D train $TINY --steps 4 --seed 2 --out "
-        "rr-not");
-    same_trainings("rr-not", "rr", 4);
+    check_resumed("rr", 4, "--seed 2");
 }
 
 /* Nothing is cut, overwritten, followed or removed that a training did not make. */
@@ -843,10 +839,8 @@ static void test_output_is_input(void) {
     refuse(1, "is the same file as the input", "$D sample $W/same --steps 1 --out $W/same.pgm");
     refuse(1, "is the same file as the input", "$D show $W/finite --data $W/read --out $W/read.png");
     refuse(1, "is the same file as the input", "$D grad $W/same --batch $W/good --out $W/same");
-    refuse(
-        1, "is the same file as the input",
-        "cp tests/golden/vdm-flat-v.batch.safetensors $W/batch.own; $D grad "
-        "tests/golden/vdm-flat-v.checkpoint.safetensors --batch $W/batch.own --out $W/../${W##*/}/batch.own");
+    refuse(1, "is the same file as the input",
+           "cp $VB $W/batch.own; $D grad $V --batch $W/batch.own --out $W/../${W##*/}/batch.own");
     CHECK(same_files("same", "good") &&
               same_files("read/t10k-images-idx3-ubyte", "small/t10k-images-idx3-ubyte"),
           "an input was written over");
@@ -854,7 +848,10 @@ static void test_output_is_input(void) {
 
 /* A stranger's checkpoint: what it says does not reach the terminal raw, opens no path, takes no memory. */
 static void test_stranger(void) {
-    rewrite("good", "bad.name", "model", "vdm\33[31m\nroot# \xc2\x9b" "1m", NULL);
+    rewrite("good", "bad.name", "model",
+            "vdm\33[31m\nroot# \xc2\x9b"
+            "1m",
+            NULL);
     rewrite("good", "bad.data", "data", "\33]0;title\7", NULL);
     rewrite("good", "bad.where", "data", "/no-such/place", NULL);
     rewrite("good", "bad.large", "height", "256", NULL);
@@ -933,13 +930,9 @@ static void test_file_limit(void) {
            "ulimit -f 80; $D train --resume --sample-steps 2 --steps 2 --out full");
     CHECK(same_files("old", "full/checkpoint.safetensors"), "the old checkpoint is intact");
     refuse(1, "out.png: File too large", "ulimit -f 8; $D sample old --steps 1 --out out.png");
-    refuse(1, "out.grad: File too large",
-           "ulimit -f 8; $D grad tests/golden/vdm-flat-v.checkpoint.safetensors"
-           " --batch tests/golden/vdm-flat-v.batch.safetensors --out out.grad");
+    refuse(1, "out.grad: File too large", "ulimit -f 8; $D grad $V --batch $VB --out out.grad");
     CHECK(file_count("full/*.tmp*") == 0 && file_count("out*") == 0, "something is left");
-    succeed("$D train --resume --sample-steps 2 --steps 2 --out full");
-    succeed("$D train $TINY --steps 2 --out roomy");
-    same_trainings("roomy", "full", 2);
+    check_resumed("full", 2, "");
     refuse(1, "standard output: No space left on device", "$D train --help >/dev/full");
     refuse(1, "standard output: No space left on device", "$D eval old --data small >/dev/full");
 }
@@ -975,9 +968,7 @@ static void test_no_directory(void) {
     refuse(1, "out.png: No such file or directory",
            "ulimit -t 20; $D sample old --count 65536 --steps 1000000 --out none/out.png");
     refuse(1, "No such file or directory", "$D show old --out none/out.png");
-    refuse(1, "No such file or directory",
-           "$D grad tests/golden/vdm-flat-v.checkpoint.safetensors"
-           " --batch tests/golden/vdm-flat-v.batch.safetensors --out none/out");
+    refuse(1, "No such file or directory", "$D grad $V --batch $VB --out none/out");
     refuse(1, "No such file or directory", "$D train $TINY --steps 1 --out none/out");
     refuse(1, "Not a directory",
            "ulimit -t 20; $D sample old --count 65536 --steps 1000000 --out old/out.png");
@@ -1168,7 +1159,7 @@ static void test_bad_checkpoints(void) {
     };
     succeed(": >bad.empty && echo 'hello, this is no checkpoint of anything' >bad.text &&"
             " head -c 1000 good >bad.head && head -c 40000 good >bad.cut && { cat good; echo; } >bad.longer");
-    succeed("cp tests/golden/nt-flat-eps-T10.checkpoint.safetensors learned");
+    succeed("cp $T10 learned");
     rewrite("learned", "bad.fixed", "schedule", "fixed", NULL);
     rewrite("deep", "bad.shallower", "model", "vdm-1", NULL);
     rewrite("good", "bad.deeper", "model", "vdm-2", NULL);
@@ -1231,8 +1222,6 @@ static void test_bad_batches(void) {
         {"batch.cut: ", "$D grad $V --batch batch.cut --out out"},
         {"none/out: No such file or directory", "$D grad $V --batch batch --out none/out"},
     };
-    setenv("V", "tests/golden/vdm-flat-v.checkpoint.safetensors", 1);
-    setenv("T10", "tests/golden/nt-flat-eps-T10.checkpoint.safetensors", 1);
     write_batch("batch", 2, 8, 8, 0.3, 1, NULL);
     write_batch("batch.narrow", 2, 8, 7, 0.3, 1, NULL);
     write_batch("batch.eps0", 2, 8, 8, 0.3, 1, "eps0");
@@ -1445,6 +1434,9 @@ int main(void) {
     setenv("W", directory, 1);
     setenv("D", path, 1);
     setenv("TOP", top, 1);
+    setenv("V", "tests/golden/vdm-flat-v.checkpoint.safetensors", 1);
+    setenv("VB", "tests/golden/vdm-flat-v.batch.safetensors", 1);
+    setenv("T10", "tests/golden/nt-flat-eps-T10.checkpoint.safetensors", 1);
     snprintf(path, sizeof path, "%s/tests", top);
     if (chdir(directory) || symlink(path, "tests")) {
         perror(directory);
