@@ -1,4 +1,4 @@
-/* main.c - the roof: the command line, settings and checkpoints, progress and logs.
+/* main.c - the roof: the command line, settings and checkpoints, progress, logs and reports.
  *
  * Results go to stdout, progress to stderr. Exit status 0, 1 for a failure, 2 for wrong usage. SIGINT,
  * SIGTERM, SIGHUP and SIGPIPE end what is being computed, save what a training has learned, and give 128 +
@@ -121,7 +121,7 @@ typedef struct {
     unsigned char *test;  /* [test_count] images */
     int test_count, lock; /* descriptor of OUT/.lock */
     FILE *log;
-    double started, step_seconds, last_line, last_report;
+    double started, step_seconds, last_line, next_report;
     uint64_t first_step;
     unsigned long long newest_grid; /* its step; 0: none */
     const char *end;                /* why the training ended, or NULL */
@@ -170,7 +170,7 @@ static const Option OPTIONS[] = {
     {"net", FIXED, CHOICE, C(net), 0, 0, "flat|unet", "body of the score network"},
     {"channels", FIXED, INT, C(channels), -1e9, 1e9, "N", "of the score network, a multiple of 4"},
     {"encoder-channels", FIXED, INT, C(encoder_channels), -1e9, 1e9, "N", "of the encoder, a multiple of 4"},
-    {"fourier", FIXED, RANGE, C(fourier_first), 0, 0, "FIRST..LAST", "2^FIRST .. 2^LAST cycles of z"},
+    {"fourier", FIXED, RANGE, C(fourier_first), 0, 0, "FIRST..LAST", "features of z, as powers of two"},
     {"predict", FIXED, CHOICE, C(prediction), 0, 0, "v|eps|x", "what the score network predicts"},
     {"schedule", FIXED, CHOICE, C(schedule), 0, 0, "fixed|learned", "the end points of gamma(t)"},
     {"gamma-min", FIXED, NUMBER, C(gamma_min), -1e9, 1e9, "X", "gamma(0); where a learned schedule starts"},
@@ -206,7 +206,7 @@ static const Option OPTIONS[] = {
     {"sampler", SAMPLE, CHOICE, IN(sampler), 0, 0, "ancestral|deterministic", "draws of z_s, or none"},
     {"pixels", SAMPLE, CHOICE, IN(draw), 0, 0, "likely|drawn", "the likeliest given z_0, or drawn"},
     {"batch", GRAD, TEXT, IN(batch), 0, 0, "FILE", "images U8 [B,H,W,C], t [B], eps, eps0 [B,H,W,C]"},
-    {"threads", ALL, INT, IN(threads), 1, MAX_THREADS, "N", "train and grad use 16, the rest one an image"},
+    {"threads", ALL, INT, IN(threads), 1, MAX_THREADS, "N", "train and grad use at most 16"},
     {"save-every", TRAIN, INT, IN(save_every), 0, 2e9, "N", "between checkpoints; 0: at the end only"},
     {"sample-every", TRAIN, INT, IN(sample_every), 0, 2e9, "N", "between grids; 0: at the end only"},
     {"sample-steps", TRAIN, INT, IN(sample_steps), 0, 1e6, "T", "steps of a grid, at most T; 0: no grids"},
@@ -900,17 +900,19 @@ static void end_line(Job *job) {
     job->line_is_open = 0;
 }
 
-/* A report that cannot be written ends no training, and is not what a training failed by. */
+/* A report that cannot be written ends no training, and is not what a training failed by. The log may be long:
+ * a hundredth of the time at most goes into reading it. */
 static void report(Job *job) {
+    const double start = seconds_now();
     char path[TEXT_SIZE];
     Error error;
     path_in(job->out, "report.html", path);
-    job->last_report = seconds_now();
     if ((directory_check(job, &error) || file_replace(path, write_report, job, &error)) &&
         job->end != job->error.text) {
         end_line(job);
         say(&error);
     }
+    job->next_report = seconds_now() + fmax(10, 100 * (seconds_now() - start));
 }
 
 /* ---- diffenc train ---- */
@@ -1014,7 +1016,7 @@ static int train_step(Job *job) {
     progress(job, &r);
     if (fflush(job->log))
         return fail(&job->error, "%s/log.csv: cannot be written: %s", job->out, strerror(errno));
-    if (seconds_now() - job->last_report > 10)
+    if (seconds_now() > job->next_report)
         report(job);
     return 0;
 }
@@ -1028,7 +1030,7 @@ static int train_loop(Job *job) {
     job->settings.optimizer.steps = job->steps;
     job->first_step = *step;
     job->started = seconds_now();
-    job->last_report = job->started - 9; /* the first one after a second */
+    job->next_report = job->started + 1;
     while (status == 0 && *step < steps && !stop_signal) {
         if (due(*step, job->sample_every))
             sample_grid(job);
