@@ -106,7 +106,8 @@ typedef struct {
     int threads, steps, save_every, sample_every, sample_steps, eval_every, eval_limit, resume;
     int count, sampler, draw, split, limit, repeats, timesteps;
     uint64_t seed;
-    char out[TEXT_SIZE], where[TEXT_SIZE], ratio[TEXT_SIZE], batch[TEXT_SIZE];
+    char out[TEXT_SIZE], ratio[TEXT_SIZE], batch[TEXT_SIZE];
+    char where[TEXT_SIZE]; /* of the data; "": as in training */
     Settings settings;
     const char *checkpoint;
     const Command *command;
@@ -125,7 +126,7 @@ typedef struct {
     uint64_t first_step;
     unsigned long long newest_grid; /* its step; 0: none */
     const char *end;                /* why the training ended, or NULL */
-    int line_is_open; /* the terminal's cursor stands behind the progress line */
+    int line_is_open;               /* the terminal's cursor stands behind the progress line */
 } Job;
 
 struct Command {
@@ -900,8 +901,8 @@ static void end_line(Job *job) {
     job->line_is_open = 0;
 }
 
-/* A report that cannot be written ends no training, and is not what a training failed by. The log may be long:
- * a hundredth of the time at most goes into reading it. */
+/* A report that cannot be written ends no training, and is not what a training failed by. The log may be
+ * long: a hundredth of the time at most goes into reading it. */
 static void report(Job *job) {
     const double start = seconds_now();
     char path[TEXT_SIZE];
