@@ -8,7 +8,7 @@
  *     nn.c        floor 3   layers, the two networks, parameters, batches on threads, AdamW and EMA
  *     diffenc.c   floor 4   the method: its equations, a training step, the bound on a data set, the samplers
  *     data.c      beside    files in and out; it uses tensor.c alone
- *     main.c      roof      the command line, settings and checkpoints, progress and logs
+ *     main.c      roof      the command line, settings and checkpoints, progress, logs, reports
  *
  * Sources: [DiffEnc] Nielsen, Christensen, Dittadi, Winther, "DiffEnc: Variational Diffusion with a
  * Learned Encoder", ICLR 2024, arXiv 2310.19789. [VDM] Kingma, Salimans, Poole, Ho, "Variational Diffusion

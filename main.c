@@ -1,8 +1,12 @@
-/* main.c - the roof: the command line, settings and checkpoints, progress and logs.
+/* main.c - the roof: the command line, settings and checkpoints, progress, logs and reports.
  *
  * Results go to stdout, progress to stderr. Exit status 0, 1 for a failure, 2 for wrong usage. SIGINT,
  * SIGTERM, SIGHUP and SIGPIPE end what is being computed, save what a training has learned, and give 128 +
- * the signal's number, as the shell would say it. */
+ * the signal's number, as the shell would say it.
+ *
+ * A command is a function of a Job, which holds its options and everything it works with. The memory that a
+ * command needs comes from the Job's arena, and main() gives all of it back in one place, so that a command
+ * may return wherever something goes wrong. */
 
 #define _POSIX_C_SOURCE 200809L
 
@@ -11,7 +15,6 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <float.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -24,9 +27,12 @@
 
 #ifdef _OPENMP
 #include <omp.h>
+#else
+static int omp_get_max_threads(void) { return 1; }
+static int omp_get_thread_limit(void) { return 1; }
 #endif
 
-/* What a command returns: its exit status, or HELP after --help, which main() turns into OK. */
+/* Exit statuses. A command may also return -1 for a failure, or HELP after --help, which is no failure. */
 enum { OK = 0, FAILURE = 1, USAGE = 2, HELP = 3 };
 
 enum { MAX_THREADS = 256, MAX_BATCH = 1 << 20 };
@@ -35,20 +41,15 @@ static const double LOG_2 = 0.6931471805599453;
 static const char *const TERMS[4] = {"recon", "latent", "diffusion", "total"};
 
 /* The only way of an Error to the terminal: it may quote a file, and a file may hold anything. */
-static void say(const char *command, const Error *error) {
+static void say(const Error *error) {
     char text[4 * sizeof error->text];
-    fprintf(stderr, "diffenc: %s%s\n", command, printable(error->text, text, sizeof text));
+    fprintf(stderr, "diffenc: %s\n", printable(error->text, text, sizeof text));
 }
 
 /* ---- signals ---- */
 
 /* The one global that is not const: a handler has no other way to say something. */
 static volatile sig_atomic_t stop_signal = 0;
-
-static const struct {
-    int number;
-    const char *name;
-} SIGNALS[4] = {{SIGINT, "SIGINT"}, {SIGTERM, "SIGTERM"}, {SIGHUP, "SIGHUP"}, {SIGPIPE, "SIGPIPE"}};
 
 /* A second SIGINT or SIGTERM ends the program at once. The other two are not repeated by anyone's wish: where
  * a terminal closes, its hang-up and then its broken pipes arrive while the checkpoint is being written. */
@@ -63,18 +64,21 @@ static void on_signal(int number) {
 /* SA_RESTART: a write goes on where the signal interrupted it. What the parent ignores (nohup) stays ignored.
  */
 static void catch_signals(void) {
+    static const int numbers[4] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
     const struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
     struct sigaction before;
     for (int i = 0; i < 4; i++)
-        if (sigaction(SIGNALS[i].number, NULL, &before) == 0 && before.sa_handler != SIG_IGN)
-            sigaction(SIGNALS[i].number, &action, NULL);
+        if (sigaction(numbers[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN)
+            sigaction(numbers[i], &action, NULL);
 }
 
 static const char *signal_name(void) {
-    int i = 0;
-    while (i < 3 && SIGNALS[i].number != stop_signal)
-        i++;
-    return SIGNALS[i].name;
+    switch (stop_signal) {
+    case SIGINT: return "SIGINT";
+    case SIGTERM: return "SIGTERM";
+    case SIGHUP: return "SIGHUP";
+    default: return "SIGPIPE";
+    }
 }
 
 /* ---- a command's options, and everything it works with ---- */
@@ -92,39 +96,60 @@ typedef struct {
     uint64_t step;        /* of the checkpoint */
 } Settings;
 
+/* What a command needs of a checkpoint: only the weights in training (grad), only their average (sample,
+ * eval, show), or everything (train). */
+typedef enum { LOAD_PARAMS, LOAD_EMA, LOAD_ALL } Load;
+
+typedef struct Command Command;
 typedef struct {
     /* Options; which command has which is said by OPTIONS. */
     int threads, steps, save_every, sample_every, sample_steps, eval_every, eval_limit, resume;
     int count, sampler, draw, split, limit, repeats, timesteps;
-    uint64_t seed, given; /* bit i of `given`: OPTIONS[i] was on the command line */
-    char out[TEXT_SIZE], where[TEXT_SIZE], ratio[TEXT_SIZE], batch[TEXT_SIZE]; /* where "": as in training */
+    uint64_t seed;
+    char out[TEXT_SIZE], ratio[TEXT_SIZE], batch[TEXT_SIZE];
+    char where[TEXT_SIZE]; /* of the data; "": as in training */
     Settings settings;
     const char *checkpoint;
+    const Command *command;
+    char **arguments; /* behind the command's name */
+    Arena *arena;
     double need; /* bytes of memory, as far as known */
     Model model;
     Workers workers;
     Dataset data;
     Error error;
     /* Of a training. */
-    unsigned char *test; /* [test_count] images */
+    unsigned char *test;  /* [test_count] images */
     int test_count, lock; /* descriptor of OUT/.lock */
     FILE *log;
-    double started, last_line;
+    double started, step_seconds, last_line, next_report;
     uint64_t first_step;
-    int line_is_open; /* the terminal's cursor stands behind the progress line */
+    unsigned long long newest_grid; /* its step; 0: none */
+    const char *end;                /* why the training ended, or NULL */
+    int line_is_open;               /* the terminal's cursor stands behind the progress line */
 } Job;
+
+struct Command {
+    const char *name;
+    int taker;
+    Load load;
+    int (*run)(Job *job);
+    int (*run_elsewhere)(int argc, char **argv); /* instead of all that stands before */
+    const char *usage, *help;
+};
 
 /* Who takes an option: commands, and the metadata of checkpoints. What is FIXED makes the model and the order
  * of the data, and cannot change when a training is resumed. */
 enum { TRAIN = 1, SAMPLE = 2, EVAL = 4, SHOW = 8, GRAD = 16, RECORD = 32, KEPT = 64 };
-enum { SETTING = TRAIN | RECORD, FIXED = SETTING | KEPT };
+enum { ALL = TRAIN | SAMPLE | EVAL | SHOW | GRAD, SETTING = TRAIN | RECORD, FIXED = SETTING | KEPT };
 
-typedef enum { INT, RANGE, NUMBER, COUNT, TEXT, FLAG, CHOICE, MODEL } OptionType;
+typedef enum { INT, RANGE, NUMBER, COUNT, TEXT, CHOICE, MODEL } OptionType;
 
-/* `place` in a Job is an int (INT, FLAG), two of them (RANGE, "A..B"), a double, a uint64_t (COUNT), a
+/* `place` in a Job is an int (INT), two of them (RANGE, "A..B"), a double, a uint64_t (COUNT), a
  * char[TEXT_SIZE], an int or an enumeration (CHOICE) or a Config (MODEL); what stands there before parsing is
- * the default. Numbers must lie in [low, high]; where both are 0, config_check knows the range. The argument
- * of a choice lists the choices, counted from 0. A text whose argument is FILE must be given. */
+ * the default. Numbers must lie in [low, high], which are wide where config_check knows the range. The
+ * argument of a choice lists the choices, counted from 0. A text whose argument is FILE must be given. An
+ * option of a command without an argument is 1 when it is there. */
 typedef struct {
     const char *name;
     int takers;
@@ -144,20 +169,19 @@ typedef char ENUMERATIONS_ARE_INTS[sizeof(NetKind) == sizeof(int) ? 1 : -1];
 static const Option OPTIONS[] = {
     {"model", FIXED, MODEL, IN(settings.config), 0, 0, "NAME", "vdm-L, diffenc-L-nt or diffenc-L-E"},
     {"net", FIXED, CHOICE, C(net), 0, 0, "flat|unet", "body of the score network"},
-    {"channels", FIXED, INT, C(channels), 0, 0, "N", "of the score network, a multiple of 4"},
-    {"encoder-channels", FIXED, INT, C(encoder_channels), 0, 0, "N", "of the encoder, a multiple of 4"},
-    {"fourier", FIXED, RANGE, C(fourier_first), 0, 0, "A..B", "features of z at 2^A .. 2^B cycles"},
+    {"channels", FIXED, INT, C(channels), -1e9, 1e9, "N", "of the score network, a multiple of 4"},
+    {"encoder-channels", FIXED, INT, C(encoder_channels), -1e9, 1e9, "N", "of the encoder, a multiple of 4"},
+    {"fourier", FIXED, RANGE, C(fourier_first), 0, 0, "FIRST..LAST", "features of z, as powers of two"},
     {"predict", FIXED, CHOICE, C(prediction), 0, 0, "v|eps|x", "what the score network predicts"},
     {"schedule", FIXED, CHOICE, C(schedule), 0, 0, "fixed|learned", "the end points of gamma(t)"},
-    {"gamma-min", FIXED, NUMBER, C(gamma_min), 0, 0, "X", "gamma(0); where a learned schedule starts"},
-    {"gamma-max", FIXED, NUMBER, C(gamma_max), 0, 0, "X", "gamma(1); where a learned schedule starts"},
-    {"timesteps", FIXED, INT, C(timesteps), 0, 0, "T", "number of time steps; 0: continuous time"},
-    {"variance-ratio", FIXED, NUMBER, C(variance_ratio), 0, 0, "W", "sigma_Q^2 / sigma_P^2, finite T only"},
+    {"gamma-min", FIXED, NUMBER, C(gamma_min), -1e9, 1e9, "X", "gamma(0); where a learned schedule starts"},
+    {"gamma-max", FIXED, NUMBER, C(gamma_max), -1e9, 1e9, "X", "gamma(1); where a learned schedule starts"},
+    {"timesteps", FIXED, INT, C(timesteps), -1e9, 1e9, "T", "number of time steps; 0: continuous time"},
+    {"variance-ratio", FIXED, NUMBER, C(variance_ratio), 0, 1e9, "W", "sigma_Q^2/sigma_P^2, finite T only"},
     {"batch", FIXED, INT, IN(settings.batch), 1, MAX_BATCH, "N", "examples in a step"},
     {"seed", FIXED, COUNT, IN(settings.seed), 0, 0, "N", "same seed, binary and machine: the same bits"},
-    {"data", SETTING, TEXT, IN(settings.data), 0, 0, "DIR|digits",
-     "(Fashion-)MNIST, CIFAR-10; built-in digits"},
-    {"dropout", SETTING, NUMBER, C(dropout), 0, 0, "X", "rate in training"},
+    {"data", SETTING, TEXT, IN(settings.data), 0, 0, "DIR|digits", "(Fashion-)MNIST, CIFAR-10; built in"},
+    {"dropout", SETTING, NUMBER, C(dropout), -1e9, 1e9, "X", "rate in training"},
     {"lr", SETTING, NUMBER, O(learning_rate), 0, 1e6, "X", "learning rate of AdamW"},
     {"warmup", SETTING, INT, O(warmup), 0, 2e9, "N", "steps over which the learning rate rises from 0"},
     {"cooldown", SETTING, NUMBER, O(cooldown), 0, 1, "X", "over this last share of the steps it falls to 0"},
@@ -166,9 +190,9 @@ static const Option OPTIONS[] = {
     {"ema", SETTING, NUMBER, O(ema), 0, 1, "X", "decay of the moving average of the weights"},
     {"step", RECORD, COUNT, IN(settings.step), 0, 0, "", ""},
     {"data-digest", RECORD, COUNT, IN(settings.data_digest), 0, 0, "", ""},
-    {"height", RECORD, INT, C(height), 0, 0, "", ""},
-    {"width", RECORD, INT, C(width), 0, 0, "", ""},
-    {"image-channels", RECORD, INT, C(image_channels), 0, 0, "", ""},
+    {"height", RECORD, INT, C(height), -1e9, 1e9, "", ""},
+    {"width", RECORD, INT, C(width), -1e9, 1e9, "", ""},
+    {"image-channels", RECORD, INT, C(image_channels), -1e9, 1e9, "", ""},
     {"data", EVAL | SHOW, TEXT, IN(where), 0, 0, "DIR|digits", "needed unless it was trained on digits"},
     {"split", EVAL, CHOICE, IN(split), 0, 0, "train|test", "which images"},
     {"limit", EVAL, INT, IN(limit), 0, 1e9, "N", "only N images, evenly over the split; 0: all"},
@@ -183,56 +207,47 @@ static const Option OPTIONS[] = {
     {"sampler", SAMPLE, CHOICE, IN(sampler), 0, 0, "ancestral|deterministic", "draws of z_s, or none"},
     {"pixels", SAMPLE, CHOICE, IN(draw), 0, 0, "likely|drawn", "the likeliest given z_0, or drawn"},
     {"batch", GRAD, TEXT, IN(batch), 0, 0, "FILE", "images U8 [B,H,W,C], t [B], eps, eps0 [B,H,W,C]"},
-    {"threads", TRAIN | SAMPLE | EVAL | SHOW | GRAD, INT, IN(threads), 1, MAX_THREADS, "N",
-     "a training step and grad use 16 at most, the rest one for each image"},
+    {"threads", ALL, INT, IN(threads), 1, MAX_THREADS, "N", "train and grad use at most 16"},
     {"save-every", TRAIN, INT, IN(save_every), 0, 2e9, "N", "between checkpoints; 0: at the end only"},
     {"sample-every", TRAIN, INT, IN(sample_every), 0, 2e9, "N", "between grids; 0: at the end only"},
-    {"sample-steps", TRAIN, INT, IN(sample_steps), 0, 1e6, "T",
-     "sampler steps of a grid, or all of a finite T where that is less; 0: no grids"},
+    {"sample-steps", TRAIN, INT, IN(sample_steps), 0, 1e6, "T", "steps of a grid, at most T; 0: no grids"},
     {"eval-every", TRAIN, INT, IN(eval_every), 0, 2e9, "N", "between bounds on test images; 0: none"},
     {"eval-limit", TRAIN, INT, IN(eval_limit), 1, 1e9, "N", "test images of such a bound"},
-    {"out", TRAIN, TEXT, IN(out), 0, 0, "DIR", "where checkpoint, log.csv, loss.svg and samples go"},
+    {"out", TRAIN, TEXT, IN(out), 0, 0, "DIR", "where checkpoint, log.csv, report.html and samples go"},
     {"out", SAMPLE, TEXT, IN(out), 0, 0, "FILE", "a grid of the images: .png, .pgm or .ppm"},
     {"out", SHOW, TEXT, IN(out), 0, 0, "FILE", "of each image x_t, y, dx_t/dlambda over t"},
     {"out", GRAD, TEXT, IN(out), 0, 0, "FILE", "loss.recon, .latent, .diffusion in nats, bpd, grad.NAME"},
-    {"resume", TRAIN, FLAG, IN(resume), 0, 1, "", "go on where the checkpoint in --out stands"},
+    {"resume", TRAIN, INT, IN(resume), 0, 1, "", "go on where the checkpoint in --out stands"},
 };
 enum { OPTION_COUNT = sizeof OPTIONS / sizeof OPTIONS[0] };
-typedef char GIVEN_HAS_A_BIT_FOR_EACH[OPTION_COUNT <= 64 ? 1 : -1];
 
-/* How many threads there are to be had of those asked for: without OpenMP one. */
-static int usable_threads(int asked) {
-#ifdef _OPENMP
-    return asked < omp_get_thread_limit() ? asked : omp_get_thread_limit();
-#else
-    return asked < 1 ? asked : 1;
-#endif
-}
+static int smaller(int a, int b) { return a < b ? a : b; }
 
 static Settings settings_default(void) {
-    const Settings s = {config_default(), optimizer_default(), .batch = 64, .seed = 1, .data = "digits"};
-    return s;
+    return (Settings){config_default(), optimizer_default(), .batch = 64, .seed = 1, .data = "digits"};
 }
 
-static Job job_default(void) {
-    Job job = {.threads = 1, .repeats = 1, .timesteps = -1, .seed = 1, .split = SPLIT_TEST};
-#ifdef _OPENMP
-    job.threads = omp_get_max_threads() < MAX_THREADS ? omp_get_max_threads() : MAX_THREADS;
-#endif
-    job.settings = settings_default();
+static Job job_default(const Command *command, char **arguments) {
+    Job job = {.command = command, .arguments = arguments, .settings = settings_default()};
+    job.arena = arena_new();
+    job.threads = smaller(omp_get_max_threads(), MAX_THREADS);
+    job.save_every = 500, job.sample_steps = 100, job.eval_limit = 256;
+    job.split = SPLIT_TEST, job.repeats = 1, job.timesteps = -1, job.seed = 1;
+    job.count = command->taker == SHOW ? 4 : 64;
+    if (command->taker == TRAIN) {
+        job.steps = 10000;
+        strcpy(job.out, "run");
+    }
     return job;
 }
 
 /* The option of this name that one of the takers has, or NULL. */
 static const Option *option_find(int takers, const char *name, size_t length) {
-    for (int i = 0; i < OPTION_COUNT; i++)
-        if (OPTIONS[i].takers & takers && strlen(OPTIONS[i].name) == length &&
-            strncmp(OPTIONS[i].name, name, length) == 0)
-            return &OPTIONS[i];
+    for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++)
+        if (o->takers & takers && strlen(o->name) == length && strncmp(o->name, name, length) == 0)
+            return o;
     return NULL;
 }
-
-static int is_given(const Job *job, const Option *o) { return job->given >> (o - OPTIONS) & 1; }
 
 /* A number with the fewest digits that read back as the same one, of type real or double. */
 static void number_text(double value, int is_real, char text[32]) {
@@ -243,143 +258,140 @@ static void number_text(double value, int is_real, char text[32]) {
     }
 }
 
+/* Choice `index` of "a|b|c" into `text`; 0 if there are not so many. */
+static int choice_text(const char *choices, int index, char text[TEXT_SIZE]) {
+    for (; index > 0 && *choices; index--) {
+        choices += strcspn(choices, "|");
+        choices += *choices == '|';
+    }
+    snprintf(text, TEXT_SIZE, "%.*s", (int)strcspn(choices, "|"), choices);
+    return *text != 0;
+}
+
 /* What an option holds, as text. */
 static void option_text(const Option *o, const Job *job, char text[TEXT_SIZE]) {
     const void *place = (const char *)job + o->place;
-    const char *choice = o->argument;
+    const int *whole = place;
     switch (o->type) {
-    case INT:
-    case FLAG: snprintf(text, TEXT_SIZE, "%d", *(const int *)place); break;
-    case RANGE: snprintf(text, TEXT_SIZE, "%d..%d", ((const int *)place)[0], ((const int *)place)[1]); break;
+    case INT: snprintf(text, TEXT_SIZE, "%d", *whole); break;
+    case RANGE: snprintf(text, TEXT_SIZE, "%d..%d", whole[0], whole[1]); break;
     case NUMBER: number_text(*(const double *)place, 0, text); break;
     case COUNT: snprintf(text, TEXT_SIZE, "%llu", (unsigned long long)*(const uint64_t *)place); break;
     case TEXT: snprintf(text, TEXT_SIZE, "%s", (const char *)place); break;
-    case MODEL: config_model_name(place, text); break;
-    case CHOICE:
-        for (int i = *(const int *)place; i > 0; i--)
-            choice += strcspn(choice, "|") + 1;
-        snprintf(text, TEXT_SIZE, "%.*s", (int)strcspn(choice, "|"), choice);
+    case CHOICE: choice_text(o->argument, *whole, text); break;
+    case MODEL: config_model_name(place, text);
     }
 }
 
-/* The index of `text` among the choices "a|b|c", or -1. */
-static int choice_index(const char *choices, const char *text) {
-    const size_t length = strlen(text);
-    for (int index = 0; *choices; index++) {
-        const size_t end = strcspn(choices, "|");
-        if (end == length && strncmp(choices, text, length) == 0)
-            return index;
-        choices += end + (choices[end] == '|');
-    }
-    return -1;
-}
-
-/* Set an option from a text, or say what was expected: "lr 'x': expected a number from 0 to 1000000". */
+/* Set an option from a text, or say what was expected: "lr 'x': expected a number from 0 to 1000000". A TEXT
+ * will be printed, and stand in the header of a checkpoint. */
 static int option_set(const Option *o, Job *job, const char *text, Error *error) {
+    const char *expected = o->argument;
     void *place = (char *)job + o->place;
-    const int whole = o->type != NUMBER, anything = o->low == 0 && o->high == 0;
-    const double low = !anything ? o->low : whole ? INT_MIN : -DBL_MAX;
-    const double high = !anything ? o->high : whole ? INT_MAX : DBL_MAX;
-    char *end = NULL, shown[TEXT_SIZE];
-    errno = 0;
-    if (o->type == MODEL)
-        return config_parse_model(place, text, error);
-    if (o->type == TEXT) { /* it will be printed, and stand in the header of a checkpoint */
-        if (!*text || strlen(text) >= TEXT_SIZE - 64 ||
-            strcmp(printable(text, shown, sizeof shown), text) != 0)
-            return fail(error, "%s '%.80s': expected 1 to %d bytes of UTF-8 without control characters",
-                        o->name, text, TEXT_SIZE - 65);
-        snprintf(place, TEXT_SIZE, "%s", text);
-    } else if (o->type == CHOICE) {
-        const int index = choice_index(o->argument, text);
-        if (index < 0)
-            return fail(error, "%s '%.40s': expected %s", o->name, text, o->argument);
-        *(int *)place = index;
-    } else if (o->type == RANGE) {
-        int from, to, length = 0;
-        if (sscanf(text, "%4d..%4d%n", &from, &to, &length) != 2 || text[length])
-            return fail(error, "%s '%.40s': expected FIRST..LAST", o->name, text);
-        ((int *)place)[0] = from, ((int *)place)[1] = to;
-    } else if (o->type == COUNT) {
-        const unsigned long long value = strtoull(text, &end, 10);
-        if (*text < '0' || *text > '9' || *end || errno)
-            return fail(error, "%s '%.40s': expected a whole number from 0 to 18446744073709551615", o->name,
-                        text);
-        *(uint64_t *)place = value;
-    } else {
-        const double value = strtod(text, &end);
-        if (!*text || *end || !(value >= low && value <= high) || (whole && value != floor(value)))
+    int *whole = place, good = 0, length = 0;
+    char shown[TEXT_SIZE], *end;
+    const double value = strtod(text, &end);
+    switch (o->type) {
+    case MODEL: return config_parse_model(place, text, error);
+    case INT:
+    case NUMBER:
+        if (!*text || *end || !(value >= o->low && value <= o->high) ||
+            (o->type == INT && value != floor(value)))
             return fail(error, "%s '%.40s': expected a %snumber from %.10g to %.10g", o->name, text,
-                        whole ? "whole " : "", low, high);
-        if (whole)
-            *(int *)place = (int)value;
+                        o->type == INT ? "whole " : "", o->low, o->high);
+        if (o->type == INT)
+            *whole = (int)value;
         else
             *(double *)place = value;
+        return 0;
+    case COUNT:
+        expected = "a whole number from 0 to 18446744073709551615";
+        errno = 0;
+        *(uint64_t *)place = strtoull(text, &end, 10);
+        good = *text >= '0' && *text <= '9' && !*end && !errno;
+        break;
+    case RANGE: good = sscanf(text, "%4d..%4d%n", whole, whole + 1, &length) == 2 && !text[length]; break;
+    case CHOICE:
+        for (*whole = 0; choice_text(o->argument, *whole, shown) && strcmp(text, shown) != 0;)
+            ++*whole;
+        good = *shown != 0;
+        break;
+    case TEXT:
+        expected = "some text in UTF-8, shorter than 960 bytes, without control characters";
+        good = *text && strlen(text) < 960 && strcmp(printable(text, shown, sizeof shown), text) == 0;
+        snprintf(place, TEXT_SIZE, "%s", text);
     }
-    return 0;
+    return good ? 0 : fail(error, "%s '%.80s': expected %s", o->name, text, expected);
 }
 
-static void print_help(int command, const char *usage, const Job *job) {
-    printf("usage: diffenc %s\n\n", usage);
+static void print_help(const Job *job) {
+    printf("usage: diffenc %s %s\n\n", job->command->name, job->command->usage);
     for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++) {
         char left[64], value[TEXT_SIZE];
-        if (!(o->takers & command))
+        if (!(o->takers & job->command->taker))
             continue;
         snprintf(left, sizeof left, "--%s %s", o->name, o->argument);
         option_text(o, job, value);
         printf("  %-28s %s", left, o->help);
-        if (o->type != FLAG && *value)
+        if (*o->argument && *value)
             printf(" (default %s)", value);
         printf("\n");
     }
 }
 
-static int wrong_usage(const char *usage, const Error *error) {
-    char place[64];
-    snprintf(place, sizeof place, "%.*s: ", (int)strcspn(usage, " "), usage);
-    say(place, error);
-    return USAGE;
+/* Set an option. A training that has its model already goes on from a checkpoint: what the command line asks
+ * for must agree with it, or be something that may change on the way. Then the change is announced. */
+static int option_apply(const Option *o, Job *job, const char *text) {
+    const int resuming = job->model.params && (o->takers & SETTING) == SETTING;
+    char was[TEXT_SIZE], now[TEXT_SIZE];
+    option_text(o, job, was);
+    if (option_set(o, job, text, &job->error))
+        return -1;
+    option_text(o, job, now);
+    if (!resuming || strcmp(was, now) == 0)
+        return 0;
+    if (o->takers & KEPT)
+        return fail(&job->error, "%s: was trained with --%s %.60s, not %.60s; another --out starts anew",
+                    job->out, o->name, was, now);
+    fprintf(stderr, "diffenc: --%s changes from %s to %s\n", o->name, was, now);
+    return 0;
 }
 
-/* The option at argv[*i], and its value, which may be the next argument. */
-static int parse_option(Job *job, int argc, char **argv, int *i, int command) {
-    const char *argument = argv[*i], *equals = strchr(argument, '=');
-    const size_t length = equals ? (size_t)(equals - argument) : strlen(argument);
-    const int is_option = strncmp(argument, "--", 2) == 0;
-    const Option *o = is_option ? option_find(command, argument + 2, length - 2) : NULL;
-    if (!o)
-        return fail(&job->error, "unknown option or argument '%.60s' (see diffenc %s --help)", argument,
-                    argv[0]);
-    job->given |= (uint64_t)1 << (o - OPTIONS);
-    if (o->type == FLAG)
-        return equals ? fail(&job->error, "--%s takes no value", o->name)
-                      : option_set(o, job, "1", &job->error);
-    if (!equals && *i + 1 == argc)
-        return fail(&job->error, "--%s needs a value", o->name);
-    return option_set(o, job, equals ? equals + 1 : argv[++*i], &job->error);
-}
-
-/* Parse the arguments of a command; all but `train` take a checkpoint. Returns OK to go on, USAGE after an
- * error, HELP after --help. */
-static int parse_options(Job *job, int argc, char **argv, int command, const char *usage) {
-    int status = 0;
-    for (int i = 1; i < argc && status == 0; i++) {
-        if (strcmp(argv[i], "--help") == 0) {
-            print_help(command, usage, job);
+/* Parse the arguments of a command; all but `train` take a checkpoint. Returns 0, -1 or HELP. */
+static int parse_options(Job *job) {
+    const Command *command = job->command;
+    Error *error = &job->error;
+    for (char **argument = job->arguments; *argument; argument++) {
+        const char *text = *argument, *value = strchr(text, '=');
+        const int is_option = strncmp(text, "--", 2) == 0;
+        const Option *o = is_option ? option_find(command->taker, text + 2, strcspn(text + 2, "=")) : NULL;
+        if (strcmp(text, "--help") == 0) {
+            print_help(job);
             return HELP;
         }
-        if (strncmp(argv[i], "--", 2) != 0 && command != TRAIN && !job->checkpoint)
-            job->checkpoint = argv[i];
-        else
-            status = parse_option(job, argc, argv, &i, command);
+        if (!is_option && command->taker != TRAIN && !job->checkpoint) {
+            job->checkpoint = text;
+            continue;
+        }
+        if (!o)
+            return fail(error, "unknown option or argument '%.60s' (see diffenc %s --help)", text,
+                        command->name);
+        if (!*o->argument && value)
+            return fail(error, "--%s takes no value", o->name);
+        value = !*o->argument ? "1" : value ? value + 1 : *++argument;
+        if (!value)
+            return fail(error, "--%s needs a value", o->name);
+        if (option_apply(o, job, value))
+            return -1;
     }
-    if (status == 0 && command != TRAIN && !job->checkpoint)
-        status = fail(&job->error, "expected a checkpoint (usage: diffenc %s)", usage);
-    for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT && status == 0; o++)
-        if (o->takers & command && strcmp(o->argument, "FILE") == 0 && !is_given(job, o))
-            status = fail(&job->error, "expected --%s FILE (usage: diffenc %s)", o->name, usage);
-    job->threads = usable_threads(job->threads);
-    return status ? wrong_usage(usage, &job->error) : OK;
+    if (command->taker != TRAIN && !job->checkpoint)
+        return fail(error, "expected a checkpoint (usage: diffenc %s %s)", command->name, command->usage);
+    for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++)
+        if (o->takers & command->taker && strcmp(o->argument, "FILE") == 0 && !*((char *)job + o->place))
+            return fail(error, "expected --%s FILE (usage: diffenc %s %s)", o->name, command->name,
+                        command->usage);
+    job->threads = smaller(job->threads, omp_get_thread_limit());
+    return 0;
 }
 
 /* ---- settings in a checkpoint ---- */
@@ -391,7 +403,7 @@ static void metadata_key(const char *name, char key[TEXT_SIZE]) {
         *dash = '_';
 }
 
-static int settings_read(const TensorFile *f, const char *path, Job *job) {
+static int settings_read(Job *job, const TensorFile *f, const char *path) {
     const char *format = tensors_metadata(f, "format"), *version = tensors_metadata(f, "format_version");
     Settings *s = &job->settings;
     Error *error = &job->error, inner;
@@ -399,14 +411,11 @@ static int settings_read(const TensorFile *f, const char *path, Job *job) {
     if (!format || strcmp(format, "diffenc") != 0)
         return fail(error, "%s: is no checkpoint of this program: metadata 'format' is not 'diffenc'", path);
     if (!version || strcmp(version, "1") != 0)
-        return fail(error, "%s: format version %.20s, this program reads version 1", path,
-                    version ? version : "missing");
+        return fail(error, "%s: format version %.20s, not 1", path, version ? version : "missing");
     for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++) {
         char key[TEXT_SIZE];
         metadata_key(o->name, key);
         const char *text = o->takers & RECORD ? tensors_metadata(f, key) : NULL;
-        if (!text && o == OPTIONS)
-            return fail(error, "%s: metadata 'model' is missing", path);
         if (text && option_set(o, job, text, &inner))
             return fail(error, "%s: metadata: %s", path, inner.text);
     }
@@ -421,27 +430,26 @@ static size_t image_size(const Config *c) { return (size_t)c->height * c->width 
 
 /* The least of `limit` and the number in a file of the system, if there is one ("max" is none). */
 static double system_limit(const char *path, double limit) {
-    double value = limit;
+    double value;
     FILE *stream = fopen(path, "r");
-    if (stream && fscanf(stream, "%lf", &value) != 1)
-        value = limit;
+    const int found = stream && fscanf(stream, "%lf", &value) == 1;
     if (stream)
         fclose(stream);
-    return fmin(limit, value);
+    return found ? fmin(limit, value) : limit;
 }
 
 /* Bytes that this process may have: the machine's, or less where a limit of the process or of one of its
  * control groups, from its own up to the root, says so. */
 static double memory_limit(void) {
     double limit = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-    char line[TEXT_SIZE] = "", group[TEXT_SIZE] = "", path[TEXT_SIZE + 64];
+    char group[TEXT_SIZE] = "", path[TEXT_SIZE + 64];
     struct rlimit own;
     if (getrlimit(RLIMIT_AS, &own) == 0 && own.rlim_cur != RLIM_INFINITY)
         limit = fmin(limit, (double)own.rlim_cur);
     limit = system_limit("/sys/fs/cgroup/memory/memory.limit_in_bytes", limit);
     FILE *stream = fopen("/proc/self/cgroup", "r");
-    while (stream && fgets(line, sizeof line, stream))
-        sscanf(line, "0::%1000[^\n]", group);
+    if (stream && fscanf(stream, "0::%1000[^\n]", group) != 1)
+        *group = 0; /* none of version 2, which has this one line */
     if (stream)
         fclose(stream);
     for (char *end = group + strlen(group); end; end = strrchr(group, '/')) {
@@ -456,15 +464,16 @@ static double memory_limit(void) {
 static int memory_check(Job *job, double more) {
     const double have = memory_limit();
     job->need += more;
-    return job->need < have
-               ? 0
-               : fail(&job->error, "this needs about %.0f MiB of memory, there are %.0f MiB for it",
-                      ldexp(job->need, -20), ldexp(have, -20));
+    if (job->need < have)
+        return 0;
+    return fail(&job->error, "this needs about %.0f MiB of memory, there are %.0f MiB for it",
+                ldexp(job->need, -20), ldexp(have, -20));
 }
 
 /* The same for the vectors of a model and one example's graph for each thread; in training also the gradient
  * slots, and the gradients in the graph. */
-static int model_memory_check(Job *job, size_t weights, int training) {
+static int model_memory_check(Job *job, size_t weights) {
+    const int training = job->command->load != LOAD_EMA;
     Model m = {.config = job->settings.config};
     Network n = {.model = &m, .declaring = 1, .graph = {.shapes_only = 1}};
     graph_begin(&n.graph, arena_new());
@@ -477,38 +486,10 @@ static int model_memory_check(Job *job, size_t weights, int training) {
     return memory_check(job, (double)weights * sizeof(real) * (5 + (training ? GRADIENT_SLOTS : 0)) + graph);
 }
 
-/* From here on a signal ends the work instead of the program. */
-static void job_workers(Job *job) {
-    catch_signals();
-    workers_new(&job->workers, &job->model, job->threads);
-    job->workers.stop = &stop_signal;
-}
-
-/* Print what went wrong where status is -1, free everything, return the exit status. */
-static int job_end(Job *job, int status) {
-    if (status < 0) {
-        say("", &job->error);
-        status = stop_signal ? 128 + stop_signal : FAILURE;
-    }
-    workers_free(&job->workers);
-    model_free(&job->model);
-    dataset_close(&job->data);
-    free(job->test);
-    if (job->log)
-        fclose(job->log);
-    return status;
-}
-
 /* ---- checkpoints ---- */
 
-static const char *const VECTORS[4] = {"params", "ema", "adam.m", "adam.v"};
 static const ElementType TYPE_OF_REAL = sizeof(real) == sizeof(double) ? TYPE_F64 : TYPE_F32;
 enum { NAME_SIZE = 80 }; /* "adam.m." and the name of a parameter */
-
-static real *vector_of(const Model *m, int index) {
-    real *const vectors[4] = {m->params, m->ema, m->adam_m, m->adam_v};
-    return vectors[index];
-}
 
 /* A parameter's part of a vector as a tensor called "PREFIX.NAME", which is put into `name`. */
 static TensorOut tensor_out(const char *prefix, const Parameter *p, const real *vector,
@@ -519,132 +500,136 @@ static TensorOut tensor_out(const char *prefix, const Parameter *p, const real *
     return out;
 }
 
+/* Tensor `i` of the 4 parameter_count of a checkpoint, and where it lies in the model. */
+static TensorOut checkpoint_tensor(const Model *m, int i, char name[NAME_SIZE], real **values) {
+    static const char *const prefixes[4] = {"params", "ema", "adam.m", "adam.v"};
+    real *const vectors[4] = {m->params, m->ema, m->adam_m, m->adam_v};
+    const int vector = i / m->parameter_count;
+    const Parameter *p = &m->parameter[i % m->parameter_count];
+    *values = vectors[vector] + p->offset;
+    return tensor_out(prefixes[vector], p, vectors[vector], name);
+}
+
 /* A checkpoint that could not be read again must not take the place of one that can: what is not finite is
  * not written. */
-static int checkpoint_write(const char *path, Job *job) {
+static int checkpoint_write(Job *job, const char *path) {
     const Model *m = &job->model;
     const int count = 4 * m->parameter_count;
-    TensorOut *out = allocate((size_t)count, sizeof *out);
-    char(*names)[NAME_SIZE] = allocate((size_t)count, sizeof *names);
-    char(*text)[TEXT_SIZE] = allocate(2 * OPTION_COUNT, sizeof *text); /* keys and values */
+    TensorOut *out = arena_allocate(job->arena, (size_t)count, sizeof *out);
+    char(*names)[NAME_SIZE] = arena_allocate(job->arena, (size_t)count, sizeof *names);
     const char *metadata[2 * OPTION_COUNT + 4] = {"format", "diffenc", "format_version", "1"};
-    int texts = 0, status = 0;
+    int texts = 4;
     job->settings.step = m->step;
     for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++)
         if (o->takers & RECORD) {
-            metadata_key(o->name, text[texts++]);
-            option_text(o, job, text[texts++]);
+            char(*text)[TEXT_SIZE] = arena_allocate(job->arena, 2, sizeof *text);
+            metadata_key(o->name, text[0]);
+            option_text(o, job, text[1]);
+            metadata[texts++] = text[0];
+            metadata[texts++] = text[1];
         }
-    for (int i = 0; i < texts; i++)
-        metadata[i + 4] = text[i];
-    for (int i = 0; i < count && status == 0; i++) {
-        const Parameter *p = &m->parameter[i % m->parameter_count];
-        const real *vector = vector_of(m, i / m->parameter_count);
-        out[i] = tensor_out(VECTORS[i / m->parameter_count], p, vector, names[i]);
-        if (!isfinite(dot(vector + p->offset, vector + p->offset, p->count)))
-            status = fail(&job->error, "step %llu: diverged: %s is not finite any more",
-                          (unsigned long long)m->step, names[i]);
+    for (int i = 0; i < count; i++) {
+        const size_t size = m->parameter[i % m->parameter_count].count;
+        real *values;
+        out[i] = checkpoint_tensor(m, i, names[i], &values);
+        if (!isfinite(dot(values, values, size)))
+            return fail(&job->error, "step %llu: diverged: %s is not finite any more",
+                        (unsigned long long)m->step, names[i]);
     }
-    if (status == 0)
-        status = tensors_write(path, out, count, metadata, texts / 2 + 2, &job->error);
-    free(text);
-    free(names);
-    free(out);
-    return status;
+    return tensors_write(path, out, count, metadata, texts / 2, &job->error);
 }
 
-/* What a command needs of a checkpoint: only the weights in training (grad), only their average (sample,
- * eval, show), or everything (resume). */
-typedef enum { LOAD_PARAMS, LOAD_EMA, LOAD_ALL } Load;
-
-static int checkpoint_load(const TensorFile *f, const char *path, Load load, const Model *m, Error *error) {
-    const char *model = tensors_metadata(f, "model");
+static int checkpoint_load(Job *job, const TensorFile *f, const char *path) {
+    const Model *m = &job->model;
+    const Load load = job->command->load;
+    char model[32];
     int known = 0;
+    config_model_name(&m->config, model);
     for (int i = 0; i < 4 * m->parameter_count; i++) {
-        const int vector = i / m->parameter_count;
-        const Parameter *p = &m->parameter[i % m->parameter_count];
         char name[NAME_SIZE];
-        snprintf(name, sizeof name, "%s.%s", VECTORS[vector], p->name);
+        real *values;
+        const TensorOut tensor = checkpoint_tensor(m, i, name, &values);
         const TensorEntry *entry = tensors_find(f, name);
         known += entry != NULL;
-        if (load != LOAD_ALL && vector != (load == LOAD_PARAMS ? 0 : 1))
+        if (load != LOAD_ALL && i / m->parameter_count != (int)load)
             continue;
         if (!entry)
-            return fail(error, "%s: holds no tensor '%s', which model %s needs", path, name, model);
-        if (tensors_copy(entry, path, p->rank, p->shape, vector_of(m, vector) + p->offset, error))
+            return fail(&job->error, "%s: holds no tensor '%s', which model %s needs", path, name, model);
+        if (tensors_copy(entry, path, tensor.rank, tensor.shape, values, &job->error))
             return -1;
     }
     if (known != f->tensor_count) /* the file is not what its metadata claim */
-        return fail(error, "%s: holds %d tensors that model %s does not have", path, f->tensor_count - known,
-                    model);
+        return fail(&job->error, "%s: holds %d tensors that model %s does not have", path,
+                    f->tensor_count - known, model);
     return 0;
 }
 
 /* Settings and model from a file. The file's word for the size of a model counts for nothing before the file
  * was seen to hold its weights and the machine to have memory for its graph. */
-static int checkpoint_take(const TensorFile *f, const char *path, Load load, Job *job) {
-    Error *error = &job->error;
+static int checkpoint_take(Job *job, const TensorFile *f, const char *path) {
     const Config *c = &job->settings.config;
+    Error *error = &job->error;
     size_t weights = 0;
-    if (settings_read(f, path, job) || model_size(c, &weights, error))
+    if (settings_read(job, f, path) || model_size(c, &weights, error))
         return -1;
     if (weights > f->bytes.size / sizeof(float))
-        return fail(error, "%s: holds %zu bytes, too few for the %zu weights of model %s", path,
-                    f->bytes.size, weights, tensors_metadata(f, "model"));
-    if (model_memory_check(job, weights, load != LOAD_EMA)) {
-        const Error inner = *error;
-        return fail(error, "%s: %s", path, inner.text);
-    }
-    if (model_new(&job->model, c, job->settings.seed, error) ||
-        checkpoint_load(f, path, load, &job->model, error))
+        return fail(error, "%s: holds %zu bytes, too few for %zu weights", path, f->bytes.size, weights);
+    if (model_memory_check(job, weights) || model_new(&job->model, c, job->settings.seed, error) ||
+        checkpoint_load(job, f, path))
         return -1;
     job->model.step = job->settings.step;
-    if (load == LOAD_ALL && f->tensors[0].type != TYPE_OF_REAL)
+    if (job->command->load == LOAD_ALL && f->tensors[0].type != TYPE_OF_REAL)
         fprintf(stderr, "diffenc: %s: was written in another precision, goes on in %s\n", path,
                 TYPE_OF_REAL == TYPE_F64 ? "double" : "single");
     return 0;
 }
 
-static int checkpoint_read(const char *path, Load load, Job *job) {
+/* What `take` makes of the tensors in a file. */
+static int file_take(Job *job, const char *path, int (*take)(Job *, const TensorFile *, const char *)) {
     TensorFile f;
     if (tensors_read(path, &f, &job->error))
         return -1;
-    const int status = checkpoint_take(&f, path, load, job);
+    const int status = take(job, &f, path);
     tensors_free(&f);
     return status;
 }
 
 /* ---- data and pictures ---- */
 
-static int data_check(const Dataset *data, const char *where, const Config *c, Error *error) {
+/* Open data for the model. Where there is none yet, it will be made for these data. */
+static int data_open(Job *job, const char *where, Split split, Dataset *data) {
+    Config *c = &job->settings.config;
+    Error inner;
+    if (dataset_open(data, where, split, job->settings.seed, &inner))
+        return fail(&job->error, "%s%s", inner.text,
+                    job->resume ? "; --data says where the data are now" : "");
+    if (!job->model.params && split == SPLIT_TRAIN)
+        c->height = data->height, c->width = data->width, c->image_channels = data->channels;
     if (data->height == c->height && data->width == c->width && data->channels == c->image_channels)
         return 0;
-    return fail(error, "%s: images are %dx%dx%d, the model is for %dx%dx%d", where, data->height, data->width,
-                data->channels, c->height, c->width, c->image_channels);
+    return fail(&job->error, "%s: images are %dx%dx%d, the model is for %dx%dx%d", where, data->height,
+                data->width, data->channels, c->height, c->width, c->image_channels);
 }
 
-/* How many images --limit leaves of the data; 0: all. */
+/* How many images a limit leaves of the data; 0: all. */
 static int limited(const Dataset *data, int limit) {
     return limit > 0 && (uint32_t)limit < data->count ? limit : (int)data->count;
 }
 
 /* `count` images, evenly over the whole split: files may be sorted. */
-static unsigned char *images_of(const Dataset *data, int count) {
+static unsigned char *images_of(Job *job, const Dataset *data, int count) {
     const size_t d = (size_t)data->height * data->width * data->channels;
-    unsigned char *images = allocate((size_t)count, d);
+    unsigned char *images = arena_allocate(job->arena, (size_t)count, d);
     for (int i = 0; i < count; i++)
         dataset_image(data, (uint32_t)((uint64_t)i * data->count / (unsigned)count), images + (size_t)i * d);
     return images;
 }
 
-/* Images in a grid; columns 0: as many as rows. */
-static int grid_write(const char *path, const unsigned char *images, int count, int columns, const Config *c,
-                      Error *error) {
+static int grid_write(Job *job, const char *path, const unsigned char *images, int count, int columns) {
+    const Config *c = &job->model.config;
     int h, w;
-    if (columns == 0)
-        columns = (int)ceil(sqrt(count));
     unsigned char *grid = image_grid(images, count, columns, c->height, c->width, c->image_channels, &h, &w);
-    const int status = image_write(path, grid, h, w, c->image_channels, error);
+    const int status = image_write(path, grid, h, w, c->image_channels, &job->error);
     free(grid);
     return status;
 }
@@ -652,24 +637,24 @@ static int grid_write(const char *path, const unsigned char *images, int count, 
 /* ---- the bound on images ---- */
 
 /* Mean and standard error of x[i * stride], i < count. */
-static void mean_and_error(const double *x, int count, int stride, double *mean, double *standard_error) {
+static void mean_and_error(const double *x, int count, int stride, double result[2]) {
     double sum = 0, squares = 0;
     for (int i = 0; i < count; i++)
         sum += x[(size_t)i * stride];
-    *mean = sum / count;
+    const double mean = sum / count;
     for (int i = 0; i < count; i++)
-        squares += (x[(size_t)i * stride] - *mean) * (x[(size_t)i * stride] - *mean);
-    *standard_error = count > 1 ? sqrt(squares / (count - 1.0) / count) : 0;
+        squares += (x[(size_t)i * stride] - mean) * (x[(size_t)i * stride] - mean);
+    result[0] = mean;
+    result[1] = count > 1 ? sqrt(squares / (count - 1.0) / count) : 0;
 }
 
 /* For each of recon, latent, diffusion and total the mean and the standard error over the images. */
 static void bound(Job *job, const unsigned char *images, int count, int repeats, uint64_t seed,
                   double result[4][2]) {
-    double(*terms)[4] = allocate((size_t)count, sizeof *terms);
+    double(*terms)[4] = arena_allocate(job->arena, (size_t)count, sizeof *terms);
     evaluate(&job->workers, images, count, repeats, seed, terms);
     for (int term = 0; term < 4; term++)
-        mean_and_error(&terms[0][term], count, 4, &result[term][0], &result[term][1]);
-    free(terms);
+        mean_and_error(&terms[0][term], count, 4, result[term]);
 }
 
 /* ---- diffenc train: its directory ---- */
@@ -678,18 +663,23 @@ static void path_in(const char *directory, const char *name, char path[TEXT_SIZE
     snprintf(path, TEXT_SIZE, "%.*s/%.60s", TEXT_SIZE - 64, directory, name);
 }
 
+static void grid_path(const Job *job, unsigned long long step, char path[TEXT_SIZE]) {
+    char name[64];
+    snprintf(name, sizeof name, "samples-%llu.png", step);
+    path_in(job->out, name, path);
+}
+
 /* Whether a training writes files of this name: 1, their temporary ones (file_replace): 2, or 0. */
 static int file_kind(const char *name) {
-    static const char *const names[3] = {"checkpoint.safetensors", "log.csv", "loss.svg"};
-    int length = 0, end = 0;
-    sscanf(name, "samples-%*[0-9].png%n", &length);
-    for (int i = 0; i < 3 && length == 0; i++)
-        if (strncmp(name, names[i], strlen(names[i])) == 0)
-            length = (int)strlen(names[i]);
-    if (length == 0 || name[length] == 0)
-        return length > 0;
-    sscanf(name + length, ".tmp.%*[0-9]%n", &end);
-    return end > 0 && name[length + end] == 0 ? 2 : 0;
+    int whole[4] = {0}, temporary[4] = {0};
+    sscanf(name, "checkpoint.safetensors%n.tmp.%*[0-9]%n", &whole[0], &temporary[0]);
+    sscanf(name, "log.csv%n.tmp.%*[0-9]%n", &whole[1], &temporary[1]);
+    sscanf(name, "report.html%n.tmp.%*[0-9]%n", &whole[2], &temporary[2]);
+    sscanf(name, "samples-%*[0-9].png%n.tmp.%*[0-9]%n", &whole[3], &temporary[3]);
+    for (int i = 0; i < 4; i++)
+        if (whole[i] && (!name[whole[i]] || (temporary[i] && !name[temporary[i]])))
+            return name[whole[i]] ? 2 : 1;
+    return 0;
 }
 
 /* A new training writes over nothing, a resumed one follows no link out of its directory. Temporary files are
@@ -697,6 +687,7 @@ static int file_kind(const char *name) {
 static int directory_inspect(Job *job) {
     char path[TEXT_SIZE];
     struct stat status;
+    unsigned long long grid;
     int result = 0;
     DIR *listing = opendir(job->out);
     if (!listing)
@@ -710,6 +701,8 @@ static int directory_inspect(Job *job) {
             result = fail(&job->error, "%s: is there already; another --out starts anew", path);
         else if (kind == 1 && (lstat(path, &status) || !S_ISREG(status.st_mode)))
             result = fail(&job->error, "%s: is not a regular file; a training writes to no other", path);
+        else if (sscanf(entry->d_name, "samples-%llu.png", &grid) == 1 && grid > job->newest_grid)
+            job->newest_grid = grid;
     }
     closedir(listing);
     return result;
@@ -725,14 +718,12 @@ static int directory_enter(Job *job) {
     job->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0666);
     if (job->lock < 0)
         return fail(&job->error, "%s: cannot be written: %s", path, strerror(errno));
-    if (fcntl(job->lock, F_SETLK, &lock) && (errno == EACCES || errno == EAGAIN))
-        return fail(&job->error, "%s: another training is at work in this directory", job->out);
     if (fcntl(job->lock, F_SETLK, &lock))
-        return fail(&job->error, "%s: cannot be locked: %s", path, strerror(errno));
-    path_in(job->out, "checkpoint.safetensors", path);
-    if (!job->resume && access(path, F_OK) == 0)
-        return fail(&job->error, "%s: there is a checkpoint already; --resume goes on with it, another --out "
-                    "starts anew", path);
+        return fail(&job->error, "%s: another training is at work in this directory (%s)", job->out,
+                    strerror(errno));
+    if (!job->resume && access(job->checkpoint, F_OK) == 0)
+        return fail(&job->error, "%s: there is a checkpoint already; --resume goes on with it",
+                    job->checkpoint);
     return directory_inspect(job);
 }
 
@@ -741,30 +732,33 @@ static int directory_check(const Job *job, Error *error) {
     char path[TEXT_SIZE];
     struct stat locked, here;
     path_in(job->out, ".lock", path);
-    if (fstat(job->lock, &locked) || stat(path, &here) || locked.st_dev != here.st_dev ||
-        locked.st_ino != here.st_ino)
-        return fail(error, "%s: was removed or replaced while this training was at work in it", job->out);
-    return 0;
+    if (fstat(job->lock, &locked) == 0 && stat(path, &here) == 0 && locked.st_dev == here.st_dev &&
+        locked.st_ino == here.st_ino)
+        return 0;
+    return fail(error, "%s: was removed or replaced while this training was at work in it", job->out);
 }
 
 /* ---- diffenc train: its log ---- */
 
-static const char *const LOG_HEADER = "step,bpd,recon,latent,diffusion,gradient_norm,test_bpd,seconds\n";
+static const char *const LOG_HEADER =
+    "step,bpd,recon,latent,diffusion,gradient_norm,test_bpd,test_error,seconds\n";
 
-enum { LINE_SIZE = 4096 }; /* a diverging number in full has up to 316 digits */
+enum { LINE_SIZE = 4096, COLUMNS = 9, TEST_COLUMN = 6 }; /* a diverging number has up to 316 digits */
 
-/* step, bpd, recon, latent, diffusion and gradient norm of a line; 0 if it is none of a log. Behind them come
- * the test bound, which may be missing, and the seconds. */
-static int log_line(const char *line, double v[6]) {
-    int at = 0;
-    char *end;
-    if (sscanf(line, "%lf,%lf,%lf,%lf,%lf,%lf,%n", v, v + 1, v + 2, v + 3, v + 4, v + 5, &at) != 6 || at == 0)
-        return 0;
-    strtod(line + at, &end);
-    if (*end++ != ',')
-        return 0;
-    strtod(end, &end);
-    return strcmp(end, "\n") == 0;
+/* The numbers of a line; 0 if it is none of a log. A test bound and its error that are not there are NAN. */
+static int log_line(const char *line, double value[COLUMNS]) {
+    for (int i = 0; i < COLUMNS; i++) {
+        char *end;
+        value[i] = strtod(line, &end);
+        if (end == line && (i == TEST_COLUMN || i == TEST_COLUMN + 1))
+            value[i] = NAN;
+        else if (end == line)
+            return 0;
+        if (*end != (i < COLUMNS - 1 ? ',' : '\n'))
+            return 0;
+        line = end + 1;
+    }
+    return 1;
 }
 
 /* Check that a log is that of the checkpoint at `step`: the header, then consecutive steps, that one among
@@ -772,99 +766,132 @@ static int log_line(const char *line, double v[6]) {
  * beginning of one, was written between the checkpoint and the end of the training. */
 static int log_check(FILE *log, uint64_t step, long *kept) {
     char line[LINE_SIZE];
-    double value[6], last = 0;
-    for (int i = 0; fgets(line, sizeof line, log); i++) {
-        const size_t length = strlen(line);
-        if (length == 0 || line[length - 1] != '\n')
-            return length < sizeof line - 1 && last >= (double)step &&
-                   (i > 0 ? strspn(line, "0123456789.,+-einfa") == length
-                          : strncmp(line, LOG_HEADER, length) == 0);
-        if (i == 0 ? strcmp(line, LOG_HEADER) != 0
-                   : !log_line(line, value) || (i == 1 ? value[0] > (double)step + 1 : value[0] != last + 1))
+    double value[COLUMNS], last = 0;
+    if (fgets(line, sizeof line, log) && strcmp(line, LOG_HEADER) != 0)
+        return 0;
+    for (*kept = ftell(log); fgets(line, sizeof line, log); last = value[0]) {
+        if (!log_line(line, value))
+            return feof(log) && last >= (double)step && strspn(line, "0123456789.,+-einfa") == strlen(line);
+        if (value[0] != last + 1 && (last > 0 || value[0] > (double)step + 1))
             return 0;
-        last = i == 0 ? 0 : value[0];
-        if (last <= (double)step)
+        if (value[0] <= (double)step)
             *kept = ftell(log);
     }
-    return *kept == 0 || last == 0 || last >= (double)step;
+    return last == 0 || last >= (double)step;
 }
 
 /* Open log.csv: a new one, or that of the training which goes on. */
 static int log_open(Job *job) {
+    const int flags = O_RDWR | O_APPEND | O_CREAT | O_CLOEXEC | O_NOFOLLOW | (job->resume ? 0 : O_EXCL);
     char path[TEXT_SIZE];
-    long kept = 0;
+    long kept;
     path_in(job->out, "log.csv", path);
-    int file = job->resume ? open(path, O_RDWR | O_APPEND | O_CLOEXEC | O_NOFOLLOW) : -1;
-    if (file < 0 && (!job->resume || errno == ENOENT))
-        file = open(path, O_RDWR | O_APPEND | O_CLOEXEC | O_CREAT | O_EXCL, 0666);
+    const int file = open(path, flags, 0666);
     job->log = file < 0 ? NULL : fdopen(file, "a+");
     if (!job->log)
         return fail(&job->error, "%s: cannot be opened for writing: %s", path, strerror(errno));
     rewind(job->log);
     if (!log_check(job->log, job->model.step, &kept))
-        return fail(&job->error,
-                    "%s: is not the log of this training up to step %llu; without it --resume begins "
-                    "a new one",
-                    path, (unsigned long long)job->model.step);
-    if (ftruncate(fileno(job->log), kept) || fseek(job->log, 0, SEEK_END) ||
+        return fail(&job->error, "%s: is not the log of this training; without it --resume begins a new one",
+                    path);
+    if (ftruncate(file, kept) || fseek(job->log, 0, SEEK_END) ||
         (kept == 0 && fputs(LOG_HEADER, job->log) < 0) || fflush(job->log))
         return fail(&job->error, "%s: cannot be written: %s", path, strerror(errno));
     return 0;
 }
 
-static int write_log_chart(void *stream, const void *curves) {
-    chart_svg(stream, "Loss by term", "step", "log10 of bits per dimension", curves, 3);
-    return ferror((FILE *)stream);
+/* ---- diffenc train: its report ---- */
+
+static void time_left(const Job *job, char text[32]) {
+    const long long left = (long long)(job->step_seconds * (job->steps - (double)job->model.step));
+    snprintf(text, 32, "%lld:%02d:%02d left", left / 3600, (int)(left / 60 % 60), (int)(left % 60));
 }
 
-/* The log as a chart: each term averaged over at most POINTS equal runs of steps. The terms differ by factors
- * of a thousand and more, so their logarithms are shown. */
-static int log_draw(FILE *log, int steps, const char *path, Error *error) {
-    enum { POINTS = 600 };
-    double(*sum)[POINTS] = allocate_zeroed(5, sizeof *sum), value[6]; /* step, three terms, how many */
-    const int per_point = (steps - 1) / POINTS + 1;
+static void put_base64(FILE *out, const char *path) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    unsigned char b[3] = {0};
+    FILE *in = fopen(path, "rb");
+    for (size_t count; in && (count = fread(b, 1, 3, in)) > 0; memset(b, 0, 3)) {
+        const unsigned bits = (unsigned)b[0] << 16 | (unsigned)b[1] << 8 | b[2];
+        for (unsigned i = 0; i < 4; i++)
+            putc(i <= count ? digits[bits >> (18 - 6 * i) & 63] : '=', out);
+    }
+    if (in)
+        fclose(in);
+}
+
+/* The log as charts. Noise would hide what is learned, so each point is the mean of a run of steps. */
+static void put_charts(FILE *out, const Job *job) {
+    enum { POINTS = 120 };
+    static const char *const label = "bits per dimension";
+    double(*mean)[POINTS] = allocate_zeroed(COLUMNS, sizeof *mean), value[COLUMNS];
+    double(*count)[POINTS] = allocate_zeroed(COLUMNS, sizeof *count);
     char line[LINE_SIZE];
-    int points = 0;
-    for (rewind(log); fgets(line, sizeof line, log);) {
+    int tests = 0;
+    for (rewind(job->log); fgets(line, sizeof line, job->log);) {
+        const double steps = (double)job->model.step;
         const int found = log_line(line, value) && value[0] >= 1 && value[0] <= steps;
-        const int at = found ? ((int)value[0] - 1) / per_point : POINTS;
-        for (int i = 0; i < 5 && at < POINTS; i++)
-            sum[i][at] += i == 4 ? 1 : value[i == 0 ? 0 : i + 1];
+        const int point = found ? (int)((value[0] - 1) * POINTS / steps) : 0;
+        for (int i = 0; i < COLUMNS; i++)
+            if (found && isfinite(value[i])) {
+                mean[i][point] += value[i];
+                count[i][point]++;
+            }
+        tests += found && isfinite(value[TEST_COLUMN]);
     }
-    fseek(log, 0, SEEK_END);
-    for (int i = 0; i < POINTS; i++)
-        if (sum[4][i] > 0) {
-            for (int j = 0; j < 4; j++)
-                sum[j][points] = j == 0 ? sum[j][i] / sum[4][i] : log10(sum[j][i] / sum[4][i]);
-            points++;
-        }
-    const Curve curves[3] = {{"recon", sum[0], sum[1], NULL, points},
-                             {"latent", sum[0], sum[2], NULL, points},
-                             {"diffusion", sum[0], sum[3], NULL, points}};
-    const int status = file_replace(path, write_log_chart, curves, error);
-    free(sum);
-    return status;
+    fseek(job->log, 0, SEEK_END);
+    for (int i = 0; i < COLUMNS * POINTS; i++) /* 0 / 0 is NAN, which a chart leaves out */
+        mean[i / POINTS][i % POINTS] /= count[i / POINTS][i % POINTS];
+    const Curve total[2] = {{"training", mean[0], mean[1], NULL, POINTS},
+                            {"test, with standard error", mean[0], mean[TEST_COLUMN],
+                             mean[TEST_COLUMN + 1], POINTS}};
+    chart_svg(out, "Loss", "step", label, total, tests > 0 ? 2 : 1);
+    for (int term = 0; term < 3; term++) {
+        const Curve curve = {TERMS[term], mean[0], mean[2 + term], NULL, POINTS};
+        chart_svg(out, TERMS[term], "step", label, &curve, 1);
+    }
+    free(mean);
+    free(count);
 }
 
-/* ---- diffenc train ---- */
-
-/* A resumed training goes on with the settings of its checkpoint. What was asked for on the command line must
- * agree, or be something that may change on the way: then the change is announced. */
-static int resume_settings(Job *job, const Job *asked) {
-    char now[TEXT_SIZE], was[TEXT_SIZE];
-    for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++) {
-        option_text(o, asked, now);
-        option_text(o, job, was);
-        if (!is_given(job, o) || (o->takers & SETTING) != SETTING || strcmp(now, was) == 0)
-            continue;
-        if (o->takers & KEPT)
-            return fail(&job->error, "%s: was trained with --%s %.60s, not %.60s; another --out starts anew",
-                        job->out, o->name, was, now);
-        fprintf(stderr, "diffenc: --%s changes from %s to %s\n", o->name, was, now);
-        if (option_set(o, job, now, &job->error))
-            return -1;
+static int write_report(void *stream, const void *context) {
+    static const char *const head =
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>\n"
+        "<style>:root{color-scheme:light dark}body{font:16px/1.5 sans-serif;max-width:1320px;margin:auto;"
+        "padding:1rem;background:#fff;color:#222}main{display:grid;gap:1.5rem;"
+        "grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr))}main .chart,img{width:100%}"
+        "img{image-rendering:pixelated}figure{margin:0}dl{columns:15rem;margin:0}dt{float:left;clear:left;"
+        "width:9.5rem;opacity:.7}dd{margin-left:9.5rem;overflow-wrap:anywhere}"
+        "@media(max-width:600px){main .chart{font-size:19px;overflow:visible}}"
+        "@media(prefers-color-scheme:dark){body{background:#15171b;color:#ddd}}</style>\n";
+    const Job *job = context;
+    const unsigned long long step = job->model.step;
+    char text[TEXT_SIZE], left[32];
+    config_model_name(&job->settings.config, text);
+    fprintf(stream, "%s%s<title>%s</title>\n<h1>%s, ", head,
+            job->end ? "" : "<meta http-equiv=refresh content=10>", text, text);
+    put_escaped(stream, job->settings.data);
+    fprintf(stream, "</h1>\n<p><b>Step %llu of %d</b>, epoch %.2f, %.3g seconds a step, ", step, job->steps,
+            (double)step * job->settings.batch / job->data.count, job->step_seconds);
+    time_left(job, left);
+    put_escaped(stream, job->end ? job->end : left);
+    fputs(".</p>\n<main>", stream);
+    put_charts(stream, job);
+    if (job->newest_grid > 0) {
+        grid_path(job, job->newest_grid, text);
+        fprintf(stream, "<figure><img alt='samples' src='data:image/png;base64,");
+        put_base64(stream, text);
+        fprintf(stream, "'><figcaption>Samples at step %llu</figcaption></figure>\n", job->newest_grid);
     }
-    return 0;
+    fputs("<dl>\n", stream);
+    for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++)
+        if (o->takers & TRAIN && *o->argument) {
+            fprintf(stream, "<dt>%s<dd>", o->name);
+            option_text(o, job, text);
+            put_escaped(stream, text);
+        }
+    fputs("</dl></main>\n", stream);
+    return ferror((FILE *)stream);
 }
 
 /* What is printed next begins a line of its own. */
@@ -874,68 +901,83 @@ static void end_line(Job *job) {
     job->line_is_open = 0;
 }
 
+/* A report that cannot be written ends no training, and is not what a training failed by. The log may be
+ * long: a hundredth of the time at most goes into reading it. */
+static void report(Job *job) {
+    const double start = seconds_now();
+    char path[TEXT_SIZE];
+    Error error;
+    path_in(job->out, "report.html", path);
+    if ((directory_check(job, &error) || file_replace(path, write_report, job, &error)) &&
+        job->end != job->error.text) {
+        end_line(job);
+        say(&error);
+    }
+    job->next_report = seconds_now() + fmax(10, 100 * (seconds_now() - start));
+}
+
+/* ---- diffenc train ---- */
+
 static void progress(Job *job, const StepReport *r) {
-    const uint64_t step = job->model.step;
-    const double now = seconds_now(), done = (double)(step - job->first_step);
-    const double per_step = (now - job->started) / done;
-    const long long left = (long long)(per_step * (job->steps - (double)step));
-    const int terminal = isatty(STDERR_FILENO), last = step == (uint64_t)job->steps || stop_signal;
-    if (!last && done > 1 && now - job->last_line < (terminal ? 0.1 : 10))
+    const unsigned long long step = job->model.step;
+    const double now = seconds_now();
+    const int terminal = isatty(STDERR_FILENO), last = step == (unsigned)job->steps || stop_signal;
+    char left[32];
+    if (!last && job->last_line > 0 && now - job->last_line < (terminal ? 0.1 : 10))
         return;
+    time_left(job, left);
     job->last_line = now;
     fprintf(stderr,
-            "%sstep %llu/%d  %.4f bpd (recon %.4f  latent %.4f  diffusion %.4f)  %.1f images/s  "
-            "%lld:%02d:%02d left%s",
-            terminal ? "\r" : "", (unsigned long long)step, job->steps, r->total, r->recon, r->latent,
-            r->diffusion, job->settings.batch / per_step, left / 3600, (int)(left / 60 % 60),
-            (int)(left % 60), terminal ? "  " : "\n");
+            "%sstep %llu/%d  %.4f bpd (recon %.4f  latent %.4f  diffusion %.4f)  %.1f images/s  %s%s",
+            terminal ? "\r" : "", step, job->steps, r->total, r->recon, r->latent, r->diffusion,
+            job->settings.batch / job->step_seconds, left, terminal ? "  " : "\n");
     job->line_is_open = terminal;
     fflush(stderr);
 }
 
-/* The checkpoint, and the log up to it, which a resumed training asks for. A picture that cannot be drawn
- * ends no training. */
+/* The checkpoint, and the log up to it, which a resumed training asks for. */
 static int save(Job *job) {
-    char path[TEXT_SIZE];
-    Error minor;
     if (job->log)
         fsync(fileno(job->log));
-    path_in(job->out, "checkpoint.safetensors", path);
-    if (directory_check(job, &job->error) || checkpoint_write(path, job))
-        return -1;
-    path_in(job->out, "loss.svg", path);
-    if (job->log && job->model.step > 0 && log_draw(job->log, job->steps, path, &minor)) {
-        end_line(job);
-        say("", &minor);
-    }
-    return 0;
+    return directory_check(job, &job->error) ? -1 : checkpoint_write(job, job->checkpoint);
 }
 
-/* A model of finite T has no use for more steps than T. */
+/* After the work on what is called `name`: was it ended by a signal, or are its results no numbers? Then
+ * nothing is written. */
+static int result_check(Job *job, const char *name, int finite) {
+    if (stop_signal)
+        return fail(&job->error, "stopped by %s, nothing was written", signal_name());
+    return finite ? 0 : fail(&job->error, "%s: the result is not finite", name);
+}
+
+/* Samples as a grid in a file. */
+static int sample_to(Job *job, const char *path, int count, int steps, uint64_t seed) {
+    unsigned char *images = arena_allocate(job->arena, (size_t)count, image_size(&job->model.config));
+    const int status = sample_images(&job->workers, count, steps, job->sampler, seed, job->draw, images);
+    if (result_check(job, path, status == 0) || (job->log && directory_check(job, &job->error)))
+        return -1;
+    return grid_write(job, path, images, count, (int)ceil(sqrt(count)));
+}
+
+/* A grid of a training. What goes wrong with it ends no training, and one that a signal ended is drawn again
+ * by a resumed training. A model of finite T has no use for more steps than T. */
 static void sample_grid(Job *job) {
-    enum { COUNT_OF_GRID = 64 };
-    const Config *c = &job->model.config;
-    const int steps = c->timesteps > 0 && c->timesteps < job->sample_steps ? c->timesteps : job->sample_steps;
-    char name[64], path[TEXT_SIZE];
-    Error error;
+    const int timesteps = job->model.config.timesteps;
+    const int steps = timesteps > 0 ? smaller(timesteps, job->sample_steps) : job->sample_steps;
+    char path[TEXT_SIZE];
     if (steps == 0)
         return;
-    snprintf(name, sizeof name, "samples-%llu.png", (unsigned long long)job->model.step);
-    path_in(job->out, name, path);
-    unsigned char *images = allocate(COUNT_OF_GRID, image_size(c));
-    int status = sample_images(&job->workers, COUNT_OF_GRID, steps, 0, job->settings.seed, 0, images);
-    if (status)
-        fail(&error, "%s: the samples are not finite", path);
-    else if ((status = directory_check(job, &error)) == 0 && !stop_signal)
-        status = grid_write(path, images, COUNT_OF_GRID, 0, c, &error);
-    free(images);
-    if (stop_signal) /* half-drawn: a resumed training draws it again */
+    grid_path(job, job->model.step, path);
+    const int status = sample_to(job, path, 64, steps, job->settings.seed);
+    if (stop_signal)
         return;
     end_line(job);
-    if (status)
-        say("", &error);
-    else
-        printf("%s\n", path);
+    if (status) {
+        say(&job->error);
+        return;
+    }
+    job->newest_grid = job->model.step;
+    printf("%s\n", path);
     fflush(stdout);
 }
 
@@ -943,55 +985,61 @@ static int due(uint64_t step, int every) { return every > 0 && step > 0 && step 
 
 /* One step on the next images in the order of their epoch, with all that follows it: a line in the log, the
  * evaluation, the progress. */
-static int train_step(Job *job, unsigned char *images) {
+static int train_step(Job *job) {
     const Settings *s = &job->settings;
+    const size_t d = image_size(&s->config);
+    unsigned char *images = arena_allocate(job->arena, (size_t)s->batch, d);
     StepReport r = {0};
+    char test[1024] = ",";
     for (int i = 0; i < s->batch; i++) {
         const uint64_t n = job->model.step * (uint64_t)s->batch + (uint64_t)i;
         const uint32_t position = (uint32_t)(n % job->data.count), epoch = (uint32_t)(n / job->data.count);
         dataset_image(&job->data, dataset_shuffle(s->seed, epoch, position, job->data.count),
-                      images + (size_t)i * image_size(&s->config));
+                      images + (size_t)i * d);
     }
-    job->settings.optimizer.steps = job->steps;
     if (training_step(&job->model, &job->workers, &s->optimizer, images, s->batch, s->seed, &r, &job->error))
-        return stop_signal ? 0 : -1;   /* a step in which a signal came is not taken */
+        return stop_signal ? 0 : -1; /* a step in which a signal came is not taken */
     const unsigned long long step = job->model.step;
-    fprintf(job->log, "%llu,%.6f,%.6f,%.6f,%.6f,%.6f,", step, r.total, r.recon, r.latent, r.diffusion,
-            r.gradient_norm);
     if (due(step, job->eval_every)) {
         double result[4][2];
         bound(job, job->test, job->test_count, 1, s->seed, result);
         if (!stop_signal) {
-            fprintf(job->log, "%.6f", result[3][0]);
+            snprintf(test, sizeof test, "%.6f,%.6f", result[3][0], result[3][1]);
             end_line(job);
             printf("step %llu: test %.4f +- %.4f bpd on %d images\n", step, result[3][0], result[3][1],
                    job->test_count);
             fflush(stdout);
         }
     }
-    fprintf(job->log, ",%.3f\n", seconds_now() - job->started);
+    fprintf(job->log, "%llu,%.6f,%.6f,%.6f,%.6f,%.6f,%s,%.3f\n", step, r.total, r.recon, r.latent,
+            r.diffusion, r.gradient_norm, test, seconds_now() - job->started);
+    job->step_seconds = (seconds_now() - job->started) / (double)(step - job->first_step);
     progress(job, &r);
-    return fflush(job->log)
-               ? fail(&job->error, "%s/log.csv: cannot be written: %s", job->out, strerror(errno))
-               : 0;
+    if (fflush(job->log))
+        return fail(&job->error, "%s/log.csv: cannot be written: %s", job->out, strerror(errno));
+    if (seconds_now() > job->next_report)
+        report(job);
+    return 0;
 }
 
 /* A grid is drawn after the checkpoint of its step and before the next step: a training that was stopped or
  * killed in between makes up for it when it goes on. */
 static int train_loop(Job *job) {
     const uint64_t *step = &job->model.step, steps = (uint64_t)job->steps;
-    unsigned char *images = allocate((size_t)job->settings.batch, image_size(&job->model.config));
+    const ArenaMark mark = arena_mark(job->arena);
     int status = 0;
+    job->settings.optimizer.steps = job->steps;
     job->first_step = *step;
     job->started = seconds_now();
+    job->next_report = job->started + 1;
     while (status == 0 && *step < steps && !stop_signal) {
         if (due(*step, job->sample_every))
             sample_grid(job);
-        if (!stop_signal && (status = train_step(job, images)) == 0 && *step < steps &&
+        if (!stop_signal && (status = train_step(job)) == 0 && *step < steps &&
             (due(*step, job->save_every) || due(*step, job->sample_every)))
             status = save(job);
+        arena_release(job->arena, mark);
     }
-    free(images);
     if (status == 0)
         status = save(job);
     if (status == 0 && *step > 0 && !stop_signal)
@@ -1002,27 +1050,18 @@ static int train_loop(Job *job) {
 /* The data of a training; those of a resumed one may have moved, but not changed. */
 static int train_data(Job *job) {
     Settings *s = &job->settings;
-    Config *c = &s->config;
     Dataset test = {0};
-    Error *error = &job->error, inner;
-    if (dataset_open(&job->data, s->data, SPLIT_TRAIN, s->seed, &inner))
-        return fail(error, "%s%s", inner.text, job->resume && !is_given(job, option_find(TRAIN, "data", 4))
-                    ? "; --data says where the data are now" : "");
-    if (!job->resume)
-        c->height = job->data.height, c->width = job->data.width, c->image_channels = job->data.channels;
-    if (data_check(&job->data, s->data, c, error))
+    if (data_open(job, s->data, SPLIT_TRAIN, &job->data))
         return -1;
     const uint64_t digest = dataset_digest(&job->data);
     if (job->resume && s->data_digest && s->data_digest != digest)
-        return fail(error, "%s: holds other images than this training began with", s->data);
+        return fail(&job->error, "%s: holds other images than this training began with", s->data);
     s->data_digest = digest;
     if (!job->eval_every)
         return 0;
-    if (dataset_open(&test, s->data, SPLIT_TEST, s->seed, error))
-        return -1;
-    const int status = data_check(&test, s->data, c, error);
+    const int status = data_open(job, s->data, SPLIT_TEST, &test);
     job->test_count = limited(&test, job->eval_limit);
-    job->test = status ? NULL : images_of(&test, job->test_count);
+    job->test = status ? NULL : images_of(job, &test, job->test_count);
     dataset_close(&test);
     return status;
 }
@@ -1033,12 +1072,9 @@ static int train_prepare(Job *job) {
     Error *error = &job->error;
     size_t weights;
     if (job->resume) { /* locked before it is read: what another training writes meanwhile would be lost */
-        const Job asked = *job;
-        char path[TEXT_SIZE];
-        path_in(job->out, "checkpoint.safetensors", path);
-        if (access(path, F_OK))
-            return fail(error, "%s: there is no checkpoint to resume", path);
-        if (directory_enter(job) || checkpoint_read(path, LOAD_ALL, job) || resume_settings(job, &asked))
+        if (access(job->checkpoint, F_OK))
+            return fail(error, "%s: there is no checkpoint to resume", job->checkpoint);
+        if (directory_enter(job) || file_take(job, job->checkpoint, checkpoint_take) || parse_options(job))
             return -1;
     }
     if (train_data(job) || config_check(&s->config, error))
@@ -1046,134 +1082,101 @@ static int train_prepare(Job *job) {
     job->model.config = s->config; /* with what may change on the way */
     if (job->resume)
         return log_open(job);
-    if (model_size(&s->config, &weights, error) ||
-        model_memory_check(job, weights, 1) ||
-        directory_enter(job) || model_new(&job->model, &s->config, s->seed, error))
+    if (model_size(&s->config, &weights, error) || model_memory_check(job, weights) || directory_enter(job) ||
+        model_new(&job->model, &s->config, s->seed, error))
         return -1;
     return save(job) || log_open(job) ? -1 : 0; /* a log without a checkpoint would be a stranger's */
 }
 
-static int train_command(int argc, char **argv) {
-    Job train = job_default(), *job = &train;
-    job->steps = 10000;
-    job->save_every = 500;
-    job->sample_steps = 100;
-    job->eval_limit = 256;
-    strcpy(job->out, "run");
-    const int parsed = parse_options(job, argc, argv, TRAIN, "train [options]");
-    if (parsed)
-        return parsed;
-    if (!job->resume && config_check(&job->settings.config, &job->error)) /* known from the options alone */
-        return wrong_usage("train", &job->error);
-    int status = train_prepare(job);
-    if (status == 0) {
-        const Config *c = &job->model.config;
-        char model[32];
-        job_workers(job);
-        config_model_name(c, model);
-        printf("%s: %zu weights, %s (%u images of %dx%dx%d), %d threads, from step %llu to %d, into %s\n",
-               model, job->model.weight_count, job->settings.data, (unsigned)job->data.count, c->height,
-               c->width, c->image_channels, job->threads, (unsigned long long)job->model.step, job->steps,
-               job->out);
-        fflush(stdout);
-        status = train_loop(job);
-        end_line(job);
-    }
+/* From here on a signal ends the work instead of the program. */
+static void workers_start(Job *job) {
+    catch_signals();
+    workers_new(&job->workers, &job->model, job->threads);
+    job->workers.stop = &stop_signal;
+}
+
+static int train(Job *job) {
+    const Config *c = &job->settings.config;
+    char model[32], checkpoint[TEXT_SIZE];
+    path_in(job->out, "checkpoint.safetensors", checkpoint);
+    job->checkpoint = checkpoint;
+    if (!job->resume && config_check(c, &job->error)) /* known from the options alone */
+        return USAGE;
+    if (train_prepare(job))
+        return -1;
+    workers_start(job);
+    config_model_name(c, model);
+    printf("%s: %zu weights, %s (%u images of %dx%dx%d), %d threads, from step %llu to %d, into %s\n", model,
+           job->model.weight_count, job->settings.data, (unsigned)job->data.count, c->height, c->width,
+           c->image_channels, job->threads, (unsigned long long)job->model.step, job->steps, job->out);
+    fflush(stdout);
+    const int status = train_loop(job);
+    job->end = status ? job->error.text : stop_signal ? "stopped; --resume goes on" : "finished";
+    if (job->model.step > 0)
+        report(job);
+    if (status)
+        return FAILURE;
     const unsigned long long step = job->model.step;
-    if (status) {
-        say("", &job->error);
-        status = FAILURE;
-    } else if (stop_signal) {
-        fprintf(stderr, "diffenc: stopped by %s; %s/checkpoint.safetensors at step %llu, --resume goes on\n",
-                signal_name(), job->out, step);
-        status = 128 + stop_signal;
-    } else
-        printf("%s/checkpoint.safetensors at step %llu\n", job->out, step);
-    return job_end(job, status);
+    if (!stop_signal) {
+        printf("%s at step %llu\n", checkpoint, step);
+        return 0;
+    }
+    return fail(&job->error, "stopped by %s; %s at step %llu, --resume goes on", signal_name(), checkpoint,
+                step);
 }
 
 /* ---- what the commands on a checkpoint have in common ---- */
 
-static int same_file(const char *a, const char *b) {
-    struct stat x, y;
-    return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
-}
-
-/* Whether a file can be made there is better known before minutes of work than after. */
-static int output_check(const char *path, const char *input, Error *error) {
+/* Whether a file can be made there is better known before minutes of work than after, and whether that would
+ * spoil an input. */
+static int output_check(Job *job, const char *input) {
     char directory[TEXT_SIZE];
-    snprintf(directory, sizeof directory, "%s", path);
+    struct stat in, out;
+    snprintf(directory, sizeof directory, "%s", job->out);
     char *slash = strrchr(directory, '/');
     strcpy(slash ? slash + 1 : directory, ".");
     if (access(directory, W_OK | X_OK))
-        return fail(error, "%s: %s", path, strerror(errno));
-    return same_file(path, input) ? fail(error, "%s: is the same file as the input %s", path, input) : 0;
-}
-
-/* Parse the options, read the checkpoint and make workers. Returns 0, an exit status, or -1 with job->error;
- * job_end takes any of them. */
-static int job_begin(Job *job, int argc, char **argv, int command, const char *usage, Load load) {
-    const int parsed = parse_options(job, argc, argv, command, usage);
-    if (parsed)
-        return parsed;
-    if ((*job->out && output_check(job->out, job->checkpoint, &job->error)) ||
-        checkpoint_read(job->checkpoint, load, job))
-        return -1;
-    job_workers(job);
+        return fail(&job->error, "%s: %s", job->out, strerror(errno));
+    if (stat(job->out, &out) == 0 && stat(input, &in) == 0 && out.st_dev == in.st_dev &&
+        out.st_ino == in.st_ino)
+        return fail(&job->error, "%s: is the same file as the input %s", job->out, input);
     return 0;
 }
 
 /* Of the paths in a checkpoint none is opened that was not asked for: the file may be a stranger's. */
 static int job_data(Job *job, Split split) {
-    Error *error = &job->error;
-    if (!*job->where && choice_index("digits", job->settings.data) < 0)
-        return fail(error, "%s: was trained on '%s'; give --data with a path of your own", job->checkpoint,
-                    job->settings.data);
+    const char *trained_on = job->settings.data;
+    if (!*job->where && strcmp(trained_on, "digits") != 0)
+        return fail(&job->error, "%s: was trained on '%s'; give --data with a path of your own",
+                    job->checkpoint, trained_on);
     if (!*job->where)
-        snprintf(job->where, TEXT_SIZE, "%s", job->settings.data);
-    if (dataset_open(&job->data, job->where, split, job->settings.seed, error) ||
-        data_check(&job->data, job->where, &job->model.config, error))
+        strcpy(job->where, trained_on);
+    if (data_open(job, job->where, split, &job->data))
         return -1;
     DIR *listing = *job->out ? opendir(job->where) : NULL;
     int status = 0;
     for (struct dirent *entry; status == 0 && listing && (entry = readdir(listing)) != NULL;) {
         char path[TEXT_SIZE];
         path_in(job->where, entry->d_name, path);
-        status = output_check(job->out, path, error);
+        status = output_check(job, path);
     }
     if (listing)
         closedir(listing);
     return status;
 }
 
-/* After the work: was it ended by a signal, or are its results no numbers? Then nothing is written. */
-static int job_check(Job *job, int finite) {
-    if (stop_signal)
-        return fail(&job->error, "stopped by %s, nothing was written", signal_name());
-    return finite ? 0 : fail(&job->error, "%s: the result is not finite", job->checkpoint);
-}
-
 /* ---- diffenc sample ---- */
 
-static int sample_command(int argc, char **argv) {
-    Job job = job_default();
-    job.count = 64;
-    int status = job_begin(&job, argc, argv, SAMPLE, "sample CHECKPOINT --out FILE [options]", LOAD_EMA);
-    const Config *c = &job.model.config;
+static int sample(Job *job) {
+    const Config *c = &job->model.config;
+    const int steps = job->steps > 0 ? job->steps : c->timesteps > 0 ? c->timesteps : 250;
     /* Thrice the images: as they are, as a grid, as a file. */
-    if (status || (status = image_path_check(job.out, c->image_channels, &job.error)) != 0 ||
-        (status = memory_check(&job, 3.0 * job.count * (double)image_size(c))) != 0)
-        return job_end(&job, status);
-    if (job.steps == 0)
-        job.steps = c->timesteps > 0 ? c->timesteps : 250;
-    unsigned char *images = allocate((size_t)job.count, image_size(c));
-    status = sample_images(&job.workers, job.count, job.steps, job.sampler, job.seed, job.draw, images);
-    if ((status = job_check(&job, status == 0)) == 0)
-        status = grid_write(job.out, images, job.count, 0, c, &job.error);
-    free(images);
-    if (status == 0)
-        printf("%s: %d images, %d steps\n", job.out, job.count, job.steps);
-    return job_end(&job, status);
+    if (image_path_check(job->out, c->image_channels, &job->error) ||
+        memory_check(job, 3.0 * job->count * (double)image_size(c)) ||
+        sample_to(job, job->out, job->count, steps, job->seed))
+        return -1;
+    printf("%s: %d images, %d steps\n", job->out, job->count, steps);
+    return 0;
 }
 
 /* ---- diffenc eval ---- */
@@ -1183,10 +1186,10 @@ static void print_optimal_variance(const double *distance, int count, int timest
     double plain = 0, best = 0;
     printf("   t        w*       KL* (bpd)   KL at w = 1\n");
     for (int step = 0; step < timesteps; step++) {
-        double mean, standard_error;
-        mean_and_error(distance + (size_t)step * count, count, 1, &mean, &standard_error);
-        const double w = best_variance_ratio(mean, d), kl = -0.5 * log(w) / LOG_2,
-                     kl_1 = 0.5 * mean / d / LOG_2;
+        double mean[2];
+        mean_and_error(distance + (size_t)step * count, count, 1, mean);
+        const double w = best_variance_ratio(mean[0], d), kl = -0.5 * log(w) / LOG_2,
+                     kl_1 = 0.5 * mean[0] / d / LOG_2;
         plain += kl_1;
         best += kl;
         if (timesteps <= 32 || step % (timesteps / 16) == 0 || step == timesteps - 1)
@@ -1198,9 +1201,8 @@ static void print_optimal_variance(const double *distance, int count, int timest
 }
 
 /* --timesteps and --variance-ratio (a number, "optimal" or "") into the configuration. */
-static int eval_config(Job *job) {
+static int eval_config(Job *job, int optimal) {
     Config *c = &job->settings.config;
-    const int optimal = strcmp(job->ratio, "optimal") == 0;
     if (job->timesteps >= 0)
         c->timesteps = job->timesteps;
     if (job->timesteps >= 0 || optimal)
@@ -1214,42 +1216,38 @@ static int eval_config(Job *job) {
     return config_check(c, &job->error);
 }
 
-static int eval_command(int argc, char **argv) {
-    Job job = job_default();
-    int status = job_begin(&job, argc, argv, EVAL, "eval CHECKPOINT [options]", LOAD_EMA);
-    if (status == 0 && eval_config(&job))
-        status = wrong_usage("eval", &job.error);
-    if (status || (status = job_data(&job, (Split)job.split)) != 0)
-        return job_end(&job, status);
-    const Config *c = &job.model.config;
+static int eval(Job *job) {
+    const Config *c = &job->model.config;
     const size_t d = image_size(c);
-    const int count = limited(&job.data, job.limit), T = strcmp(job.ratio, "optimal") == 0 ? c->timesteps : 0;
+    const int optimal = strcmp(job->ratio, "optimal") == 0;
+    if (eval_config(job, optimal))
+        return USAGE;
+    if (job_data(job, (Split)job->split))
+        return -1;
+    const int count = limited(&job->data, job->limit), T = optimal ? c->timesteps : 0;
     /* Times and noise are drawn by the index of image and repetition. */
-    if ((double)count * job.repeats > INT_MAX)
-        status = fail(&job.error, "%d images %d times: more draws than %d", count, job.repeats, INT_MAX);
-    else
-        status = memory_check(&job, count * ((double)d + (T + 4.0) * sizeof(double)));
-    if (status)
-        return job_end(&job, status);
-    double result[4][2], *distance = allocate((size_t)count * T, sizeof *distance);
-    unsigned char *images = images_of(&job.data, count);
-    bound(&job, images, count, job.repeats, job.seed, result);
+    if ((double)count * job->repeats > INT_MAX)
+        return fail(&job->error, "%d images %d times: more draws than %d", count, job->repeats, INT_MAX);
+    if (memory_check(job, count * ((double)d + (T + 4.0) * sizeof(double))))
+        return -1;
+    const size_t distances = (size_t)count * (size_t)T;
+    double result[4][2], *distance = arena_allocate(job->arena, distances, sizeof *distance);
+    unsigned char *images = images_of(job, &job->data, count);
+    bound(job, images, count, job->repeats, job->seed, result);
     if (T > 0 && !stop_signal)
-        step_distances(&job.workers, images, count, job.seed, distance);
-    free(images);
-    int finite = isfinite(result[3][0]) && isfinite(result[3][1]);
-    for (size_t i = 0; i < (size_t)count * T && finite && !stop_signal; i++)
-        finite = isfinite(distance[i]);
-    if ((status = job_check(&job, finite)) == 0) {
-        printf("%d %s images of %s, step %llu, EMA weights, bits per dimension with standard error:\n", count,
-               job.split == SPLIT_TEST ? "test" : "training", job.where, (unsigned long long)job.model.step);
-        for (int term = 0; term < 4; term++)
-            printf("%-10s %9.5f +- %.5f\n", TERMS[term], result[term][0], result[term][1]);
-        if (T > 0)
-            print_optimal_variance(distance, count, T, (int)d, result[0][0] + result[1][0]);
-    }
-    free(distance);
-    return job_end(&job, status);
+        step_distances(&job->workers, images, count, job->seed, distance);
+    double all = result[3][0] + result[3][1];
+    for (size_t i = 0; i < distances; i++)
+        all += stop_signal ? 0 : distance[i];
+    if (result_check(job, job->checkpoint, isfinite(all)))
+        return -1;
+    printf("%d %s images of %s, step %llu, EMA weights, bits per dimension with standard error:\n", count,
+           job->split == SPLIT_TEST ? "test" : "training", job->where, (unsigned long long)job->model.step);
+    for (int term = 0; term < 4; term++)
+        printf("%-10s %9.5f +- %.5f\n", TERMS[term], result[term][0], result[term][1]);
+    if (T > 0)
+        print_optimal_variance(distance, count, T, (int)d, result[0][0] + result[1][0]);
+    return 0;
 }
 
 /* ---- diffenc show ---- */
@@ -1259,7 +1257,7 @@ enum { SHOW_TIMES = 9, SHOW_ROWS = 3 };
 typedef struct {
     const Model *model;
     unsigned char *images, *pictures; /* [count, SHOW_ROWS, SHOW_TIMES, d] */
-    unsigned char *broken;   /* [count]: something is not finite */
+    unsigned char *broken;            /* [count]: something is not finite */
 } Show;
 
 /* Values in [-scale, scale] as grey levels; 1 if one is not finite. */
@@ -1277,6 +1275,7 @@ static void show_example(Network *n, int i, void *context) {
     const Show *s = context;
     const size_t d = image_size(&s->model->config);
     n->graph.dropout = 0;
+    s->broken[i] = 0;
     for (int column = 0; column < SHOW_TIMES; column++) {
         network_begin(n);
         const Method m = method_begin(n);
@@ -1289,99 +1288,71 @@ static void show_example(Network *n, int i, void *context) {
     }
 }
 
-static int show_command(int argc, char **argv) {
-    Job job = job_default();
-    job.count = 4;
-    int status = job_begin(&job, argc, argv, SHOW, "show CHECKPOINT --out FILE [options]", LOAD_EMA);
-    const Config *c = &job.model.config;
-    const int each = SHOW_ROWS * SHOW_TIMES;
-    if (status || (status = image_path_check(job.out, c->image_channels, &job.error)) != 0 ||
-        (status = job_data(&job, SPLIT_TEST)) != 0 ||
-        (status = memory_check(&job, 3.0 * job.count * each * (double)image_size(c))) != 0)
-        return job_end(&job, status);
-    const int count = limited(&job.data, job.count);
-    Show show = {&job.model, images_of(&job.data, count), allocate((size_t)count * each, image_size(c)),
-                 allocate_zeroed((size_t)count, 1)};
-    workers_run(&job.workers, job.model.ema, count, show_example, &show);
-    if ((status = job_check(&job, memchr(show.broken, 1, (size_t)count) == NULL)) == 0)
-        status = grid_write(job.out, show.pictures, count * each, SHOW_TIMES, c, &job.error);
-    free(show.pictures);
-    free(show.broken);
-    free(show.images);
-    if (status == 0)
-        printf("%s: rows x_t, y, dx_t/dlambda (grey: 0, white: 0.25) of %d images, columns t = 0..1\n",
-               job.out, count);
-    return job_end(&job, status);
+static int show(Job *job) {
+    const Config *c = &job->model.config;
+    const size_t each = SHOW_ROWS * SHOW_TIMES * image_size(c);
+    if (image_path_check(job->out, c->image_channels, &job->error) || job_data(job, SPLIT_TEST) ||
+        memory_check(job, 3.0 * job->count * (double)each))
+        return -1;
+    const int count = limited(&job->data, job->count);
+    Show s = {&job->model, images_of(job, &job->data, count), arena_allocate(job->arena, (size_t)count, each),
+              arena_allocate(job->arena, (size_t)count, 1)};
+    workers_run(&job->workers, job->model.ema, count, show_example, &s);
+    if (result_check(job, job->checkpoint, memchr(s.broken, 1, (size_t)count) == NULL) ||
+        grid_write(job, job->out, s.pictures, count * SHOW_ROWS * SHOW_TIMES, SHOW_TIMES))
+        return -1;
+    printf("%s: rows x_t, y, dx_t/dlambda (grey: 0, white: 0.25) of %d images, columns t = 0..1\n", job->out,
+           count);
+    return 0;
 }
 
 /* ---- diffenc grad ---- */
 
-static int time_check(const char *path, int i, double t, int timesteps, Error *error) {
-    const double steps = t * timesteps;
-    char text[32];
-    number_text(t, 1, text);
-    if (!(t >= 0 && t <= 1))
-        return fail(error, "%s: t[%d] is %s, expected a time from 0 to 1", path, i, text);
-    if (timesteps && (fabs(steps - floor(steps + 0.5)) > 1e-6 * timesteps || steps < 0.5))
-        return fail(error, "%s: t[%d] is %s, expected a multiple of 1/%d above 0", path, i, text, timesteps);
-    return 0;
-}
-
-/* A batch out of a file: `f` keeps the images. */
-typedef struct {
-    TensorFile f;
-    int count;
-    Example *example;
-    real *number[3]; /* t [count], eps and eps_0 [count, d] */
-} Batch;
-
-/* The images that the file really holds set what is allocated, a small multiple of its size. On failure the
- * batch keeps what it holds so far, for batch_free. */
-static int batch_read(const char *path, const Config *c, Batch *b, Error *error) {
-    static const char *const names[4] = {"t", "eps", "eps0", "images"};
+/* The examples of a batch, their numbers in the arena and their images in the file. Returns how many there
+ * are, or -1. */
+static int batch_read(Job *job, const TensorFile *f, const char *path, Example **examples) {
+    static const char *const names[4] = {"images", "t", "eps", "eps0"};
+    const Config *c = &job->model.config;
     const TensorEntry *entry[4];
-    if (tensors_read(path, &b->f, error))
-        return -1;
-    for (int i = 3; i >= 0; i--)
-        if (!(entry[i] = tensors_find(&b->f, names[i])))
+    Error *error = &job->error;
+    real *number[4]; /* by name: t [count], eps and eps0 [count, d] */
+    for (int i = 0; i < 4; i++)
+        if (!(entry[i] = tensors_find(f, names[i])))
             return fail(error, "%s: holds no tensor '%s', which a batch needs", path, names[i]);
-    const TensorEntry *images = entry[3];
-    if (images->type != TYPE_U8 || images->rank != 4 || images->shape[1] != c->height ||
-        images->shape[2] != c->width || images->shape[3] != c->image_channels || images->shape[0] < 1 ||
-        images->shape[0] > MAX_BATCH)
+    const TensorEntry *images = entry[0];
+    const int64_t *shape = images->shape, count = shape[0];
+    if (images->type != TYPE_U8 || images->rank != 4 || shape[1] != c->height || shape[2] != c->width ||
+        shape[3] != c->image_channels || count < 1 || count > MAX_BATCH)
         return fail(error, "%s: images: expected U8 [B,%d,%d,%d] with B from 1 to %d", path, c->height,
                     c->width, c->image_channels, MAX_BATCH);
-    b->count = (int)images->shape[0];
-    b->example = allocate((size_t)b->count, sizeof *b->example);
-    for (int i = 0; i < 3; i++) {
-        b->number[i] = allocate(i == 0 ? (size_t)b->count : images->count, sizeof(real));
-        if (tensors_copy(entry[i], path, i == 0 ? 1 : 4, images->shape, b->number[i], error))
+    for (int i = 1; i < 4; i++) {
+        number[i] = arena_allocate(job->arena, i == 1 ? (size_t)count : images->count, sizeof(real));
+        if (tensors_copy(entry[i], path, i == 1 ? 1 : 4, shape, number[i], error))
             return -1;
     }
-    for (int i = 0; i < b->count; i++) {
+    *examples = arena_allocate(job->arena, (size_t)count, sizeof **examples);
+    for (int i = 0; i < count; i++) {
         const size_t at = (size_t)i * image_size(c);
-        const Example e = {images->data + at, (double)b->number[0][i], b->number[1] + at, b->number[2] + at};
-        b->example[i] = e;
-        if (time_check(path, i, e.t, c->timesteps, error))
-            return -1;
+        const double t = (double)number[1][i], steps = t * c->timesteps;
+        char text[32];
+        (*examples)[i] = (Example){images->data + at, t, number[2] + at, number[3] + at};
+        number_text(t, 1, text);
+        if (!(t >= 0 && t <= 1))
+            return fail(error, "%s: t[%d] is %s, expected a time from 0 to 1", path, i, text);
+        if (c->timesteps && (fabs(steps - floor(steps + 0.5)) > 1e-6 * c->timesteps || steps < 0.5))
+            return fail(error, "%s: t[%d] is %s, expected a multiple of 1/%d above 0", path, i, text,
+                        c->timesteps);
     }
-    return 0;
-}
-
-static void batch_free(Batch *b) {
-    tensors_free(&b->f);
-    free(b->example);
-    for (int i = 0; i < 3; i++)
-        free(b->number[i]);
+    return (int)count;
 }
 
 /* Loss terms [B] by name, their mean in bits per dimension, and the gradient by parameter. */
-static int gradient_write(const char *path, const Model *m, double (*terms)[3], int batch,
-                          const real *gradient, Error *error) {
+static int gradient_write(Job *job, double (*terms)[3], int batch, const real *gradient) {
+    const Model *m = &job->model;
     const int count = m->parameter_count + 4;
-    TensorOut *out = allocate_zeroed((size_t)count, sizeof *out);
-    char(*names)[NAME_SIZE] = allocate((size_t)count, sizeof *names);
-    real *losses = allocate(3 * (size_t)batch + 1, sizeof *losses);
+    TensorOut *out = arena_allocate(job->arena, (size_t)count, sizeof *out);
+    char(*names)[NAME_SIZE] = arena_allocate(job->arena, (size_t)count, sizeof *names);
+    real *losses = arena_allocate(job->arena, 3 * (size_t)batch + 1, sizeof *losses);
     double bpd = 0;
     for (int i = 0; i < 3 * batch; i++) {
         losses[i % 3 * batch + i / 3] = (real)terms[i / 3][i % 3];
@@ -1395,79 +1366,100 @@ static int gradient_write(const char *path, const Model *m, double (*terms)[3], 
     }
     for (int i = 4; i < count; i++)
         out[i] = tensor_out("grad", &m->parameter[i - 4], gradient, names[i]);
-    const int status = tensors_write(path, out, count, NULL, 0, error);
-    free(losses);
-    free(names);
-    free(out);
-    return status;
+    return tensors_write(job->out, out, count, NULL, 0, &job->error);
 }
 
-static int grad_command(int argc, char **argv) {
-    Job job = job_default();
-    Batch b = {.count = 0};
-    int status =
-        job_begin(&job, argc, argv, GRAD, "grad CHECKPOINT --batch FILE --out FILE [options]", LOAD_PARAMS);
-    if (status == 0 && (status = output_check(job.out, job.batch, &job.error)) == 0 &&
-        (status = batch_read(job.batch, &job.model.config, &b, &job.error)) == 0) {
-        double(*terms)[3] = allocate((size_t)b.count, sizeof *terms);
-        const real *gradient = batch_gradient(&job.workers, b.example, b.count, terms);
-        int finite = stop_signal || isfinite(dot(gradient, gradient, job.model.weight_count));
-        for (int i = 0; i < 3 * b.count && finite && !stop_signal; i++)
-            finite = isfinite(terms[i / 3][i % 3]);
-        if ((status = job_check(&job, finite)) == 0)
-            status = gradient_write(job.out, &job.model, terms, b.count, gradient, &job.error);
-        free(terms);
-    }
-    batch_free(&b);
-    return job_end(&job, status);
+static int grad_take(Job *job, const TensorFile *f, const char *path) {
+    Example *examples = NULL;
+    const int count = batch_read(job, f, path, &examples);
+    if (count < 0)
+        return -1;
+    double(*terms)[3] = arena_allocate(job->arena, (size_t)count, sizeof *terms);
+    const real *gradient = batch_gradient(&job->workers, examples, count, terms);
+    int finite = stop_signal || isfinite(dot(gradient, gradient, job->model.weight_count));
+    for (int i = 0; i < 3 * count && finite && !stop_signal; i++)
+        finite = isfinite(terms[i / 3][i % 3]);
+    return result_check(job, job->checkpoint, finite) ? -1 : gradient_write(job, terms, count, gradient);
+}
+
+static int grad(Job *job) {
+    return output_check(job, job->batch) ? -1 : file_take(job, job->batch, grad_take);
 }
 
 /* ---- commands ---- */
 
-static const struct {
-    const char *name;
-    int (*run)(int argc, char **argv);
-    const char *help;
-} COMMANDS[] = {
-    {"train", train_command, "train a model"},
-    {"sample", sample_command, "draw images from a checkpoint"},
-    {"eval", eval_command, "the variational bound on a data set, by term"},
-    {"show", show_command, "the encoder at work: x_t, y and their change over t"},
-    {"grad", grad_command, "loss terms and gradients of a given batch, from file to file"},
-    {"check", check_main, "prove every gradient and every identity of the method"},
-    {"bench", bench_main, "speed: kernels against the machine's peak, a training step"},
+static const Command COMMANDS[] = {
+    {"train", TRAIN, LOAD_ALL, train, NULL, "[options]", "train a model"},
+    {"sample", SAMPLE, LOAD_EMA, sample, NULL, "CHECKPOINT --out FILE [options]",
+     "draw images from a checkpoint"},
+    {"eval", EVAL, LOAD_EMA, eval, NULL, "CHECKPOINT [options]",
+     "the variational bound on a data set, by term"},
+    {"show", SHOW, LOAD_EMA, show, NULL, "CHECKPOINT --out FILE [options]",
+     "the encoder at work: x_t, y and their change over t"},
+    {"grad", GRAD, LOAD_PARAMS, grad, NULL, "CHECKPOINT --batch FILE --out FILE [options]",
+     "loss terms and gradients of a given batch, from file to file"},
+    {"check", 0, 0, NULL, check_main, "", "prove every gradient and every identity of the method"},
+    {"bench", 0, 0, NULL, bench_main, "", "speed: kernels against the machine's peak, a training step"},
 };
+enum { COMMAND_COUNT = sizeof COMMANDS / sizeof COMMANDS[0] };
+
+/* Run a command, say what went wrong, free everything. Returns the exit status. */
+static int run(const Command *command, char **arguments) {
+    Job job = job_default(command, arguments);
+    int status = parse_options(&job);
+    if (status < 0)
+        status = USAGE;
+    if (status == OK && job.checkpoint) {   /* all but train begin with one */
+        const int spoils = *job.out && output_check(&job, job.checkpoint);
+        status = spoils ? -1 : file_take(&job, job.checkpoint, checkpoint_take);
+        if (status == OK)
+            workers_start(&job);
+    }
+    if (status == OK)
+        status = command->run(&job);
+    end_line(&job);
+    if (status != OK && status != HELP)
+        say(&job.error);
+    workers_free(&job.workers);
+    model_free(&job.model);
+    dataset_close(&job.data);
+    arena_free(job.arena);
+    if (job.log)
+        fclose(job.log);
+    return status >= 0 ? status : stop_signal ? 128 + stop_signal : FAILURE;
+}
 
 int main(int argc, char **argv) {
-    const int count = sizeof COMMANDS / sizeof COMMANDS[0];
-    int descriptor;
+    const char *name = argc > 1 ? argv[1] : "";
+    const Command *command = COMMANDS;
+    int descriptor, status;
     while ((descriptor = open("/dev/null", O_RDWR)) >= 0 && descriptor <= STDERR_FILENO)
         ; /* where one of the three is closed, the next file opened would take the place of the terminal */
     close(descriptor);
     signal(SIGXFSZ, SIG_IGN); /* a write beyond the limit on file sizes then fails, and is reported */
-    for (int i = 0; argc > 1 && i < count; i++)
-        if (strcmp(argv[1], COMMANDS[i].name) == 0) {
-            int status = COMMANDS[i].run(argc - 1, argv + 1);
-            if (status == HELP)
-                status = OK;
-            if (fflush(stdout) && status == OK) {
-                fprintf(stderr, "diffenc: standard output: %s\n", strerror(errno));
-                status = FAILURE;
-            }
-            return status;
-        }
-    const int help = argc > 1 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0);
-    if (argc > 1 && !help) {
+    while (command < COMMANDS + COMMAND_COUNT && strcmp(name, command->name) != 0)
+        command++;
+    if (command < COMMANDS + COMMAND_COUNT) {
+        status = command->run ? run(command, argv + 2) : command->run_elsewhere(argc - 1, argv + 1);
+    } else if (argc < 2 || strcmp(name, "--help") == 0 || strcmp(name, "help") == 0) {
+        FILE *to = argc < 2 ? stderr : stdout;
+        fprintf(to, "DiffEnc: variational diffusion with a learned encoder\n\n"
+                    "usage: diffenc COMMAND [options]\n\n");
+        for (command = COMMANDS; command < COMMANDS + COMMAND_COUNT; command++)
+            fprintf(to, "  %-8s %s\n", command->name, command->help);
+        fprintf(to, "\ndiffenc COMMAND --help names every option with its default.\n");
+        status = argc < 2 ? USAGE : HELP;
+    } else {
         Error error;
-        fail(&error, "unknown command '%.60s' (see diffenc --help)", argv[1]);
-        say("", &error);
-        return USAGE;
+        fail(&error, "unknown command '%.60s' (see diffenc --help)", name);
+        say(&error);
+        status = USAGE;
     }
-    FILE *to = help ? stdout : stderr;
-    fprintf(to,
-            "DiffEnc: variational diffusion with a learned encoder\n\nusage: diffenc COMMAND [options]\n\n");
-    for (int i = 0; i < count; i++)
-        fprintf(to, "  %-8s %s\n", COMMANDS[i].name, COMMANDS[i].help);
-    fprintf(to, "\ndiffenc COMMAND --help names every option with its default.\n");
-    return help ? OK : USAGE;
+    if (status == HELP)
+        status = OK;
+    if (fflush(stdout) && status == OK) {
+        fprintf(stderr, "diffenc: standard output: %s\n", strerror(errno));
+        status = FAILURE;
+    }
+    return status;
 }

@@ -3,7 +3,8 @@
  * The program under test is named by the environment variable DIFFENC (default ./diffenc); it must be of the
  * same precision as this test. Run from the top of the source tree, where tests/golden is. Commands are
  * written as one would type them: $D is the program, $W a directory that is made for this run and removed at
- * its end, $TINY the options of a model and data whose training step takes milliseconds. */
+ * its end, $TINY the options of a model and data whose training step takes milliseconds. They and the test
+ * itself run in $W, where `tests` leads to the tests of the source tree, $TOP. */
 
 #define _POSIX_C_SOURCE 200809L
 #define _XOPEN_SOURCE 700
@@ -21,44 +22,33 @@
 #include <time.h>
 #include <unistd.h>
 
-
 enum { TEXT = 1 << 14, PATH = 4096 };
 
 /* ---- running commands ---- */
 
-/* A command and what it left: its exit status as the shell would say it, and the beginning of its output. */
+/* A command and what it left: its exit status as the shell would say it, whether that came of a signal, and
+ * the beginning of its output. */
 typedef struct {
     char command[TEXT];
-    int status;
+    int status, by_signal;
     char out[TEXT], error[TEXT];
 } Outcome;
 
-/* The path of a file below $W. */
-static void path_of(const char *name, char path[PATH]) {
-    snprintf(path, PATH, "%s/%s", getenv("W"), name);
-}
-
 static void read_text(const char *name, char text[TEXT]) {
-    char path[PATH];
-    path_of(name, path);
-    FILE *stream = fopen(path, "rb");
+    FILE *stream = fopen(name, "rb");
     text[stream ? fread(text, 1, TEXT - 1, stream) : 0] = 0;
     if (stream)
         fclose(stream);
 }
 
-static int exit_status(int status) {
-    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-}
-
-/* Begin a shell command with its output in $W/NAME.out and $W/NAME.error. The shell becomes the program where
- * the command says exec, so that a signal reaches it. Nothing here may take ten minutes: an alarm ends what
+/* Begin a shell command with its output in NAME.out and NAME.error. The shell becomes the program where the
+ * command says exec, so that a signal reaches it. Nothing here may take ten minutes: an alarm ends what
  * hangs. */
-static pid_t begin(const char *command, const char *name) {
-    char file[64], path[PATH];
-    snprintf(file, sizeof file, "%s.out", name);
-    path_of(file, path);
-    unlink(path);   /* whoever waits for output waits for this command's */
+static pid_t begin(const char *name, const char *command) {
+    char line[TEXT + 128];
+    snprintf(line, sizeof line, "%s.out", name);
+    unlink(line);   /* whoever waits for output waits for this command's */
+    snprintf(line, sizeof line, "exec >%s.out 2>%s.error </dev/null\n%s", name, name, command);
     fflush(stdout);
     const pid_t child = fork();
     if (child < 0) {   /* and -1 must never reach kill(), which would take it for everybody */
@@ -66,8 +56,6 @@ static pid_t begin(const char *command, const char *name) {
         exit(1);
     }
     if (child == 0) {
-        char line[TEXT];
-        snprintf(line, sizeof line, "exec >$W/%s.out 2>$W/%s.error </dev/null\n%s", name, name, command);
         alarm(600);
         execl("/bin/sh", "sh", "-c", line, (char *)NULL);
         _exit(127);
@@ -75,22 +63,24 @@ static pid_t begin(const char *command, const char *name) {
     return child;
 }
 
-/* Wait for a command; it ended by a signal: *by_signal, if asked for, says so. */
-static int end(pid_t child, int *by_signal) {
+/* Wait for the end of a command; what it was is left to the caller. */
+static void end(pid_t child, const char *name, Outcome *o) {
+    char file[64];
     int status = 0;
     while (waitpid(child, &status, 0) < 0 && errno == EINTR)
         ;
-    if (by_signal)
-        *by_signal = WIFSIGNALED(status);
-    return exit_status(status);
+    o->by_signal = WIFSIGNALED(status);
+    o->status = o->by_signal ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+    snprintf(file, sizeof file, "%s.out", name);
+    read_text(file, o->out);
+    snprintf(file, sizeof file, "%s.error", name);
+    read_text(file, o->error);
 }
 
 static Outcome run_list(const char *format, va_list arguments) {
     Outcome o;
     vsnprintf(o.command, sizeof o.command, format, arguments);
-    o.status = end(begin(o.command, "last"), NULL);
-    read_text("last.out", o.out);
-    read_text("last.error", o.error);
+    end(begin("last", o.command), "last", &o);
     return o;
 }
 
@@ -137,19 +127,15 @@ static void refuse(int status, const char *part, const char *format, ...) {
     CHECK(strstr(o.error, part), "%s: '%s' says nothing of '%s'", o.command, o.error, part);
 }
 
-/* How many files below $W a pattern of the shell matches. */
+/* How many files a pattern of the shell matches. */
 static int file_count(const char *pattern) {
-    char path[PATH];
     glob_t found;
-    path_of(pattern, path);
-    const int count = glob(path, 0, NULL, &found) == 0 ? (int)found.gl_pathc : 0;
+    const int count = glob(pattern, 0, NULL, &found) == 0 ? (int)found.gl_pathc : 0;
     globfree(&found);
     return count;
 }
 
-static int same_files(const char *a, const char *b) {
-    return run("cmp $W/%s $W/%s", a, b).status == 0;
-}
+static int same_files(const char *a, const char *b) { return run("cmp %s %s", a, b).status == 0; }
 
 static void pause_for(double seconds) {
     const struct timespec span = {(time_t)seconds, (long)(1e9 * (seconds - floor(seconds)))};
@@ -159,20 +145,25 @@ static void pause_for(double seconds) {
 /* ---- files for the tests ---- */
 
 static void write_file(const char *name, const void *data, size_t size) {
-    char path[PATH];
-    path_of(name, path);
-    FILE *stream = fopen(path, "wb");
+    FILE *stream = fopen(name, "wb");
     const int written = stream && fwrite(data, 1, size, stream) == size && fclose(stream) == 0;
-    CHECK(written, "%s: cannot be written", path);
+    CHECK(written, "%s: cannot be written", name);
 }
 
-/* $W/NAME as tensors, or an empty list after a failed check. */
+/* The numbers of a tensor; free() the result. Only failures are counted. */
+static real *values_of(const TensorEntry *entry, const char *path) {
+    Error error;
+    real *values = allocate_zeroed(entry->count, sizeof *values);
+    if (tensors_copy(entry, path, entry->rank, entry->shape, values, &error))
+        CHECK(0, "%s", error.text);
+    return values;
+}
+
+/* A file as tensors, or an empty list after a failed check. */
 static TensorFile read_tensors(const char *name) {
     TensorFile file;
     Error error;
-    char path[PATH];
-    path_of(name, path);
-    if (tensors_read(path, &file, &error)) {
+    if (tensors_read(name, &file, &error)) {
         CHECK(0, "%s", error.text);
         memset(&file, 0, sizeof file);
     }
@@ -182,17 +173,11 @@ static TensorFile read_tensors(const char *name) {
 /* Can a checkpoint be read, and is every number of it finite? Only failures are counted: the caller checks
  * the rest. */
 static int is_whole(const char *name) {
+    const int failed = test_failed;
     TensorFile file = read_tensors(name);
-    Error error;
-    int whole = file.tensor_count > 0;
-    for (int i = 0; i < file.tensor_count && whole; i++) {
-        const TensorEntry *entry = &file.tensors[i];
-        real *values = allocate(entry->count, sizeof *values);
-        whole = tensors_copy(entry, name, entry->rank, entry->shape, values, &error) == 0;
-        if (!whole)
-            CHECK(0, "%s", error.text);
-        free(values);
-    }
+    for (int i = 0; i < file.tensor_count; i++)
+        free(values_of(&file.tensors[i], name));
+    const int whole = file.tensor_count > 0 && test_failed == failed;
     tensors_free(&file);
     return whole;
 }
@@ -225,12 +210,10 @@ static TensorOut *tensors_again(const TensorFile *file) {
 static void write_tensors(const char *name, const TensorOut *out, int count, const char *const *metadata,
                           int metadata_count) {
     Error error;
-    char path[PATH];
-    path_of(name, path);
-    CHECK(tensors_write(path, out, count, metadata, metadata_count, &error) == 0, "%s", error.text);
+    CHECK(tensors_write(name, out, count, metadata, metadata_count, &error) == 0, "%s", error.text);
 }
 
-/* Copy $W/FROM to $W/TO with one text of the metadata changed, and the tensor called `drop` (or NULL) left
+/* Copy FROM to TO with one text of the metadata changed, and the tensor called `drop` (or NULL) left
  * out. */
 static void rewrite(const char *from, const char *to, const char *key, const char *value, const char *drop) {
     TensorFile file = read_tensors(from);
@@ -248,22 +231,16 @@ static void rewrite(const char *from, const char *to, const char *key, const cha
     tensors_free(&file);
 }
 
-/* Copy $W/FROM to $W/TO with the first value of a tensor overwritten by a NaN. */
+/* Copy FROM to TO with the first value of a tensor overwritten by a NaN. */
 static void poison(const char *from, const char *to, const char *tensor) {
     TensorFile file = read_tensors(from);
+    TensorOut *out = tensors_again(&file);
     const TensorEntry *entry = tensors_find(&file, tensor);
     CHECK(entry != NULL, "%s holds no %s", from, tensor);
-    if (entry) {
-        char path[PATH];
-        succeed("cp $W/%s $W/%s", from, to);
-        path_of(to, path);
-        FILE *stream = fopen(path, "r+b");
-        const int written =
-            stream && fseek(stream, (long)(entry->data - file.bytes.data), SEEK_SET) == 0 &&
-            fwrite("\xff\xff\xff\xff\xff\xff\xff\x7f", entry->size / entry->count, 1, stream) == 1 &&
-            fclose(stream) == 0;
-        CHECK(written, "%s: cannot be written", path);
-    }
+    if (entry)
+        memset(file.bytes.data + (entry->data - file.bytes.data), 0xff, entry->size / entry->count);
+    write_tensors(to, out, file.tensor_count, file.metadata, file.metadata_count);
+    free(out);
     tensors_free(&file);
 }
 
@@ -291,47 +268,28 @@ static void write_cifar(const char *name, int count) {
 
 /* ---- golden files ---- */
 
-/* || a - b || and || b ||. */
-static void distance(const real *a, const real *b, size_t count, double *difference, double *norm) {
-    double sum = 0;
-    for (size_t i = 0; i < count; i++)
-        sum += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
-    *difference = sqrt(sum);
-    *norm = sqrt(dot(b, b, count));
-}
-
-static real *values_of(const TensorEntry *entry, const char *path) {
-    Error error;
-    real *values = allocate(entry->count, sizeof *values);
-    if (tensors_copy(entry, path, entry->rank, entry->shape, values, &error)) {
-        CHECK(0, "%s", error.text);
-        memset(values, 0, entry->count * sizeof *values);
-    }
-    return values;
+static double norm_of(const TensorFile *file, const char *name) {
+    const TensorEntry *entry = tensors_find(file, name);
+    real *values = values_of(entry, name);
+    const double norm = sqrt(dot(values, values, entry->count));
+    free(values);
+    return norm;
 }
 
 /* The norm that an error of the tensor called `name` is measured by: its own, with one exception. A constant
  * added to all keys shifts every logit of a row alike, which the softmax does not see: the gradient by
  * mid.attn.k.bias is zero in exact arithmetic and rounding noise in any other. Its measure is the gradient by
  * mid.attn.k.kernel. */
-static double measure(const TensorFile *expected, const char *name, double norm) {
+static double measure(const TensorFile *expected, const char *name) {
     char kernel[128];
     const char *tail = strstr(name, "mid.attn.k.bias");
-    if (!tail)
-        return norm;
-    snprintf(kernel, sizeof kernel, "%.*smid.attn.k.kernel", (int)(tail - name), name);
-    const TensorEntry *entry = tensors_find(expected, kernel);
-    real *values = values_of(entry, kernel);
-    norm = sqrt(dot(values, values, entry->count));
-    free(values);
-    return norm;
+    snprintf(kernel, sizeof kernel, "%.*smid.attn.k.kernel", tail ? (int)(tail - name) : 0, name);
+    return norm_of(expected, tail ? kernel : name);
 }
 
 /* Relative to the norm of each tensor. In single precision the schedule and z_t are kept in double; what is
  * left is the rounding of the networks, which the Fourier features multiply by 2 pi 128 on the way back. */
-static double golden_tolerance(void) {
-    return IN_DOUBLE ? 1e-9 : 2e-4;
-}
+static double golden_tolerance(void) { return IN_DOUBLE ? 1e-9 : 2e-4; }
 
 static void golden_compare(const char *name, const TensorFile *got, const TensorFile *expected) {
     CHECK(got->tensor_count == expected->tensor_count, "%s: %d tensors, expected %d", name, got->tensor_count,
@@ -343,10 +301,11 @@ static void golden_compare(const char *name, const TensorFile *got, const Tensor
         CHECK(alike, "%s: %s is missing or of another shape", name, e->name);
         if (!alike)
             continue;
-        double difference, norm;
+        double square = 0;
         real *a = values_of(g, g->name), *b = values_of(e, e->name);
-        distance(a, b, e->count, &difference, &norm);
-        norm = measure(expected, e->name, norm);
+        for (size_t k = 0; k < e->count; k++)
+            square += ((double)a[k] - (double)b[k]) * ((double)a[k] - (double)b[k]);
+        const double difference = sqrt(square), norm = measure(expected, e->name);
         CHECK(difference <= golden_tolerance() * norm, "%s: %s differs by %.2e of its norm %.2e", name,
               e->name, difference / norm, norm);
         free(a);
@@ -362,7 +321,7 @@ static void test_golden(void) {
         char base[PATH], path[PATH + 64];
         snprintf(base, sizeof base, "%.*s",
                  (int)(strstr(found.gl_pathv[i], ".checkpoint") - found.gl_pathv[i]), found.gl_pathv[i]);
-        succeed("$D grad %s.checkpoint.safetensors --batch %s.batch.safetensors --out $W/golden", base, base);
+        succeed("$D grad %s.checkpoint.safetensors --batch %s.batch.safetensors --out golden", base, base);
         TensorFile got = read_tensors("golden"), expected;
         Error error;
         snprintf(path, sizeof path, "%s.expected.safetensors", base);
@@ -376,9 +335,9 @@ static void test_golden(void) {
     }
     globfree(&found);
     succeed("$D grad tests/golden/vdm-unet-eps-28.checkpoint.safetensors --threads 1"
-            " --batch tests/golden/vdm-unet-eps-28.batch.safetensors --out $W/golden");
+            " --batch tests/golden/vdm-unet-eps-28.batch.safetensors --out golden");
     succeed("$D grad tests/golden/vdm-unet-eps-28.checkpoint.safetensors --threads 3"
-            " --batch tests/golden/vdm-unet-eps-28.batch.safetensors --out $W/golden.3");
+            " --batch tests/golden/vdm-unet-eps-28.batch.safetensors --out golden.3");
     CHECK(same_files("golden", "golden.3"), "grad with 1 and 3 threads");
 }
 
@@ -428,11 +387,20 @@ static void test_help(void) {
  * whoever was stopped has more of them. */
 static void same_trainings(const char *a, const char *b, int steps) {
     const Outcome o =
-        run("cd $W/%s && test -e samples-%d.png || exit 1\n"
-            "for f in checkpoint.safetensors samples-*; do cmp $f $W/%s/$f || exit 1; done\n"
-            "cut -d, -f1-7 log.csv >$W/columns && cut -d, -f1-7 $W/%s/log.csv | cmp $W/columns -",
+        run("cd %s && test -e samples-%d.png || exit 1\n"
+            "for f in checkpoint.safetensors samples-*; do cmp $f ../%s/$f || exit 1; done\n"
+            "cut -d, -f1-8 log.csv >../columns && cut -d, -f1-8 ../%s/log.csv | cmp ../columns -",
             a, steps, b, b);
     CHECK(o.status == 0, "%s and %s: %s%s", a, b, o.out, o.error);
+}
+
+/* What goes on to `steps` steps is what was not interrupted; `options` are those of the whole training. */
+static void check_resumed(const char *directory, int steps, const char *options) {
+    char undisturbed[64];
+    snprintf(undisturbed, sizeof undisturbed, "%s-not", directory);
+    succeed("$D train --resume --sample-steps 2 --steps %d --out %s", steps, directory);
+    succeed("$D train $TINY %s --steps %d --out %s", options, steps, undisturbed);
+    same_trainings(undisturbed, directory, steps);
 }
 
 /* Each way to train: uninterrupted, and stopped after two of four steps and resumed with other numbers of
@@ -446,15 +414,15 @@ static void test_resume(void) {
         "--model diffenc-2-2 --seed 18446744073709551615 --eval-every 2 --eval-limit 3 --sample-every 2",
         "--model vdm-1 --net flat --batch 3 --schedule learned --gamma-min -10"};
     for (int i = 0; i < 6; i++) {
-        succeed("rm -rf $W/a $W/b");
-        const Outcome o = succeed("$D train $TINY %s --steps 4 --threads 2 --out $W/a", ways[i]);
+        succeed("rm -rf a b");
+        const Outcome o = succeed("$D train $TINY %s --steps 4 --threads 2 --out a", ways[i]);
         CHECK(strstr(o.error, "step 4/4") && strstr(o.error, "left\n"), "progress ends at the last step: %s",
               o.error);
-        CHECK(file_count("a/loss.svg") == 1 && file_count("a/samples-4.png") == 1, "%s: no pictures",
+        CHECK(file_count("a/report.html") == 1 && file_count("a/samples-4.png") == 1, "%s: no pictures",
               ways[i]);
-        succeed("$D train $TINY %s --steps 2 --threads 1 --out $W/b", ways[i]);
-        succeed("rm $W/b/samples-2.png && printf '3,9,9,9,9,9,,9\\n3,9,9' >>$W/b/log.csv");
-        succeed("$D train --resume --sample-steps 2 %s --steps 4 --threads 3 --out $W/b",
+        succeed("$D train $TINY %s --steps 2 --threads 1 --out b", ways[i]);
+        succeed("rm b/samples-2.png && printf '3,9,9,9,9,9,,,9\\n3,9,9' >>b/log.csv");
+        succeed("$D train --resume --sample-steps 2 %s --steps 4 --threads 3 --out b",
                 i == 4 ? "--eval-every 2 --eval-limit 3 --sample-every 2" : "");
         same_trainings("a", "b", 4);
         CHECK(is_whole("a/checkpoint.safetensors"), "%s: a checkpoint that is not finite", ways[i]);
@@ -486,10 +454,10 @@ static void test_learning(void) {
                                         "--model diffenc-1-nt --predict eps",
                                         "--predict x --schedule learned --timesteps 3 --variance-ratio 1.1"};
     for (int i = 0; i < 5; i++) {
-        succeed("rm -rf $W/learn && $D train $TINY %s --steps 0 --out $W/learn", ways[i]);
-        const Outcome before = succeed("$D eval $W/learn/checkpoint.safetensors --data $W/small");
-        succeed("$D train --resume --lr 0.01 --dropout 0.01 --steps 40 --sample-steps 2 --out $W/learn");
-        const Outcome after = succeed("$D eval $W/learn/checkpoint.safetensors --data $W/small");
+        succeed("rm -rf learn && $D train $TINY %s --steps 0 --out learn", ways[i]);
+        const Outcome before = succeed("$D eval learn/checkpoint.safetensors --data small");
+        succeed("$D train --resume --lr 0.01 --dropout 0.01 --steps 40 --sample-steps 2 --out learn");
+        const Outcome after = succeed("$D eval learn/checkpoint.safetensors --data small");
         const double first = number_behind(before.out, "\ntotal "),
                      last = number_behind(after.out, "\ntotal ");
         CHECK(last < 0.9 * first, "%s: from %.4f to %.4f bpd", ways[i], first, last);
@@ -505,32 +473,29 @@ static void test_learning(void) {
 static void test_threads(void) {
     static const int threads[4] = {1, 2, 3, 5};
     for (int i = 0; i < 4; i++)
-        succeed("$D train $TINY --batch 18 --steps 2 --threads %d --out $W/threads%d", threads[i],
-                threads[i]);
-    succeed("$D train $TINY --batch 18 --steps 2 --threads 2 --out $W/again");
+        succeed("$D train $TINY --batch 18 --steps 2 --threads %d --out threads%d", threads[i], threads[i]);
+    succeed("$D train $TINY --batch 18 --steps 2 --threads 2 --out again");
     same_trainings("threads1", "threads2", 2);
     same_trainings("threads1", "threads3", 2);
     same_trainings("threads1", "threads5", 2);
     same_trainings("threads2", "again", 2);
-    succeed("$D train $TINY --batch 18 --steps 2 --threads 2 --seed 2 --out $W/other");
+    succeed("$D train $TINY --batch 18 --steps 2 --threads 2 --seed 2 --out other");
     CHECK(!same_files("other/checkpoint.safetensors", "again/checkpoint.safetensors"),
           "another seed, the same bits");
-    const Outcome one =
-        succeed("$D eval $W/again/checkpoint.safetensors --data $W/small --limit 7 --threads 1");
-    const Outcome five =
-        succeed("$D eval $W/again/checkpoint.safetensors --data $W/small --limit 7 --threads 5");
+    const Outcome one = succeed("$D eval again/checkpoint.safetensors --data small --limit 7 --threads 1");
+    const Outcome five = succeed("$D eval again/checkpoint.safetensors --data small --limit 7 --threads 5");
     CHECK(strcmp(one.out, five.out) == 0, "eval with 1 and 5 threads: %s%s", one.out, five.out);
 }
 
-/* recon, latent and diffusion of a step in the log of $W/DIRECTORY. */
+/* recon, latent and diffusion of a step in the log of DIRECTORY. */
 static void logged(const char *directory, int step, double terms[3]) {
     char name[64], text[TEXT], begin_of_line[32];
     snprintf(name, sizeof name, "%s/log.csv", directory);
     snprintf(begin_of_line, sizeof begin_of_line, "\n%d,", step);
     read_text(name, text);
     const char *line = strstr(text, begin_of_line);
-    const int found = line ? sscanf(line + strlen(begin_of_line), "%*f,%lf,%lf,%lf", &terms[0], &terms[1],
-                                    &terms[2]) : 0;
+    const int found =
+        line ? sscanf(line + strlen(begin_of_line), "%*f,%lf,%lf,%lf", &terms[0], &terms[1], &terms[2]) : 0;
     CHECK(found == 3, "%s has no step %d", name, step);
 }
 
@@ -538,10 +503,10 @@ static void logged(const char *directory, int step, double terms[3]) {
  * differ, and it must, in eps and in eps_0. The latent loss has none. */
 static void test_noise(void) {
     double first[3] = {0}, second[3] = {0}, both[3] = {0};
-    succeed("mkdir $W/one");
+    succeed("mkdir one");
     write_idx("one/train-images-idx3-ubyte", 0x803, 1, 12, 8, 12 * 8);
-    succeed("for n in 1 2; do $D train $TINY --data $W/one --timesteps 1 --dropout 0 --lr 0 --batch $n"
-            " --steps 2 --out $W/of$n || exit 1; done");
+    succeed("for n in 1 2; do $D train $TINY --data one --timesteps 1 --dropout 0 --lr 0 --batch $n"
+            " --steps 2 --out of$n || exit 1; done");
     logged("of1", 1, first);
     logged("of1", 2, second);
     logged("of2", 1, both);
@@ -552,22 +517,20 @@ static void test_noise(void) {
 
 /* `--steps 0` writes the initial checkpoint and stops; what goes on from there is what would have been. */
 static void test_steps_0(void) {
-    succeed("$D train $TINY --steps 0 --out $W/zero");
+    succeed("$D train $TINY --steps 0 --out zero");
     CHECK(step_of("zero/checkpoint.safetensors") == 0 && is_whole("zero/checkpoint.safetensors"),
           "initial checkpoint");
     CHECK(file_count("zero/*.png") == 0, "pictures of no training");
-    succeed("$D train --resume --sample-steps 2 --steps 2 --out $W/zero");
-    succeed("$D train $TINY --steps 2 --out $W/two");
-    same_trainings("two", "zero", 2);
-    succeed("$D train --resume --sample-steps 2 --steps 1 --out $W/zero");
+    check_resumed("zero", 2, "");
+    succeed("$D train --resume --sample-steps 2 --steps 1 --out zero");
     CHECK(step_of("zero/checkpoint.safetensors") == 2, "a total that is passed already changes nothing");
-    same_trainings("two", "zero", 2);
-    refuse(1, "there is a checkpoint already", "$D train $TINY --steps 2 --out $W/zero");
-    refuse(1, "there is no checkpoint to resume", "$D train --resume --steps 2 --out $W/nothing");
+    same_trainings("zero-not", "zero", 2);
+    refuse(1, "there is a checkpoint already", "$D train $TINY --steps 2 --out zero");
+    refuse(1, "there is no checkpoint to resume", "$D train --resume --steps 2 --out nothing");
     CHECK(file_count("nothing") == 0, "a refused training made a directory");
 }
 
-/* $W/NAME with its numbers in the other precision. */
+/* NAME with its numbers in the other precision. */
 static void change_precision(const char *name) {
     TensorFile file = read_tensors(name);
     TensorOut *out = tensors_again(&file);
@@ -593,15 +556,15 @@ static void change_precision(const char *name) {
 
 /* A resumed training keeps the model and the order of the data; other settings may change, which is said. */
 static void test_changed_settings(void) {
-    succeed("$D train $TINY --steps 1 --out $W/kept && cp -r $W/kept $W/changed");
-    refuse(1, "--model diffenc-1-1, not vdm-1", "$D train --resume --steps 2 --model vdm-1 --out $W/kept");
-    refuse(1, "--seed 1, not 2", "$D train --resume --steps 2 --seed 2 --out $W/kept");
-    refuse(1, "--batch 4, not 5", "$D train --resume --steps 2 --batch 5 --out $W/kept");
+    succeed("$D train $TINY --steps 1 --out kept && cp -r kept changed");
+    refuse(1, "--model diffenc-1-1, not vdm-1", "$D train --resume --steps 2 --model vdm-1 --out kept");
+    refuse(1, "--seed 1, not 2", "$D train --resume --steps 2 --seed 2 --out kept");
+    refuse(1, "--batch 4, not 5", "$D train --resume --steps 2 --batch 5 --out kept");
     refuse(1, "images are 28x28x1, the model is for 12x8x1",
-           "$D train --resume --steps 2 --data digits --out $W/kept 2>&1 | tail -n 1 >&2; exit 1");
+           "$D train --resume --steps 2 --data digits --out kept 2>&1 | tail -n 1 >&2; exit 1");
     CHECK(step_of("kept/checkpoint.safetensors") == 1, "a refused resume changed the checkpoint");
-    succeed("$D train --resume $TINY --steps 2 --out $W/kept");   /* the same again is no change */
-    const Outcome o = succeed("$D train --resume --sample-steps 2 --steps 2 --lr 0.03125 --out $W/changed");
+    succeed("$D train --resume $TINY --steps 2 --out kept");   /* the same again is no change */
+    const Outcome o = succeed("$D train --resume --sample-steps 2 --steps 2 --lr 0.03125 --out changed");
     char rate[64];
     metadata_of("changed/checkpoint.safetensors", "lr", rate);
     CHECK(strstr(o.error, "diffenc: --lr changes from 0.0002 to 0.03125\n"), "the change is said: %s",
@@ -610,44 +573,43 @@ static void test_changed_settings(void) {
     CHECK(!same_files("kept/checkpoint.safetensors", "changed/checkpoint.safetensors"),
           "the learning rate is applied");
     change_precision("kept/checkpoint.safetensors");
-    const Outcome other = succeed("$D train --resume --sample-steps 2 --steps 3 --out $W/kept");
+    const Outcome other = succeed("$D train --resume --sample-steps 2 --steps 3 --out kept");
     CHECK(strstr(other.error, "was written in another precision"), "the precision is said: %s", other.error);
 }
 
 /* Data that change below a training, and a test split that is not like the training images. */
 static void test_changed_data(void) {
-    succeed("cp -r $W/small $W/moved && $D train $TINY --data $W/moved --steps 1 --out $W/data");
+    succeed("cp -r small moved && $D train $TINY --data moved --steps 1 --out data");
     write_idx("moved/t10k-images-idx3-ubyte", 0x803, 9, 16, 8, 9 * 16 * 8);
     refuse(1, "images are 16x8x1, the model is for 12x8x1",
-           "$D train --resume --eval-every 1 --steps 2 --out $W/data");
+           "$D train --resume --eval-every 1 --steps 2 --out data");
     refuse(1, "images are 16x8x1, the model is for 12x8x1",
-           "$D train $TINY --data $W/moved --eval-every 1 --steps 2 --out $W/out");
+           "$D train $TINY --data moved --eval-every 1 --steps 2 --out out");
     CHECK(file_count("out*") == 0, "a refused training made a directory");
     write_idx("moved/train-images-idx3-ubyte", 0x803, 6, 12, 8, 6 * 12 * 8);
-    refuse(1, "other images than this training began with", "$D train --resume --steps 2 --out $W/data");
-    succeed("cp $W/small/* $W/moved && printf x | dd of=$W/moved/train-images-idx3-ubyte bs=1 seek=99 "
-            "conv=notrunc");
-    refuse(1, "other images than this training began with", "$D train --resume --steps 2 --out $W/data");
+    refuse(1, "other images than this training began with", "$D train --resume --steps 2 --out data");
+    succeed("cp small/* moved && printf x | dd of=moved/train-images-idx3-ubyte bs=1 seek=99 conv=notrunc");
+    refuse(1, "other images than this training began with", "$D train --resume --steps 2 --out data");
     write_idx("moved/train-images-idx3-ubyte", 0x803, 7, 16, 8, 7 * 16 * 8);
-    refuse(1, "images are 16x8x1, the model is for 12x8x1", "$D train --resume --steps 2 --out $W/data");
+    refuse(1, "images are 16x8x1, the model is for 12x8x1", "$D train --resume --steps 2 --out data");
     CHECK(step_of("data/checkpoint.safetensors") == 1, "a refused resume changed the checkpoint");
     /* The same images at another path are the same data, and from another directory the old path is none. */
-    succeed("rm -r $W/moved && cp -r $W/small $W/again-small");
-    refuse(1, "No such file or directory; --data says where", "$D train --resume --steps 2 --out $W/data");
-    succeed("$D train --resume --data $W/again-small --sample-steps 2 --steps 2 --out $W/data");
-    succeed("$D train $TINY --data $W/again-small --steps 2 --out $W/data-not");
+    succeed("rm -r moved && cp -r small again-small");
+    refuse(1, "No such file or directory; --data says where", "$D train --resume --steps 2 --out data");
+    succeed("$D train --resume --data again-small --sample-steps 2 --steps 2 --out data");
+    succeed("$D train $TINY --data again-small --steps 2 --out data-not");
     same_trainings("data-not", "data", 2);
 }
 
 /* ---- ended from outside ---- */
 
-/* Wait until the training that writes to $W/NAME.out has told of its model (signals are caught from there
- * on), or, with `steps`, has logged that many into $W/RUN/log.csv. */
-static void wait_for(const char *name, const char *directory, int steps) {
+/* Wait until the training that writes to NAME.out has told of its model (signals are caught from there on),
+ * or, with `steps`, has logged that many into NAME/log.csv. */
+static void wait_for(const char *name, int steps) {
+    char file[64], text[TEXT];
+    snprintf(file, sizeof file, steps ? "%s/log.csv" : "%s.out", name);
     for (int i = 0; i < 3000; i++) {
-        char file[64], text[TEXT];
         int lines = -1;
-        snprintf(file, sizeof file, steps ? "%s/log.csv" : "%s.out", steps ? directory : name);
         read_text(file, text);
         for (const char *at = text; (at = strchr(at, '\n')) != NULL; at++)
             lines++;
@@ -667,90 +629,107 @@ static void test_kill(void) {
     const char *wanted = getenv("KILLS");
     const int kills = wanted ? (int)strtol(wanted, NULL, 10) : 50, steps = 2 * kills;
     const double start = seconds_now();
-    succeed("$D train $TINY --save-every 1 --sample-every 7 --steps %d --out $W/quiet", steps);
+    succeed("$D train $TINY --save-every 1 --sample-every 7 --steps %d --out quiet", steps);
     const double longest = (seconds_now() - start) / kills + 0.02;
     int killed = 0, torn = 0;
     for (int i = 0; i < kills; i++) {
-        char command[512], error[TEXT];
-        int by_signal = 0;
+        char command[512];
+        Outcome o;
         snprintf(command, sizeof command,
-                 "test -e $W/killed/checkpoint.safetensors && R=--resume\n"
-                 "exec $D train $TINY $R --save-every 1 --sample-every 7 --steps %d --out $W/killed",
+                 "test -e killed/checkpoint.safetensors && R=--resume\n"
+                 "exec $D train $TINY $R --save-every 1 --sample-every 7 --steps %d --out killed",
                  steps);
-        const pid_t child = begin(command, "killed");
+        const pid_t child = begin("killed", command);
         pause_for(longest * random_uniform(random_stream(1, RANDOM_CHECK, 0, (uint32_t)i), 0));
         for (int look = 0; i % 2 && look < 5000 && file_count(temporary) == 0; look++)
             ;
         kill(child, SIGKILL);
-        const int status = end(child, &by_signal), saved = file_count("killed/checkpoint.safetensors");
-        read_text("killed.error", error);
-        killed += by_signal;
-        torn += by_signal && file_count(temporary) > 0;
-        if ((!by_signal && status != 0) || (saved && !is_whole("killed/checkpoint.safetensors")))
-            CHECK(0, "kill %d: status %d, %s", i, status, error);
+        end(child, "killed", &o);
+        const int saved = file_count("killed/checkpoint.safetensors");
+        killed += o.by_signal;
+        torn += o.by_signal && file_count(temporary) > 0;
+        if ((!o.by_signal && o.status != 0) || (saved && !is_whole("killed/checkpoint.safetensors")))
+            CHECK(0, "kill %d: status %d, %s", i, o.status, o.error);
     }
     CHECK(killed > kills / 2, "only %d of %d kills came before the end of the training", killed, kills);
     CHECK(torn > kills / 10, "only %d of %d kills came while a checkpoint was written", torn, kills);
     if (getenv("VERBOSE"))
         printf("%d of %d killed, %d while writing, then at step %ld of %d\n", killed, kills, torn,
                step_of("killed/checkpoint.safetensors"), steps);
-    succeed("test -e $W/killed/checkpoint.safetensors && R=--resume\n"
-            "$D train $TINY $R --save-every 1 --sample-every 7 --steps %d --out $W/killed",
+    succeed("test -e killed/checkpoint.safetensors && R=--resume\n"
+            "$D train $TINY $R --save-every 1 --sample-every 7 --steps %d --out killed",
             steps);
     same_trainings("quiet", "killed", steps);
     CHECK(file_count("killed/*.tmp*") == 0, "%d temporary files of killed trainings are left",
           file_count("killed/*.tmp*"));
 }
 
-/* Wait for a child that was sent a signal; it must end within two seconds (sanitizers: ten), with the
+/* Send a signal to a training or another work: it must end within two seconds (sanitizers: ten), with the
  * signal's status and a line that names it. */
-static void check_stopped(pid_t child, const char *name, int number, const char *signal_name) {
-    char file[64], error[TEXT], line[64];
+static Outcome stop(pid_t child, const char *name, int number, const char *signal_name) {
+    Outcome o;
+    char line[64];
     const double start = seconds_now();
-    const int status = end(child, NULL);
-    snprintf(file, sizeof file, "%s.error", name);
-    read_text(file, error);
+    kill(child, number);
+    end(child, name, &o);
     snprintf(line, sizeof line, "diffenc: stopped by %s", signal_name);
-    CHECK(status == 128 + number && strstr(error, line), "%s: exits with %d: %s", signal_name, status, error);
+    CHECK(o.status == 128 + number && strstr(o.error, line), "%s: exits with %d: %s", signal_name, o.status,
+          o.error);
     CHECK(seconds_now() - start < (SANITIZED ? 10 : 2), "%s: after %.1f s", signal_name,
           seconds_now() - start);
+    return o;
 }
-
-static const struct {
-    int number;
-    const char *name;
-} SIGNALS[4] = {{SIGINT, "SIGINT"}, {SIGTERM, "SIGTERM"}, {SIGHUP, "SIGHUP"}, {SIGPIPE, "SIGPIPE"}};
 
 /* Each of the four signals ends a training with everything saved; it goes on as if nothing had been. The
  * number of steps is one that a time left in 32 bits would overflow with. */
 static void test_stops(void) {
+    static const struct {
+        int number;
+        const char *name;
+    } signals[4] = {{SIGINT, "SIGINT"}, {SIGTERM, "SIGTERM"}, {SIGHUP, "SIGHUP"}, {SIGPIPE, "SIGPIPE"}};
     for (int i = 0; i < 4; i++) {
-        char log[TEXT], line[64], directory[32], undisturbed[32], file[64], error[TEXT];
-        snprintf(directory, sizeof directory, "stop%d", i);
-        snprintf(undisturbed, sizeof undisturbed, "stop%d-not", i);
-        snprintf(log, sizeof log, "exec $D train $TINY --save-every 0 --steps 2000000000 --out $W/%s",
-                 directory);
-        const pid_t child = begin(log, "stopped");
-        wait_for("stopped", directory, 2);
-        refuse(1, "another training is at work in this directory", "$D train $TINY --steps 1 --out $W/%s",
-               directory);
-        kill(child, SIGNALS[i].number);
-        check_stopped(child, "stopped", SIGNALS[i].number, SIGNALS[i].name);
-        snprintf(file, sizeof file, "%s/checkpoint.safetensors", directory);
-        const long step = step_of(file);
-        CHECK(step >= 2 && is_whole(file), "the checkpoint is at step %ld", step);
-        read_text("stopped.error", error);
+        char log[TEXT], line[64];
+        succeed("rm -rf stopped stopped-not");
+        const pid_t child =
+            begin("stopped", "exec $D train $TINY --save-every 0 --steps 2000000000 --out stopped");
+        wait_for("stopped", 2);
+        refuse(1, "another training is at work in this directory", "$D train $TINY --steps 1 --out stopped");
+        const Outcome o = stop(child, "stopped", signals[i].number, signals[i].name);
+        const long step = step_of("stopped/checkpoint.safetensors");
+        CHECK(step >= 2 && is_whole("stopped/checkpoint.safetensors"), "the checkpoint is at step %ld", step);
         snprintf(line, sizeof line, "checkpoint.safetensors at step %ld,", step);
-        CHECK(strstr(error, line) && !strstr(error, "  -"), "where the training stands, no negative time: %s",
-              error);
-        snprintf(file, sizeof file, "%s/log.csv", directory);
-        read_text(file, log);
+        CHECK(strstr(o.error, line) && !strstr(o.error, "  -"),
+              "where the training stands, no negative time: %s", o.error);
+        read_text("stopped/log.csv", log);
         snprintf(line, sizeof line, "\n%ld,", step);
         CHECK(strstr(log, line), "the log ends at step %ld: %s", step, log);
-        succeed("$D train --resume --sample-steps 2 --steps %ld --out $W/%s", step + 1, directory);
-        succeed("$D train $TINY --steps %ld --out $W/%s", step + 1, undisturbed);
-        same_trainings(undisturbed, directory, (int)step + 1);
+        check_resumed("stopped", (int)step + 1, "");
     }
+}
+
+/* The report while a training runs and after its end. One that cannot be written ends no training. The grid
+ * in it is that of the file. */
+static void test_report_html(void) {
+    static const char *const report = "live/report.html";
+    char text[TEXT];
+    const pid_t child =
+        begin("live", "exec $D train $TINY --eval-every 1 --eval-limit 2 --steps 1000000 --out live");
+    for (int look = 0; look < 1000 && file_count(report) == 0; look++)
+        pause_for(0.03);
+    read_text(report, text);
+    CHECK(strstr(text, "http-equiv=refresh") && strstr(text, " left.</p>") && strstr(text, ">test, with"),
+          "a report of no running training: %s", text);
+    succeed("rm live/report.html && mkdir live/report.html");
+    const Outcome o = stop(child, "live", SIGTERM, "SIGTERM");
+    CHECK(strstr(o.error, "report.html: is not a regular file"), "%s", o.error);
+    const long steps = step_of("live/checkpoint.safetensors") + 1;
+    succeed("rmdir live/report.html && $D train --resume --steps %ld --sample-steps 2 --out live", steps);
+    read_text(report, text);
+    CHECK(strstr(text, "finished.</p>") && !strstr(text, "http-equiv"), "a report of no end: %s", text);
+    succeed("sed -n \"s/.*base64,\\([^']*\\)'.*/\\1/p\" %s | base64 -d | cmp - live/samples-%ld.png", report,
+            steps);
+    succeed("test $(grep -c '</svg>$' %s) = 4 && ! grep -o 'https*:[^ ]*' %s | grep -v w3.org/2000/svg",
+            report, report);
 }
 
 /* The same wherever the program is: in a step, which is then completed; in a grid of a million
@@ -758,53 +737,47 @@ static void test_stops(void) {
  * closed pipe. */
 static void test_stops_anywhere(void) {
     static const char *const work[3] = {
-        "sample $W/good --count 4 --steps 1000000 --out $W/out.png", "eval $W/good --repeats 10000",
-        "eval $W/good --timesteps 10000 --variance-ratio optimal --limit 1000"};
-    succeed("$D train $TINY --batch 100000 --steps 0 --out $W/slow");
-    pid_t child = begin("exec $D train --resume --steps 2 --out $W/slow", "slow");
-    wait_for("slow", NULL, 0);
+        "exec $D sample good --count 4 --steps 1000000 --out out.png", "exec $D eval good --repeats 10000",
+        "exec $D eval good --timesteps 10000 --variance-ratio optimal --limit 1000"};
+    succeed("$D train $TINY --batch 100000 --steps 0 --out slow");
+    pid_t child = begin("slow", "exec $D train --resume --steps 2 --out slow");
+    wait_for("slow", 0);
     pause_for(0.3);
-    kill(child, SIGINT);
-    check_stopped(child, "slow", SIGINT, "SIGINT");
+    stop(child, "slow", SIGINT, "SIGINT");
     CHECK(step_of("slow/checkpoint.safetensors") == 0, "half a step was taken");
-    child = begin("exec $D train $TINY --timesteps 1000000 --sample-steps 1000000 --steps 3 --out $W/grid",
-                  "grid");
-    wait_for("grid", "grid", 3);
+    child =
+        begin("grid", "exec $D train $TINY --timesteps 1000000 --sample-steps 1000000 --steps 3 --out grid");
+    wait_for("grid", 3);
     pause_for(0.3);
     CHECK(step_of("grid/checkpoint.safetensors") == 3, "the checkpoint comes before its grid");
-    kill(child, SIGTERM);
-    check_stopped(child, "grid", SIGTERM, "SIGTERM");
-    succeed("$D train --resume --steps 3 --sample-steps 2 --out $W/grid");   /* obeyed with a finite T, too */
+    stop(child, "grid", SIGTERM, "SIGTERM");
+    succeed("$D train --resume --steps 3 --sample-steps 2 --out grid");   /* obeyed with a finite T, too */
     CHECK(file_count("grid/samples-3.png") == 1, "the grid is made up for");
     for (int i = 0; i < 3; i++) {
-        char command[256];
-        snprintf(command, sizeof command, "exec $D %s", work[i]);
-        child = begin(command, "work");
+        child = begin("work", work[i]);
         pause_for(0.5);
-        kill(child, SIGHUP);
-        check_stopped(child, "work", SIGHUP, "SIGHUP");
+        stop(child, "work", SIGHUP, "SIGHUP");
         CHECK(file_count("out*") == 0, "%s: something is left", work[i]);
     }
-    const Outcome o = succeed("($D train $TINY --steps 100000 --eval-every 1 --eval-limit 1 --out $W/pipe\n"
-                              "echo $? >$W/pipe.status) | head -n 1; test $(cat $W/pipe.status) = 141");
+    const Outcome o = succeed("($D train $TINY --steps 100000 --eval-every 1 --eval-limit 1 --out pipe\n"
+                              "echo $? >pipe.status) | head -n 1; test $(cat pipe.status) = 141");
     CHECK(strstr(o.error, "stopped by SIGPIPE") && is_whole("pipe/checkpoint.safetensors"), "%s", o.error);
-    succeed(
-        "$D train $TINY --steps 1 --sample-steps 0 --out $W/gridless && test ! -e $W/gridless/samples-1.png");
+    succeed("$D train $TINY --steps 1 --sample-steps 0 --out gridless && test ! -e gridless/samples-1.png");
 }
 
 /* A signal that the parent ignores is none (nohup); a second one ends the program at once. */
 static void test_second_signal(void) {
-    int by_signal = 0;
-    pid_t child = begin("trap '' HUP; exec $D train --resume --steps 2 --out $W/slow", "slow");
-    wait_for("slow", NULL, 0);
+    Outcome o;
+    const pid_t child = begin("slow", "trap '' HUP; exec $D train --resume --steps 2 --out slow");
+    wait_for("slow", 0);
     kill(child, SIGHUP);
     pause_for(0.3);
     CHECK(waitpid(child, NULL, WNOHANG) == 0, "an ignored SIGHUP ends a training");
     kill(child, SIGTERM);
     kill(child, SIGTERM);
-    const int status = end(child, &by_signal);
-    CHECK(status == 128 + SIGTERM, "a second signal: status %d", status);
-    succeed("$D train --resume --steps 0 --out $W/slow");   /* the lock went with the process */
+    end(child, "slow", &o);
+    CHECK(o.status == 128 + SIGTERM, "a second signal: status %d", o.status);
+    succeed("$D train --resume --steps 0 --out slow");   /* the lock went with the process */
 }
 
 /* ---- directories and files that are not the program's ---- */
@@ -812,51 +785,50 @@ static void test_second_signal(void) {
 /* A directory that is taken away and made anew by another training: the first one ends and writes nothing
  * there. */
 static void test_two_trainings(void) {
-    char error[TEXT];
-    const pid_t child = begin("exec $D train $TINY --save-every 1 --steps 1000000 --out $W/rr", "first");
-    wait_for("first", "rr", 2);
-    succeed("mv $W/rr $W/rr.old && $D train $TINY --steps 3 --seed 2 --out $W/rr");
-    CHECK(end(child, NULL) == 1, "the first training goes on");
-    read_text("first.error", error);
+    Outcome o;
+    const pid_t child = begin("rr", "exec $D train $TINY --save-every 1 --steps 1000000 --out rr");
+    wait_for("rr", 2);
+    succeed("mv rr rr.old && $D train $TINY --steps 3 --seed 2 --out rr");
+    end(child, "rr", &o);
+    CHECK(o.status == 1, "the first training goes on");
     /* The second message: it was taken away after the look, while a file was being written. */
-    CHECK(strstr(error, "rr: was removed or replaced") || strstr(error, "No such file or directory"), "%s",
-          error);
+    CHECK(strstr(o.error, "rr: was removed or replaced") || strstr(o.error, "No such file or directory"),
+          "%s", o.error);
     CHECK(step_of("rr/checkpoint.safetensors") == 3, "the checkpoint is of the first training");
-    succeed(
-        "$D train --resume --sample-steps 2 --steps 4 --out $W/rr && $D train $TINY --steps 4 --seed 2 --out "
-        "$W/rr-not");
-    same_trainings("rr-not", "rr", 4);
+    check_resumed("rr", 4, "--seed 2");
 }
 
 /* Nothing is cut, overwritten, followed or removed that a training did not make. */
 static void test_strangers_files(void) {
-    static const char *const logs[6] = {
-        "sed 's/$/\\r/' log.csv", "sed 's/$/,0/' log.csv", "echo hello", "printf 'my notes, without an end'",
-        "head -n 2 log.csv", "grep -v ^1, log.csv | sed 's/^2,/9,/'"};
-    succeed(
-        "$D train $TINY --steps 2 --out $W/own && touch $W/own/samples-a.tmp.b $W/own/samples-1.png.tmp.7");
+    static const char *const logs[6] = {"sed 's/$/\\r/' log.csv",
+                                        "sed 's/$/,0/' log.csv",
+                                        "echo hello",
+                                        "printf 'my notes, without an end'",
+                                        "head -n 2 log.csv",
+                                        "grep -v ^1, log.csv | sed 's/^2,/9,/'"};
+    succeed("$D train $TINY --steps 2 --out own && touch own/samples-a.tmp.b own/samples-1.png.tmp.7");
     for (int i = 0; i < 6; i++) {
-        succeed("cd $W/own && cp log.csv .. && %s >../changed.csv && cp ../changed.csv log.csv", logs[i]);
-        refuse(1, "is not the log of this training", "$D train --resume --steps 3 --out $W/own");
+        succeed("cd own && cp log.csv .. && %s >../changed.csv && cp ../changed.csv log.csv", logs[i]);
+        refuse(1, "is not the log of this training", "$D train --resume --steps 3 --out own");
         CHECK(same_files("changed.csv", "own/log.csv"), "%s: was changed", logs[i]);
-        succeed("cp $W/log.csv $W/own");
+        succeed("cp log.csv own");
     }
-    succeed("cd $W/own && mv log.csv ../elsewhere && ln -s ../elsewhere log.csv");
-    refuse(1, "log.csv: is not a regular file", "$D train --resume --steps 3 --out $W/own");
-    succeed("cd $W/own && rm log.csv && mkfifo log.csv");
-    refuse(1, "log.csv: is not a regular file", "$D train --resume --steps 3 --out $W/own");
-    succeed("cd $W/own && rm log.csv && cp ../elsewhere log.csv && mv checkpoint.safetensors .. &&"
+    succeed("cd own && mv log.csv ../elsewhere && ln -s ../elsewhere log.csv");
+    refuse(1, "log.csv: is not a regular file", "$D train --resume --steps 3 --out own");
+    succeed("cd own && rm log.csv && mkfifo log.csv");
+    refuse(1, "log.csv: is not a regular file", "$D train --resume --steps 3 --out own");
+    succeed("cd own && rm log.csv && cp ../elsewhere log.csv && mv checkpoint.safetensors .. &&"
             " ln -s ../checkpoint.safetensors checkpoint.safetensors");
-    refuse(1, "checkpoint.safetensors: is not a regular file", "$D train --resume --steps 3 --out $W/own");
-    succeed("cd $W/own && rm checkpoint.safetensors && mv ../checkpoint.safetensors . &&"
-            " cd - >/dev/null && $D train --resume --steps 3 --sample-steps 2 --out $W/own >&- 2>&- <&- &&"
-            " cd $W/own && test -e samples-a.tmp.b && test ! -e samples-1.png.tmp.7");
-    succeed("$D train $TINY --steps 3 --out $W/own-not");
+    refuse(1, "checkpoint.safetensors: is not a regular file", "$D train --resume --steps 3 --out own");
+    succeed("cd own && rm checkpoint.safetensors && mv ../checkpoint.safetensors . &&"
+            " cd - >/dev/null && $D train --resume --steps 3 --sample-steps 2 --out own >&- 2>&- <&- &&"
+            " cd own && test -e samples-a.tmp.b && test ! -e samples-1.png.tmp.7");
+    succeed("$D train $TINY --steps 3 --out own-not");
     same_trainings("own-not", "own", 3);
-    succeed("cd $W && mkdir log pic && echo mine >log/log.csv && echo mine >pic/samples-7.png");
-    refuse(1, "log.csv: is there already", "$D train $TINY --steps 1 --out $W/log");
-    refuse(1, "samples-7.png: is there already", "$D train $TINY --steps 1 --out $W/pic");
-    succeed("cd $W && test $(cat log/log.csv pic/samples-7.png | grep -c mine) = 2");
+    succeed("mkdir log pic && echo mine >log/log.csv && echo mine >pic/samples-7.png");
+    refuse(1, "log.csv: is there already", "$D train $TINY --steps 1 --out log");
+    refuse(1, "samples-7.png: is there already", "$D train $TINY --steps 1 --out pic");
+    succeed("test $(cat log/log.csv pic/samples-7.png | grep -c mine) = 2");
 }
 
 /* No command writes over what it reads, under whatever name. */
@@ -867,10 +839,8 @@ static void test_output_is_input(void) {
     refuse(1, "is the same file as the input", "$D sample $W/same --steps 1 --out $W/same.pgm");
     refuse(1, "is the same file as the input", "$D show $W/finite --data $W/read --out $W/read.png");
     refuse(1, "is the same file as the input", "$D grad $W/same --batch $W/good --out $W/same");
-    refuse(
-        1, "is the same file as the input",
-        "cp tests/golden/vdm-flat-v.batch.safetensors $W/batch.own; $D grad "
-        "tests/golden/vdm-flat-v.checkpoint.safetensors --batch $W/batch.own --out $W/../${W##*/}/batch.own");
+    refuse(1, "is the same file as the input",
+           "cp $VB $W/batch.own; $D grad $V --batch $W/batch.own --out $W/../${W##*/}/batch.own");
     CHECK(same_files("same", "good") &&
               same_files("read/t10k-images-idx3-ubyte", "small/t10k-images-idx3-ubyte"),
           "an input was written over");
@@ -878,25 +848,27 @@ static void test_output_is_input(void) {
 
 /* A stranger's checkpoint: what it says does not reach the terminal raw, opens no path, takes no memory. */
 static void test_stranger(void) {
-    rewrite("good", "bad.name", "model", "vdm\33[31m\nroot# \xc2\x9b" "1m", NULL);
+    rewrite("good", "bad.name", "model",
+            "vdm\33[31m\nroot# \xc2\x9b"
+            "1m",
+            NULL);
     rewrite("good", "bad.data", "data", "\33]0;title\7", NULL);
     rewrite("good", "bad.where", "data", "/no-such/place", NULL);
     rewrite("good", "bad.large", "height", "256", NULL);
     rewrite("bad.large", "bad.large", "width", "256", NULL);
     static const char *const files[2] = {"bad.name", "bad.data"};
     for (int i = 0; i < 2; i++) {
-        const Outcome o = run("$D eval $W/%s --limit 1", files[i]);
+        const Outcome o = run("$D eval %s --limit 1", files[i]);
         CHECK(o.status == 1 && is_one_line(o.error) && !strpbrk(o.error, "\33\7") &&
                   !strstr(o.error, "\xc2\x9b") && strstr(o.error, "\\x1b"),
               "%s: %s", files[i], o.error);
     }
-    refuse(1, "give --data with a path of your own", "$D eval $W/bad.where");
-    refuse(1, "give --data with a path of your own", "$D show $W/bad.where --out $W/out.png");
+    refuse(1, "give --data with a path of your own", "$D eval bad.where");
+    refuse(1, "give --data with a path of your own", "$D show bad.where --out out.png");
     if (!SANITIZED) {
         const double start = seconds_now();
-        refuse(1, "MiB of memory", "ulimit -v 2000000; $D sample $W/bad.large --count 1 --out $W/out.png");
-        refuse(1, "MiB of memory",
-               "ulimit -v 150000; $D sample $W/good --count 65536 --steps 1 --out $W/out.png");
+        refuse(1, "MiB of memory", "ulimit -v 2000000; $D sample bad.large --count 1 --out out.png");
+        refuse(1, "MiB of memory", "ulimit -v 150000; $D sample good --count 65536 --steps 1 --out out.png");
         CHECK(seconds_now() - start < 20, "that takes %.1f s", seconds_now() - start);
     }
 }
@@ -905,17 +877,17 @@ static void test_stranger(void) {
 static void test_small_stacks(void) {
     if (!SANITIZED)
         succeed("ulimit -s 256; OMP_STACKSIZE=128k $D train --model diffenc-2-2 --net unet --channels 128"
-                " --encoder-channels 64 --batch 2 --steps 1 --sample-steps 1 --threads 2 --out $W/stacks");
+                " --encoder-channels 64 --batch 2 --steps 1 --sample-steps 1 --threads 2 --out stacks");
 }
 
 /* What the Makefile makes of choices: an unknown machine is an error, a compiler may have a space, and an
  * example that would be trained again is not removed. */
 static void test_makefile(void) {
-    Outcome o = run("make -n MARCH=bogus all");
+    Outcome o = run("make -C $TOP -n MARCH=bogus all");
     CHECK(o.status == 2 && strstr(o.error, "MARCH=bogus"), "%s", o.error);
-    o = succeed("make -n CC='env gcc' BUILD_ONLY= all");
+    o = succeed("make -C $TOP -n CC='env gcc' BUILD_ONLY= all");
     CHECK(strstr(o.out, "build/env-gcc-"), "%s", o.out);
-    o = run("mkdir $W/trained && touch $W/trained/mine && make -s -o all run RUN=$W/trained");
+    o = run("mkdir trained && touch trained/mine && make -C $TOP -s -o all run RUN=$W/trained");
     CHECK(o.status == 2 && strstr(o.out, "is there already") && file_count("trained/mine") == 1, "%s", o.out);
 }
 
@@ -926,7 +898,7 @@ static void test_thread_count(void) {
 #else
     const char *const expected = ", 1 threads";
 #endif
-    const Outcome o = succeed("$D train $TINY --threads 8 --steps 0 --out $W/eight");
+    const Outcome o = succeed("$D train $TINY --threads 8 --steps 0 --out eight");
     CHECK(strstr(o.out, expected), "%s", o.out);
 }
 
@@ -938,7 +910,7 @@ static void test_terminal(void) {
         printf("skipped: the progress line (no terminal to be had)\n");
         return;
     }
-    run("$D train $TINY --lr 1e6 --steps 400 --out $W/seen 2>%s", ptsname(terminal));
+    run("$D train $TINY --lr 1e6 --steps 400 --out seen 2>%s", ptsname(terminal));
     char text[TEXT] = "";
     const ssize_t size = read(terminal, text, sizeof text - 1);
     text[size > 0 ? size : 0] = 0;
@@ -953,76 +925,69 @@ static void test_terminal(void) {
 /* A file may not grow beyond 40 KiB: the checkpoint of this model is larger. SIGXFSZ would end the program
  * before it can say why. */
 static void test_file_limit(void) {
-    succeed("$D train $TINY --steps 1 --out $W/full && cp $W/full/checkpoint.safetensors $W/old");
+    succeed("$D train $TINY --steps 1 --out full && cp full/checkpoint.safetensors old");
     refuse(1, "checkpoint.safetensors: File too large",
-           "ulimit -f 80; $D train --resume --sample-steps 2 --steps 2 --out $W/full");
+           "ulimit -f 80; $D train --resume --sample-steps 2 --steps 2 --out full");
     CHECK(same_files("old", "full/checkpoint.safetensors"), "the old checkpoint is intact");
-    refuse(1, "out.png: File too large", "ulimit -f 8; $D sample $W/old --steps 1 --out $W/out.png");
-    refuse(1, "out.grad: File too large",
-           "ulimit -f 8; $D grad tests/golden/vdm-flat-v.checkpoint.safetensors"
-           " --batch tests/golden/vdm-flat-v.batch.safetensors --out $W/out.grad");
+    refuse(1, "out.png: File too large", "ulimit -f 8; $D sample old --steps 1 --out out.png");
+    refuse(1, "out.grad: File too large", "ulimit -f 8; $D grad $V --batch $VB --out out.grad");
     CHECK(file_count("full/*.tmp*") == 0 && file_count("out*") == 0, "something is left");
-    succeed("$D train --resume --sample-steps 2 --steps 2 --out $W/full");
-    succeed("$D train $TINY --steps 2 --out $W/roomy");
-    same_trainings("roomy", "full", 2);
+    check_resumed("full", 2, "");
     refuse(1, "standard output: No space left on device", "$D train --help >/dev/full");
-    refuse(1, "standard output: No space left on device", "$D eval $W/old --data $W/small >/dev/full");
+    refuse(1, "standard output: No space left on device", "$D eval old --data small >/dev/full");
 }
 
 /* The same on a disk of its own with room for one checkpoint and a half, where making one is allowed; it then
  * becomes read-only. */
 static void test_small_disk(void) {
-    succeed(
-        "$D train $TINY --steps 0 --out $W/small-enough && cp $W/small-enough/checkpoint.safetensors $W/old");
+    succeed("$D train $TINY --steps 0 --out small-enough && cp small-enough/checkpoint.safetensors old");
     if (geteuid() != 0 ||
-        run("mkdir $W/disk && mount -t tmpfs -o size=$(($(wc -c <$W/old) * 3 / 2)) none $W/disk").status) {
+        run("mkdir disk && mount -t tmpfs -o size=$(($(wc -c <old) * 3 / 2)) none disk").status) {
         printf("skipped: a full disk (no right to mount one)\n");
         return;
     }
-    succeed("cp $W/old $W/disk/checkpoint.safetensors");
-    refuse(1, "checkpoint.safetensors: No space left on device", "$D train --resume --steps 1 --out $W/disk");
+    succeed("cp old disk/checkpoint.safetensors");
+    refuse(1, "checkpoint.safetensors: No space left on device", "$D train --resume --steps 1 --out disk");
     CHECK(same_files("old", "disk/checkpoint.safetensors"), "the old checkpoint is intact");
     CHECK(file_count("disk/*.tmp*") == 0, "a temporary file is left");
-    succeed("head -c 1000000 /dev/zero >$W/disk/fill 2>/dev/null; test -s $W/disk/fill");
-    refuse(1, "No space left on device", "$D train --resume --steps 1 --out $W/disk");
-    refuse(1, "No space left on device", "$D sample $W/old --count 1 --steps 1 --out $W/disk/out.png");
+    succeed("head -c 1000000 /dev/zero >disk/fill 2>/dev/null; test -s disk/fill");
+    refuse(1, "No space left on device", "$D train --resume --steps 1 --out disk");
+    refuse(1, "No space left on device", "$D sample old --count 1 --steps 1 --out disk/out.png");
     CHECK(file_count("disk/out*") == 0, "part of a picture is left");
     CHECK(same_files("old", "disk/checkpoint.safetensors"), "the old checkpoint is intact");
-    succeed("mount -o remount,ro $W/disk");
-    refuse(1, "Read-only file system", "$D sample $W/old --count 1 --steps 1 --out $W/disk/out.png");
-    refuse(1, "Read-only file system", "$D train --resume --steps 1 --out $W/disk");
-    refuse(1, "Read-only file system", "$D train $TINY --steps 1 --out $W/disk/new");
-    succeed("umount $W/disk");
+    succeed("mount -o remount,ro disk");
+    refuse(1, "Read-only file system", "$D sample old --count 1 --steps 1 --out disk/out.png");
+    refuse(1, "Read-only file system", "$D train --resume --steps 1 --out disk");
+    refuse(1, "Read-only file system", "$D train $TINY --steps 1 --out disk/new");
+    succeed("umount disk");
 }
 
 /* Where no output can be made, that is said at once and not after the work, which here would take hours. */
 static void test_no_directory(void) {
     const double start = seconds_now();
     refuse(1, "out.png: No such file or directory",
-           "ulimit -t 20; $D sample $W/old --count 65536 --steps 1000000 --out $W/none/out.png");
-    refuse(1, "No such file or directory", "$D show $W/old --out $W/none/out.png");
-    refuse(1, "No such file or directory",
-           "$D grad tests/golden/vdm-flat-v.checkpoint.safetensors"
-           " --batch tests/golden/vdm-flat-v.batch.safetensors --out $W/none/out");
-    refuse(1, "No such file or directory", "$D train $TINY --steps 1 --out $W/none/out");
+           "ulimit -t 20; $D sample old --count 65536 --steps 1000000 --out none/out.png");
+    refuse(1, "No such file or directory", "$D show old --out none/out.png");
+    refuse(1, "No such file or directory", "$D grad $V --batch $VB --out none/out");
+    refuse(1, "No such file or directory", "$D train $TINY --steps 1 --out none/out");
     refuse(1, "Not a directory",
-           "ulimit -t 20; $D sample $W/old --count 65536 --steps 1000000 --out $W/old/out.png");
-    refuse(1, "Not a directory", "$D train $TINY --steps 1 --out $W/old/out");
-    refuse(1, "Not a directory", "$D train $TINY --steps 1 --out $W/old");
-    succeed("mkdir $W/kept.png");
-    refuse(1, "is not a regular file", "$D sample $W/old --count 1 --steps 1 --out $W/kept.png");
+           "ulimit -t 20; $D sample old --count 65536 --steps 1000000 --out old/out.png");
+    refuse(1, "Not a directory", "$D train $TINY --steps 1 --out old/out");
+    refuse(1, "Not a directory", "$D train $TINY --steps 1 --out old");
+    succeed("mkdir kept.png");
+    refuse(1, "is not a regular file", "$D sample old --count 1 --steps 1 --out kept.png");
     /* root may write anywhere, so it asks as somebody else. */
     setenv("AS", geteuid() ? "" : "setpriv --reuid 65534 --regid 65534 --clear-groups", 1);
-    succeed("mkdir $W/locked && cp $W/old $W/locked/checkpoint.safetensors && touch $W/locked/.lock"
-            " && chmod 555 $W/locked && chmod 444 $W/locked/* && chmod 755 $W");
-    if (run("$AS $D train --resume --steps 0 --out $W/locked").status == 127)
+    succeed("mkdir locked && cp old locked/checkpoint.safetensors && touch locked/.lock"
+            " && chmod 555 locked && chmod 444 locked/* && chmod 755 $W");
+    if (run("$AS $D train --resume --steps 0 --out locked").status == 127)
         printf("skipped: a directory without the right to write (setpriv or the program cannot be run)\n");
     else {
         refuse(1, "Permission denied",
-               "ulimit -t 20; $AS $D sample $W/old --count 65536 --steps 1000000 --out $W/locked/out.png");
-        refuse(1, "Permission denied", "$AS $D train $TINY --steps 1 --out $W/locked/out");
-        refuse(1, "Permission denied", "$AS $D train $TINY --steps 1 --out $W/locked");
-        refuse(1, "Permission denied", "$AS $D train --resume --steps 1 --out $W/locked");
+               "ulimit -t 20; $AS $D sample old --count 65536 --steps 1000000 --out locked/out.png");
+        refuse(1, "Permission denied", "$AS $D train $TINY --steps 1 --out locked/out");
+        refuse(1, "Permission denied", "$AS $D train $TINY --steps 1 --out locked");
+        refuse(1, "Permission denied", "$AS $D train --resume --steps 1 --out locked");
         CHECK(same_files("old", "locked/checkpoint.safetensors") && file_count("locked/*") == 1,
               "a directory that is not to be written is as it was");
     }
@@ -1032,7 +997,7 @@ static void test_no_directory(void) {
 /* ---- bad input ---- */
 
 /* What a message must say, and the command that must be refused with it before anything is written. Every
- * output is called $W/out..., and none of these may be there afterwards. */
+ * output is called out..., and none of these may be there afterwards. */
 typedef struct {
     const char *part, *command;
 } Refusal;
@@ -1041,7 +1006,7 @@ static void refuse_all(int status, const Refusal *list, size_t size) {
     for (size_t i = 0; i < size / sizeof *list; i++) {
         refuse(status, list[i].part, "%s", list[i].command);
         CHECK(file_count("out*") == 0, "%s: leaves an output", list[i].command);
-        succeed("rm -rf $W/out*");
+        succeed("rm -rf out*");
     }
 }
 
@@ -1067,7 +1032,7 @@ static void test_wrong_usage(void) {
         {"--gamma-max -14", "gamma-min -13.3, gamma-max -14"},
         {"--gamma-max nan", "gamma-max 'nan'"},
         {"--timesteps 4 --variance-ratio 0", "variance-ratio 0"},
-        {"--timesteps 4 --variance-ratio=-1", "variance-ratio -1"},
+        {"--timesteps 4 --variance-ratio=-1", "variance-ratio '-1'"},
         {"--variance-ratio 2", "variance-ratio 2: the bound diverges in continuous time"},
         {"--lr inf", "lr 'inf'"},
         {"--lr -1", "lr '-1'"},
@@ -1089,30 +1054,30 @@ static void test_wrong_usage(void) {
         {"--data=", "data ''"},
     };
     for (size_t i = 0; i < sizeof options / sizeof options[0]; i++)
-        refuse(2, options[i][1], "$D train %s --out $W/out", options[i][0]);
+        refuse(2, options[i][1], "$D train %s --out out", options[i][0]);
     CHECK(file_count("out*") == 0, "wrong options make a directory");
     static const Refusal list[] = {
         {"unknown command 'trian'", "$D trian"},
-        {"unknown option or argument '--modle'", "$D train --modle vdm-1 --out $W/out"},
-        {"unknown option or argument 'digits'", "$D train digits --out $W/out"},
-        {"unknown option or argument '--resumed'", "$D train --resumed --out $W/out"},
-        {"--resume takes no value", "$D train --resume=yes --out $W/out"},
-        {"--steps needs a value", "$D train --out $W/out --steps"},
-        {"expected a checkpoint", "$D sample --out $W/out.png"},
-        {"--out FILE", "$D sample $W/good"},
-        {"unknown option or argument 'two'", "$D sample $W/good two --out $W/out.png"},
-        {"count '1e30'", "$D sample $W/good --count 1e30 --out $W/out.png"},
-        {"steps '-1'", "$D sample $W/good --steps -1 --out $W/out.png"},
-        {"pixels 'red'", "$D sample $W/good --pixels red --out $W/out.png"},
+        {"unknown option or argument '--modle'", "$D train --modle vdm-1 --out out"},
+        {"unknown option or argument 'digits'", "$D train digits --out out"},
+        {"unknown option or argument '--resumed'", "$D train --resumed --out out"},
+        {"--resume takes no value", "$D train --resume=yes --out out"},
+        {"--steps needs a value", "$D train --out out --steps"},
+        {"expected a checkpoint", "$D sample --out out.png"},
+        {"--out FILE", "$D sample good"},
+        {"unknown option or argument 'two'", "$D sample good two --out out.png"},
+        {"count '1e30'", "$D sample good --count 1e30 --out out.png"},
+        {"steps '-1'", "$D sample good --steps -1 --out out.png"},
+        {"pixels 'red'", "$D sample good --pixels red --out out.png"},
         {"expected a checkpoint", "$D eval"},
-        {"limit '-1'", "$D eval $W/good --limit -1"},
-        {"split 'all'", "$D eval $W/good --split all"},
-        {"variance-ratio optimal", "$D eval $W/good --variance-ratio optimal"},
-        {"variance-ratio 2: the bound diverges", "$D eval $W/good --variance-ratio 2"},
-        {"variance-ratio 'best'", "$D eval $W/good --timesteps 4 --variance-ratio best"},
-        {"variance-ratio 0", "$D eval $W/good --timesteps 4 --variance-ratio 0"},
+        {"limit '-1'", "$D eval good --limit -1"},
+        {"split 'all'", "$D eval good --split all"},
+        {"variance-ratio optimal", "$D eval good --variance-ratio optimal"},
+        {"variance-ratio 2: the bound diverges", "$D eval good --variance-ratio 2"},
+        {"variance-ratio 'best'", "$D eval good --timesteps 4 --variance-ratio best"},
+        {"variance-ratio 0", "$D eval good --timesteps 4 --variance-ratio 0"},
         {"expected a checkpoint", "$D show"},
-        {"--batch FILE", "$D grad $W/good --out $W/out"},
+        {"--batch FILE", "$D grad good --out out"},
         {"unknown option", "$D check --quick"},
         {"unknown option", "$D bench --quick"},
     };
@@ -1138,14 +1103,13 @@ static void test_bad_data(void) {
         {"odd", "encoder: a U-Net of 1 blocks halves the image 1 times, which 9x10 does not allow"},
     };
     static const Refusal list[] = {
-        {"images are 9x10x1, the model is for 28x28x1", "$D eval $W/good --data $W/odd --split train"},
-        {"No such file or directory", "$D eval $W/good --data $W/no-such"},
-        {"holds neither", "$D eval $W/good --data $W/odd"},
-        {"No such file or directory", "$D show $W/good --data $W/no-such --out $W/out.png"},
+        {"images are 9x10x1, the model is for 28x28x1", "$D eval good --data odd --split train"},
+        {"No such file or directory", "$D eval good --data no-such"},
+        {"holds neither", "$D eval good --data odd"},
+        {"No such file or directory", "$D show good --data no-such --out out.png"},
     };
     static const unsigned char garbage[16] = {0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3, 7, 7, 7, 7, 7, 7};
-    succeed(
-        "cd $W && mkdir empty-directory empty short cut labels magic none-in-it promise gzip cifar-cut odd");
+    succeed("mkdir empty-directory empty short cut labels magic none-in-it promise gzip cifar-cut odd");
     write_file("empty/train-images-idx3-ubyte", "", 0);
     write_file("short/train-images-idx3-ubyte", "\0\0\010\003\0\0\0\001\0\0", 10);
     write_idx("cut/train-images-idx3-ubyte", 0x803, 60000, 28, 28, 4000);
@@ -1157,49 +1121,45 @@ static void test_bad_data(void) {
     write_file("gzip/train-images-idx3-ubyte.gz", garbage, sizeof garbage);
     write_file("cifar-cut/data_batch_1.bin", "half a picture", 14);
     for (size_t i = 0; i < sizeof directories / sizeof directories[0]; i++)
-        refuse(1, directories[i][1], "$D train $TINY --net flat --data $W/%s --out $W/out",
-               directories[i][0]);
+        refuse(1, directories[i][1], "$D train $TINY --net flat --data %s --out out", directories[i][0]);
     refuse(1, "net unet: a U-Net of 2 blocks halves the image 1 times, which 9x10 does not allow",
-           "$D train $TINY --model vdm-2 --data $W/odd --out $W/out");
+           "$D train $TINY --model vdm-2 --data odd --out out");
     CHECK(file_count("out*") == 0, "bad data make a directory");
     refuse_all(1, list, sizeof list);
 }
 
 static void test_bad_checkpoints(void) {
     static const Refusal list[] = {
-        {"No such file or directory", "$D sample $W/no-such --out $W/out.png"},
-        {"expected a safetensors file", "$D sample $W/bad.empty --out $W/out.png"},
-        {"a header of 8367736964726416744 bytes, expected at most",
-         "$D sample $W/bad.text --out $W/out.png"},
-        {"bytes of its header", "$D sample $W/bad.head --out $W/out.png"},
-        {"bad.cut: ", "$D eval $W/bad.cut --limit 1"},
-        {"bad.longer: ", "$D eval $W/bad.longer --limit 1"},
-        {"ema.score.down.1.0.norm1.scale', which model vdm-2 needs", "$D eval $W/bad.deeper --limit 1"},
-        {"tensors that model vdm-1 does not have", "$D eval $W/bad.shallower --limit 1"},
+        {"No such file or directory", "$D sample no-such --out out.png"},
+        {"expected a safetensors file", "$D sample bad.empty --out out.png"},
+        {"a header of 8367736964726416744 bytes, expected at most", "$D sample bad.text --out out.png"},
+        {"bytes of its header", "$D sample bad.head --out out.png"},
+        {"bad.cut: ", "$D eval bad.cut --limit 1"},
+        {"bad.longer: ", "$D eval bad.longer --limit 1"},
+        {"ema.score.down.1.0.norm1.scale', which model vdm-2 needs", "$D eval bad.deeper --limit 1"},
+        {"tensors that model vdm-1 does not have", "$D eval bad.shallower --limit 1"},
         {"holds 2 tensors that model diffenc-1-nt does not have",
-         "$D grad $W/bad.fixed --batch tests/golden/nt-flat-eps-T10.batch.safetensors --out $W/out"},
-        {"ema.score.time.dense0.kernel is [4, 16], expected [8, 32]",
-         "$D show $W/bad.wider --out $W/out.png"},
-        {"holds no tensor 'ema.score.conv_in.bias'", "$D sample $W/bad.dropped --out $W/out.png"},
-        {"metadata 'format' is not 'diffenc'", "$D eval $W/bad.format"},
-        {"format version 2", "$D eval $W/bad.version"},
-        {"metadata: model 'resnet-50'", "$D eval $W/bad.model"},
-        {"metadata: step 4294967296", "$D eval $W/bad.step"},
-        {"metadata: gamma-min 6, gamma-max 5", "$D eval $W/bad.gamma"},
-        {"metadata: image size 0x28", "$D eval $W/bad.height"},
-        {"ema.score.conv_in.kernel: value 0 is not a finite number",
-         "$D sample $W/bad.nan --out $W/out.png"},
+         "$D grad bad.fixed --batch tests/golden/nt-flat-eps-T10.batch.safetensors --out out"},
+        {"ema.score.time.dense0.kernel is [4, 16], expected [8, 32]", "$D show bad.wider --out out.png"},
+        {"holds no tensor 'ema.score.conv_in.bias'", "$D sample bad.dropped --out out.png"},
+        {"metadata 'format' is not 'diffenc'", "$D eval bad.format"},
+        {"format version 2", "$D eval bad.version"},
+        {"metadata: model 'resnet-50'", "$D eval bad.model"},
+        {"metadata: step 4294967296", "$D eval bad.step"},
+        {"metadata: gamma-min 6, gamma-max 5", "$D eval bad.gamma"},
+        {"metadata: image size 0x28", "$D eval bad.height"},
+        {"ema.score.conv_in.kernel: value 0 is not a finite number", "$D sample bad.nan --out out.png"},
         {"adam.v.score.conv_in.kernel: value 0 is not a finite number",
-         "mkdir $W/nan && cp $W/bad.nan-adam $W/nan/checkpoint.safetensors; $D train --resume --out $W/nan"},
-        {"a .pgm holds grey images only", "$D sample $W/colour --out $W/out.pgm"},
-        {"expected a name that ends in", "$D sample $W/good --out $W/out.jpg"},
-        {"expected a name that ends in", "$D show $W/good --out $W/out"},
-        {"No such file or directory", "$D grad $W/good --batch $W/no-such --out $W/out"},
-        {"bad.huge: ", "$D eval $W/bad.huge --limit 1"},
+         "mkdir nan && cp bad.nan-adam nan/checkpoint.safetensors; $D train --resume --out nan"},
+        {"a .pgm holds grey images only", "$D sample colour --out out.pgm"},
+        {"expected a name that ends in", "$D sample good --out out.jpg"},
+        {"expected a name that ends in", "$D show good --out out"},
+        {"No such file or directory", "$D grad good --batch no-such --out out"},
+        {"bad.huge: ", "$D eval bad.huge --limit 1"},
     };
-    succeed("cd $W && : >bad.empty && echo 'hello, this is no checkpoint of anything' >bad.text &&"
+    succeed(": >bad.empty && echo 'hello, this is no checkpoint of anything' >bad.text &&"
             " head -c 1000 good >bad.head && head -c 40000 good >bad.cut && { cat good; echo; } >bad.longer");
-    succeed("cp tests/golden/nt-flat-eps-T10.checkpoint.safetensors $W/learned");
+    succeed("cp $T10 learned");
     rewrite("learned", "bad.fixed", "schedule", "fixed", NULL);
     rewrite("deep", "bad.shallower", "model", "vdm-1", NULL);
     rewrite("good", "bad.deeper", "model", "vdm-2", NULL);
@@ -1247,25 +1207,21 @@ static void write_batch(const char *name, int batch, int height, int width, doub
 
 static void test_bad_batches(void) {
     static const Refusal list[] = {
-        {"t[0] is 1.0000001", "$D grad $V --batch $W/batch.just --out $W/out"},
-        {"images: expected U8 [B,8,8,1]", "$D grad $V --batch $W/batch.narrow --out $W/out"},
-        {"holds no tensor 'eps0'", "$D grad $V --batch $W/batch.eps0 --out $W/out"},
-        {"holds no tensor 't'", "$D grad $V --batch $W/batch.t --out $W/out"},
-        {"t[0] is 1.5, expected a time from 0 to 1", "$D grad $V --batch $W/batch.late --out $W/out"},
-        {"t[0] is -0.1, expected a time from 0 to 1", "$D grad $V --batch $W/batch.early --out $W/out"},
-        {"eps: value 0 is not a finite number", "$D grad $V --batch $W/batch.nan --out $W/out"},
-        {"t[0] is 0.55, expected a multiple of 1/10 above 0",
-         "$D grad $T10 --batch $W/batch.between --out $W/out"},
-        {"t[0] is 0, expected a multiple of 1/10 above 0",
-         "$D grad $T10 --batch $W/batch.zero --out $W/out"},
+        {"t[0] is 1.0000001", "$D grad $V --batch batch.just --out out"},
+        {"images: expected U8 [B,8,8,1]", "$D grad $V --batch batch.narrow --out out"},
+        {"holds no tensor 'eps0'", "$D grad $V --batch batch.eps0 --out out"},
+        {"holds no tensor 't'", "$D grad $V --batch batch.t --out out"},
+        {"t[0] is 1.5, expected a time from 0 to 1", "$D grad $V --batch batch.late --out out"},
+        {"t[0] is -0.1, expected a time from 0 to 1", "$D grad $V --batch batch.early --out out"},
+        {"eps: value 0 is not a finite number", "$D grad $V --batch batch.nan --out out"},
+        {"t[0] is 0.55, expected a multiple of 1/10 above 0", "$D grad $T10 --batch batch.between --out out"},
+        {"t[0] is 0, expected a multiple of 1/10 above 0", "$D grad $T10 --batch batch.zero --out out"},
         {"images: expected U8 [B,8,8,1]",
-         "$D grad $V --batch tests/golden/vdm-unet-eps-28.batch.safetensors --out $W/out"},
-        {"holds no tensor 'images'", "$D grad $V --batch $V --out $W/out"},
-        {"batch.cut: ", "$D grad $V --batch $W/batch.cut --out $W/out"},
-        {"none/out: No such file or directory", "$D grad $V --batch $W/batch --out $W/none/out"},
+         "$D grad $V --batch tests/golden/vdm-unet-eps-28.batch.safetensors --out out"},
+        {"holds no tensor 'images'", "$D grad $V --batch $V --out out"},
+        {"batch.cut: ", "$D grad $V --batch batch.cut --out out"},
+        {"none/out: No such file or directory", "$D grad $V --batch batch --out none/out"},
     };
-    setenv("V", "tests/golden/vdm-flat-v.checkpoint.safetensors", 1);
-    setenv("T10", "tests/golden/nt-flat-eps-T10.checkpoint.safetensors", 1);
     write_batch("batch", 2, 8, 8, 0.3, 1, NULL);
     write_batch("batch.narrow", 2, 8, 7, 0.3, 1, NULL);
     write_batch("batch.eps0", 2, 8, 8, 0.3, 1, "eps0");
@@ -1276,9 +1232,9 @@ static void test_bad_batches(void) {
     write_batch("batch.nan", 2, 8, 8, 0.3, NAN, NULL);
     write_batch("batch.between", 2, 8, 8, 0.55, 1, NULL);
     write_batch("batch.zero", 2, 8, 8, 0, 1, NULL);
-    succeed("head -c 300 $W/batch >$W/batch.cut");
+    succeed("head -c 300 batch >batch.cut");
     refuse_all(1, list, sizeof list);
-    succeed("$D grad $V --batch $W/batch --out $W/fine && $D grad $T10 --batch $W/batch --out $W/fine");
+    succeed("$D grad $V --batch batch --out fine && $D grad $T10 --batch batch --out fine");
 }
 
 /* ---- numbers and machines at their end ---- */
@@ -1289,8 +1245,8 @@ static void test_divergence(void) {
     static const char *const ways[4] = {"--lr 1e3", "--lr 1e6", "--lr 1e6 --clip 1",
                                         "--lr 1e6 --weight-decay 1e6"};
     for (int i = 0; i < 4; i++) {
-        succeed("rm -rf $W/wild");
-        const Outcome o = run("$D train $TINY %s --save-every 1 --steps 400 --out $W/wild", ways[i]);
+        succeed("rm -rf wild");
+        const Outcome o = run("$D train $TINY %s --save-every 1 --steps 400 --out wild", ways[i]);
         const char *line = strstr(o.error, "diffenc: ");
         CHECK(o.status == 1 && is_one_line(o.error), "%s: exits with %d: %s", ways[i], o.status, o.error);
         int step = 0, named = 0;
@@ -1304,16 +1260,15 @@ static void test_divergence(void) {
         const long last = step_of("wild/checkpoint.safetensors");
         CHECK(last >= 1 && last < step, "%s: stopped at step %d, the checkpoint is of step %ld", ways[i],
               step, last);
-        succeed("$D train --resume --steps 1 --sample-steps 2 --out $W/wild");
+        succeed("$D train --resume --steps 1 --sample-steps 2 --out wild");
     }
 }
 
 static void test_memory(void) {
     const double start = seconds_now();
+    refuse(1, "MiB of memory, there are", "$D train --channels 1024 --model diffenc-256-2 --out out");
     refuse(1, "MiB of memory, there are",
-           "$D train --channels 1024 --model diffenc-256-2 --out $W/out");
-    refuse(1, "MiB of memory, there are",
-           "$D train --channels 1024 --encoder-channels 512 --model diffenc-100-200 --out $W/out");
+           "$D train --channels 1024 --encoder-channels 512 --model diffenc-100-200 --out out");
     CHECK(seconds_now() - start < 5 || SANITIZED, "that takes %.1f seconds", seconds_now() - start);
     CHECK(file_count("out*") == 0, "a directory is made for a training that cannot be");
     if (SANITIZED) {
@@ -1322,18 +1277,17 @@ static void test_memory(void) {
     }
     /* 200 MB of address space are enough for the program but not for this model's vectors or graph. */
     refuse(1, "MiB of memory",
-           "ulimit -v 200000; $D train --threads 1 --channels 256 --model vdm-8 --out $W/big");
+           "ulimit -v 200000; $D train --threads 1 --channels 256 --model vdm-8 --out big");
     refuse(1, "MiB of memory",
-           "ulimit -v 200000; $D train --threads 1 --channels 64 --model vdm-8 --out $W/big2");
+           "ulimit -v 200000; $D train --threads 1 --channels 64 --model vdm-8 --out big2");
     CHECK(file_count("big*/checkpoint*") == 0, "part of a checkpoint is left");
 }
 
 /* A model whose weights and averages are all 1e30: what comes out is not finite, and no file is left. */
 static void test_not_finite(void) {
-    static const char *const work[4] = {"sample $W/mad --count 2 --steps 3 --out $W/out.png",
-                                        "eval $W/mad --limit 2 --data $W/small",
-                                        "show $W/mad --count 2 --data $W/small --out $W/out.png",
-                                        "grad $W/mad --batch $W/mad.batch --out $W/out"};
+    static const char *const work[4] = {
+        "sample mad --count 2 --steps 3 --out out.png", "eval mad --limit 2 --data small",
+        "show mad --count 2 --data small --out out.png", "grad mad --batch mad.batch --out out"};
     static real large[1 << 16], zero[1 << 16];
     TensorFile file = read_tensors("finite");
     TensorOut *out = tensors_again(&file);
@@ -1364,7 +1318,7 @@ static void test_images(void) {
     for (int i = 0; i < 4; i++) {
         /* Five images in rows of three, 2 pixels of white between and around: 3 * 30 + 2 by 2 * 30 + 2. */
         const Outcome o =
-            succeed("$D sample $W/good --count 5 --steps 3 %s --out $W/%s", kinds[i].options, kinds[i].file);
+            succeed("$D sample good --count 5 --steps 3 %s --out %s", kinds[i].options, kinds[i].file);
         CHECK(strstr(o.out, "5 images, 3 steps"), "%s", o.out);
         char text[TEXT];
         read_text(kinds[i].file, text);
@@ -1372,13 +1326,13 @@ static void test_images(void) {
               text);
     }
     CHECK(!same_files("pic.pgm", "pic.drawn.pgm"), "drawn pixels are the likely ones");
-    succeed("$D sample $W/good --count 5 --steps 3 --threads 3 --out $W/pic3.pgm");
+    succeed("$D sample good --count 5 --steps 3 --threads 3 --out pic3.pgm");
     CHECK(same_files("pic.pgm", "pic3.pgm"), "3 threads draw other samples");
-    succeed("$D sample $W/good --count 5 --steps 3 --seed 2 --out $W/pic2.pgm");
+    succeed("$D sample good --count 5 --steps 3 --seed 2 --out pic2.pgm");
     CHECK(!same_files("pic.pgm", "pic2.pgm"), "another seed draws the same samples");
-    succeed("$D sample $W/good --count 5 --steps 3 --sampler deterministic --out $W/pic2.pgm");
+    succeed("$D sample good --count 5 --steps 3 --sampler deterministic --out pic2.pgm");
     CHECK(!same_files("pic.pgm", "pic2.pgm"), "the samplers draw the same samples");
-    const Outcome o = succeed("$D sample $W/finite --count 1 --out $W/pic2.pgm");
+    const Outcome o = succeed("$D sample finite --count 1 --out pic2.pgm");
     CHECK(strstr(o.out, "1 images, 4 steps"), "a model of finite T takes T steps: %s", o.out);
 }
 
@@ -1387,9 +1341,9 @@ static void test_show(void) {
     char before[32] = "";
     for (int i = 0; i < 3; i++) {
         char name[32], text[TEXT];
-        succeed("$D train $TINY --model %s --steps 1 --out $W/show-%s", kinds[i], kinds[i]);
-        succeed("$D show $W/show-%s/checkpoint.safetensors --data $W/small --count 2 --out $W/show%d.pgm",
-                kinds[i], i);
+        succeed("$D train $TINY --model %s --steps 1 --out show-%s", kinds[i], kinds[i]);
+        succeed("$D show show-%s/checkpoint.safetensors --data small --count 2 --out show%d.pgm", kinds[i],
+                i);
         snprintf(name, sizeof name, "show%d.pgm", i);
         read_text(name, text);
         /* Nine times across; two images of three rows each. */
@@ -1401,7 +1355,7 @@ static void test_show(void) {
 
 static void test_eval(void) {
     static const char *const terms[4] = {"\nrecon ", "\nlatent ", "\ndiffusion ", "\ntotal "};
-    Outcome o = succeed("$D eval $W/good --limit 8");
+    Outcome o = succeed("$D eval good --limit 8");
     double value[4];
     for (int i = 0; i < 4; i++) {
         value[i] = number_behind(o.out, terms[i]);
@@ -1412,32 +1366,32 @@ static void test_eval(void) {
     /* Four numbers of five decimals each. */
     CHECK(fabs(value[0] + value[1] + value[2] - value[3]) < 3e-5, "the total is the sum: %s", o.out);
     CHECK(strstr(o.out, "8 test images of digits"), "%s", o.out);
-    o = succeed("$D eval $W/good --limit 8 --split train --seed 3");
+    o = succeed("$D eval good --limit 8 --split train --seed 3");
     CHECK(strstr(o.out, "8 training images of digits") && number_behind(o.out, terms[3]) != value[3], "%s",
           o.out);
-    o = succeed("$D eval $W/good --limit 8 --timesteps 5 --variance-ratio optimal");
+    o = succeed("$D eval good --limit 8 --timesteps 5 --variance-ratio optimal");
     const double plain = number_behind(o.out, "\ntotal:"),
                  best = number_behind(o.out, "with sigma_P = sigma_Q,");
     const char *total = strstr(o.out, "\ntotal:");
     CHECK(total && plain >= number_behind(total, "sigma_Q,") && best <= plain, "the best bound is none: %s",
           o.out);
-    succeed("$D eval $W/finite --data $W/small --limit 2");
-    succeed("$D eval $W/finite --data $W/small --limit 2 --timesteps 0");
-    succeed("$D eval $W/good --limit 2 --timesteps 3 --variance-ratio 0.5");
+    succeed("$D eval finite --data small --limit 2");
+    succeed("$D eval finite --data small --limit 2 --timesteps 0");
+    succeed("$D eval good --limit 2 --timesteps 3 --variance-ratio 0.5");
 }
 
 static void test_colour(void) {
     char text[TEXT];
-    succeed("mkdir $W/cifar");
+    succeed("mkdir cifar");
     write_cifar("cifar/data_batch_1.bin", 5);
     write_cifar("cifar/test_batch.bin", 3);
-    succeed("$D train $TINY --data $W/cifar --steps 1 --eval-every 1 --out $W/colours");
-    succeed("$D sample $W/colours/checkpoint.safetensors --count 2 --steps 2 --out $W/colour.ppm");
+    succeed("$D train $TINY --data cifar --steps 1 --eval-every 1 --out colours");
+    succeed("$D sample colours/checkpoint.safetensors --count 2 --steps 2 --out colour.ppm");
     read_text("colour.ppm", text);
     CHECK(strncmp(text, "P6\n70 36\n255\n", 13) == 0, "colour.ppm begins with %.20s", text);
-    const Outcome o = succeed("$D eval $W/colours/checkpoint.safetensors --data $W/cifar");
+    const Outcome o = succeed("$D eval colours/checkpoint.safetensors --data cifar");
     CHECK(strstr(o.out, "3 test images of "), "%s", o.out);
-    succeed("cp $W/colours/checkpoint.safetensors $W/colour");
+    succeed("cp colours/checkpoint.safetensors colour");
 }
 
 static void test_mnist(void) {
@@ -1446,8 +1400,8 @@ static void test_mnist(void) {
         printf("skipped: MNIST_DIR is not set\n");
         return;
     }
-    succeed("$D train $TINY --data \"$MNIST_DIR\" --steps 2 --out $W/mnist");
-    const Outcome o = succeed("$D eval $W/mnist/checkpoint.safetensors --limit 8 --data \"$MNIST_DIR\"");
+    succeed("$D train $TINY --data \"$MNIST_DIR\" --steps 2 --out mnist");
+    const Outcome o = succeed("$D eval mnist/checkpoint.safetensors --limit 8 --data \"$MNIST_DIR\"");
     CHECK(strstr(o.out, "8 test images of "), "%s", o.out);
 }
 
@@ -1456,14 +1410,13 @@ static void test_mnist(void) {
 /* Images of 12 by 8 pixels, so few that an epoch ends within two steps, and the checkpoints that the tests of
  * bad input and of output start from. */
 static void make_models(void) {
-    succeed("mkdir $W/small");
+    succeed("mkdir small");
     write_idx("small/train-images-idx3-ubyte", 0x803, 7, 12, 8, 7 * 12 * 8);
     write_idx("small/t10k-images-idx3-ubyte", 0x803, 9, 12, 8, 9 * 12 * 8);
-    succeed("$D train $TINY --data digits --model vdm-1 --steps 1 --out $W/m1 && cp "
-            "$W/m1/checkpoint.safetensors $W/good");
-    succeed("$D train $TINY --model vdm-2 --steps 0 --out $W/m2 && cp $W/m2/checkpoint.safetensors $W/deep");
-    succeed(
-        "$D train $TINY --timesteps 4 --steps 1 --out $W/m3 && cp $W/m3/checkpoint.safetensors $W/finite");
+    succeed("$D train $TINY --data digits --model vdm-1 --steps 1 --out m1 && cp "
+            "m1/checkpoint.safetensors good");
+    succeed("$D train $TINY --model vdm-2 --steps 0 --out m2 && cp m2/checkpoint.safetensors deep");
+    succeed("$D train $TINY --timesteps 4 --steps 1 --out m3 && cp m3/checkpoint.safetensors finite");
 }
 
 int main(void) {
@@ -1473,9 +1426,22 @@ int main(void) {
         return 1;
     }
     const char *program = getenv("DIFFENC");
+    char tiny[PATH], top[PATH], path[PATH + 16];
+    if (!getcwd(top, sizeof top) || !realpath(program ? program : "diffenc", path)) {
+        perror("the program");
+        return 1;
+    }
     setenv("W", directory, 1);
-    setenv("D", program ? program : "./diffenc", 1);
-    char tiny[PATH];
+    setenv("D", path, 1);
+    setenv("TOP", top, 1);
+    setenv("V", "tests/golden/vdm-flat-v.checkpoint.safetensors", 1);
+    setenv("VB", "tests/golden/vdm-flat-v.batch.safetensors", 1);
+    setenv("T10", "tests/golden/nt-flat-eps-T10.checkpoint.safetensors", 1);
+    snprintf(path, sizeof path, "%s/tests", top);
+    if (chdir(directory) || symlink(path, "tests")) {
+        perror(directory);
+        return 1;
+    }
     snprintf(tiny, sizeof tiny,
              "--data %s/small --net unet --model diffenc-1-1 --channels 4 --encoder-channels 4 --batch 4"
              " --sample-steps 2",
@@ -1488,19 +1454,43 @@ int main(void) {
         const char *name;
         void (*run)(void);
     } tests[] = {
-        {"golden", test_golden}, {"help", test_help}, {"models", make_models}, {"usage", test_wrong_usage},
-        {"resume", test_resume}, {"learning", test_learning}, {"threads", test_threads},
-        {"noise", test_noise}, {"steps 0", test_steps_0}, {"settings", test_changed_settings},
-        {"changed data", test_changed_data}, {"images", test_images}, {"show", test_show},
-        {"eval", test_eval}, {"colour", test_colour}, {"data", test_bad_data},
-        {"checkpoints", test_bad_checkpoints}, {"batches", test_bad_batches},
-        {"divergence", test_divergence}, {"memory", test_memory}, {"file limit", test_file_limit},
-        {"small disk", test_small_disk}, {"directory", test_no_directory}, {"stop", test_stops},
-        {"stop anywhere", test_stops_anywhere}, {"two", test_two_trainings},
-        {"strangers", test_strangers_files}, {"same", test_output_is_input}, {"stranger", test_stranger},
-        {"not finite", test_not_finite}, {"stacks", test_small_stacks}, {"makefile", test_makefile},
+        {"golden", test_golden},
+        {"help", test_help},
+        {"models", make_models},
+        {"usage", test_wrong_usage},
+        {"resume", test_resume},
+        {"learning", test_learning},
+        {"threads", test_threads},
+        {"noise", test_noise},
+        {"steps 0", test_steps_0},
+        {"settings", test_changed_settings},
+        {"changed data", test_changed_data},
+        {"images", test_images},
+        {"show", test_show},
+        {"eval", test_eval},
+        {"colour", test_colour},
+        {"data", test_bad_data},
+        {"checkpoints", test_bad_checkpoints},
+        {"batches", test_bad_batches},
+        {"divergence", test_divergence},
+        {"memory", test_memory},
+        {"file limit", test_file_limit},
+        {"small disk", test_small_disk},
+        {"directory", test_no_directory},
+        {"stop", test_stops},
+        {"report", test_report_html},
+        {"stop anywhere", test_stops_anywhere},
+        {"two", test_two_trainings},
+        {"strangers", test_strangers_files},
+        {"same", test_output_is_input},
+        {"stranger", test_stranger},
+        {"not finite", test_not_finite},
+        {"stacks", test_small_stacks},
+        {"makefile", test_makefile},
         {"thread count", test_thread_count},
-        {"second signal", test_second_signal}, {"terminal", test_terminal}, {"kill", test_kill},
+        {"second signal", test_second_signal},
+        {"terminal", test_terminal},
+        {"kill", test_kill},
         {"mnist", test_mnist},
     };
     for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++) {
