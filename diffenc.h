@@ -192,6 +192,7 @@ typedef struct {
     const char *name;
     void (*forward)(Tensor *self);
     void (*backward)(Tensor *self);
+    int exact;                      /* float builds keep its results in double as well */
 } Operator;
 
 /* A tensor: its value, and how it was made. */
@@ -230,7 +231,7 @@ struct Graph {
     double dropout;                 /* rate in [0, 1); 0 outside of training */
     RandomStream dropout_stream;    /* of the current example */
     uint32_t dropout_position;      /* next free position in it */
-    struct { size_t count; real *memory; } spare[64];   /* gradients given back during the reverse sweep */
+    struct Spare { size_t count; real *memory; } spare[64];   /* gradients given back, to be used again */
     int spare_count;
     OperatorTime *times;            /* NULL, or [MOST_OPERATORS], at first all zeros */
 };
