@@ -261,8 +261,8 @@ typedef struct {
 } Inked;
 
 /* The times of an evaluation do not go with the order of the images: sorted by ink they have the same bound.
- * With random weights that hardly depends on the ink; after a few steps it does, and times tied to i/N move it
- * by 1.4%, with MNIST by 3.3%. */
+ * With random weights that hardly depends on the ink; after a few steps it does, and times tied to i/N move
+ * it by 1.4%, with MNIST by 3.3%. */
 static void test_order(const char *where) {
     enum { IMAGES = 2000, STEPS = 150, BATCH = 8 };
     Dataset data;
