@@ -187,7 +187,7 @@ typedef struct Tensor Tensor;
 typedef struct Graph Graph;
 
 /* `forward` fills self->value from the values of self->input; `backward` adds to their gradients what
- * self->gradient contributes. What either takes from the arena is scratch memory. */
+ * self->gradient contributes, and may spoil it. What either takes from the arena is scratch memory. */
 typedef struct {
     const char *name;
     void (*forward)(Tensor *self);
@@ -307,9 +307,8 @@ Tensor *multiples(Tensor *a, const double *factors, int n);   /* [h, w, c] -> [h
 Tensor *max_pool(Tensor *x);                                 /* 2x2, stride 2; the first of equals wins */
 
 /* sum over pixel values of -log softmax over the 256 levels c of -(u - x(c))^2 exp(-log_variance)/2, at level
- * k. u [height, width, channels], log_variance a number, k bytes (copied). A number. level_choose takes one
- * level for each u from that softmax: drawn by a stream of uniform numbers, or for NULL the most likely one.
- * */
+ * k, as a number. log_variance is a number, k [element_count(u)] is read at once. level_choose takes a level
+ * for each u from that softmax: drawn by a stream of uniform numbers, or for NULL the most likely one. */
 Tensor *level_likelihood(Tensor *u, Tensor *log_variance, const unsigned char *k);
 void level_choose(const Tensor *u, const Tensor *log_variance, const RandomStream *draws, unsigned char *k);
 

@@ -20,16 +20,12 @@ static const double FIRST_STEP = 1.0 / 8;
 
 static const int IS_DOUBLE = sizeof(real) == sizeof(double);
 
-double derivative_limit(void) {
-    return IS_DOUBLE ? 1e-7 : 3e-2;
-}
+double derivative_limit(void) { return IS_DOUBLE ? 1e-7 : 3e-2; }
 
 /* The result F of a network carries a roundoff of about 1e-14 F (1e-6 F in float), which division by the last
  * step raises to 1e-12 F (1e-5 F). A derivative below this much of F can therefore not be compared to within
  * the limit. */
-double derivative_floor(void) {
-    return IS_DOUBLE ? 1e-4 : 1e-2;
-}
+double derivative_floor(void) { return IS_DOUBLE ? 1e-4 : 1e-2; }
 
 /* Derivatives from steps first, first/2, ... extrapolated to zero, and their errors: how far the last two
  * orders are apart, and the roundoff of the path's values divided by the last step. Returns for how many the
@@ -113,9 +109,7 @@ typedef struct {
     double worst, errors, derivatives;   /* comparisons: the largest error, and sums of squares */
 } Probe;
 
-static size_t leaf_size(const Leaf l) {
-    return (size_t)(l[HEIGHT] * l[WIDTH] * l[CHANNELS]);
-}
+static size_t leaf_size(const Leaf l) { return (size_t)(l[HEIGHT] * l[WIDTH] * l[CHANNELS]); }
 
 /* Part `at` of the point, in the shape of a leaf. */
 static Tensor *part(Graph *graph, const Leaf l, const real *point, real *gradient, size_t at) {
@@ -553,13 +547,9 @@ static const Row ROWS[] = {
      {{3, 2, 3, 0, -0.225, -0.20, 3e-4}, {1, 1, 1, 0, -13.3, -13, 0.03}}, .binary = build_likelihood},
 };
 
-int operator_count(void) {
-    return (int)(sizeof ROWS / sizeof ROWS[0]);
-}
+int operator_count(void) { return (int)(sizeof ROWS / sizeof ROWS[0]); }
 
-const char *operator_title(int index) {
-    return ROWS[index].title;
-}
+const char *operator_title(int index) { return ROWS[index].title; }
 
 Subject operator_subject(int index) {
     Subject s = {.build = build_operator, .context = &ROWS[index], .dropout = 0.3};
