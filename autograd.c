@@ -5,10 +5,10 @@
  * tangent of its result as ordinary tensors, made with ordinary operators, so one reverse sweep
  * differentiates through values and tangents alike: that is all it takes to train through dy/dlambda.
  *
- * Each operator is one block: NAME_forward; NAME_backward; `bare_NAME`, which makes the tensor and looks at
- * no tangent; and NAME, which adds the rule for the tangent. Rules are made of bare operators, so a tangent
- * has none of its own, and NULL stands for a tangent of zero throughout: a bare operator that is linear in an
- * input maps NULL to NULL. */
+ * Each operator is one block: NAME_forward; NAME_backward, to which y->gradient belongs and which may work in
+ * it; and the function NAME, which makes the tensor and has the rule for its tangent. Rules are made of
+ * `again`, which is the same operator on other inputs, and of bare operators, which look at no tangent, so a
+ * tangent has none of its own. NULL stands for a tangent of zero throughout. */
 
 #include "diffenc.h"
 
@@ -18,33 +18,21 @@
 
 static const double TWO_PI = 6.283185307179586;
 
-size_t element_count(const Tensor *a) {
-    return (size_t)a->height * a->width * a->channels;
-}
-
-static int positions(const Tensor *a) {
-    return a->height * a->width;
-}
-
-static int same_shape(const Tensor *a, const Tensor *b) {
-    return a->height == b->height && a->width == b->width && a->channels == b->channels;
-}
+size_t element_count(const Tensor *a) { return (size_t)a->height * a->width * a->channels; }
+static int positions(const Tensor *a) { return a->height * a->width; }
 
 /* ---- making tensors ---- */
 
 void graph_begin(Graph *graph, Arena *arena) {
-    Graph fresh = {.arena = arena, .shapes_only = graph->shapes_only, .dropout = graph->dropout,
-                   .dropout_stream = graph->dropout_stream, .times = graph->times};
-    *graph = fresh;
+    *graph = (Graph){.arena = arena, .shapes_only = graph->shapes_only, .dropout = graph->dropout,
+                     .dropout_stream = graph->dropout_stream, .times = graph->times};
     arena_reset(arena);
 }
 
 static Tensor *tensor_new(Graph *graph, int height, int width, int channels) {
     Tensor *t = arena_allocate(graph->arena, 1, sizeof *t);
-    memset(t, 0, sizeof *t);
-    t->graph = graph;
-    t->height = height, t->width = width, t->channels = channels;
-    t->previous = graph->last;
+    *t = (Tensor){.graph = graph, .height = height, .width = width, .channels = channels,
+                  .previous = graph->last};
     graph->last = t;
     return t;
 }
@@ -62,9 +50,11 @@ static void keep_exact(Tensor *t) {
         t->exact = arena_allocate(t->graph->arena, element_count(t), sizeof(double));
 }
 
-static double element(const Tensor *a, size_t i) {
-    return a->exact ? a->exact[i] : (double)a->value[i];
-}
+/* Of an input that may be missing. */
+static const real *value_of(const Tensor *a) { return a ? a->value : NULL; }
+static Tensor *tangent_of(const Tensor *a) { return a ? a->tangent : NULL; }
+
+static double element(const Tensor *a, size_t i) { return a->exact ? a->exact[i] : (double)a->value[i]; }
 
 static void set_element(Tensor *a, size_t i, double value) {
     a->value[i] = (real)value;
@@ -72,9 +62,7 @@ static void set_element(Tensor *a, size_t i, double value) {
         a->exact[i] = value;
 }
 
-double number_of(const Tensor *a) {
-    return element(a, 0);
-}
+double number_of(const Tensor *a) { return element(a, 0); }
 
 Tensor *constant(Graph *graph, int height, int width, int channels, const real *value) {
     Tensor *t = tensor_new(graph, height, width, channels);
@@ -119,54 +107,57 @@ Tensor *parameter(Graph *graph, int height, int width, int channels, const real 
     return t;
 }
 
-/* An operator's result, its value not yet computed. Unused inputs are NULL. */
+/* An operator's result, its value not yet computed. Unused inputs are NULL; the first is always there. */
 static Tensor *result_of(const Operator *op, int height, int width, int channels, Tensor *a, Tensor *b,
                          Tensor *c, Tensor *d) {
     Tensor *t = tensor_new(a->graph, height, width, channels);
     t->op = op;
     t->value = memory_for(a->graph, element_count(t), sizeof(real));
+    if (op->exact)
+        keep_exact(t);
     t->input[0] = a, t->input[1] = b, t->input[2] = c, t->input[3] = d;
     for (int i = 0; i < 4; i++)
         t->needs_gradient |= t->input[i] && t->input[i]->needs_gradient;
     return t;
 }
 
-static Tensor *exact_result(const Operator *op, int height, int width, int channels, Tensor *a, Tensor *b) {
-    Tensor *t = result_of(op, height, width, channels, a, b, NULL, NULL);
-    keep_exact(t);
-    return t;
-}
-
-/* The seconds counted for an operator, forward and backward, or NULL where none are. */
-static double *clock_of(const Tensor *t) {
+/* Call forward (0) or backward (1). What it takes from the arena is scratch memory and taken back. */
+static void run(Tensor *t, int direction) {
     OperatorTime *time = t->graph->times;
     while (time && time->op && time->op != t->op)
         time++;
-    if (time)
+    const double start = time ? seconds_now() : 0;
+    const ArenaMark mark = arena_mark(t->graph->arena);
+    (direction ? t->op->backward : t->op->forward)(t);
+    arena_release(t->graph->arena, mark);
+    if (time) {
         time->op = t->op;
-    return time ? time->seconds : NULL;
+        time->seconds[direction] += seconds_now() - start;
+    }
 }
 
-/* Call forward. What it takes from the arena, as backward does, is scratch memory and taken back. */
 static Tensor *compute(Tensor *y) {
-    if (y->graph->shapes_only)
-        return y;
-    double *seconds = clock_of(y), start = seconds ? seconds_now() : 0;
-    const ArenaMark mark = arena_mark(y->graph->arena);
-    y->op->forward(y);
-    arena_release(y->graph->arena, mark);
-    if (seconds)
-        seconds[0] += seconds_now() - start;
+    if (!y->graph->shapes_only)
+        run(y, 0);
     return y;
+}
+
+/* What y's operator, with y's constants and saved values, makes of other inputs; NULL without the first. */
+static Tensor *again(const Tensor *y, int option, Tensor *a, Tensor *b, Tensor *c, Tensor *d) {
+    if (!a)
+        return NULL;
+    Tensor *t = result_of(y->op, y->height, y->width, y->channels, a, b, c, d);
+    memcpy(t->number, y->number, sizeof t->number);
+    t->option = option, t->saved = y->saved;
+    t->stream = y->stream, t->position = y->position;
+    return compute(t);
 }
 
 /* ---- reverse mode ---- */
 
 /* Where to add what the gradient of `a` receives; NULL if nobody wants it. The one rule for all operators: a
  * gradient is added to and never written over, so an operator may get the same tensor as several inputs. */
-static real *gradient_of(Tensor *a) {
-    return a && a->needs_gradient ? a->gradient : NULL;
-}
+static real *gradient_of(Tensor *a) { return a && a->needs_gradient ? a->gradient : NULL; }
 
 /* Gradients are needed for a short while only, and the memory of one serves the next of its size. */
 static void take_gradient(Tensor *a) {
@@ -184,10 +175,8 @@ static void take_gradient(Tensor *a) {
 
 static void give_gradient_back(Tensor *a) {
     Graph *graph = a->graph;
-    if (graph->spare_count < (int)(sizeof graph->spare / sizeof graph->spare[0])) {
-        graph->spare[graph->spare_count].count = element_count(a);
-        graph->spare[graph->spare_count++].memory = a->gradient;
-    }
+    if (graph->spare_count < (int)(sizeof graph->spare / sizeof graph->spare[0]))
+        graph->spare[graph->spare_count++] = (struct Spare){element_count(a), a->gradient};
     a->gradient = NULL;
 }
 
@@ -203,23 +192,17 @@ void backward(Tensor *result, double weight) {
         for (int i = 0; i < 4; i++)
             if (t->input[i] && t->input[i]->needs_gradient && !t->input[i]->gradient)
                 take_gradient(t->input[i]);
-        double *seconds = clock_of(t), start = seconds ? seconds_now() : 0;
-        const ArenaMark mark = arena_mark(t->graph->arena);
-        t->op->backward(t);
-        arena_release(t->graph->arena, mark);
-        if (seconds)
-            seconds[1] += seconds_now() - start;
+        run(t, 1);
         give_gradient_back(t);
     }
 }
 
 /* The gradient of an input += factor * dy, or its sum where the input is a single number. */
 static void add_gradient(Tensor *input, const real *dy, size_t count, double factor) {
-    const real f = (real)factor;
     real *dx = gradient_of(input);
     if (dx && element_count(input) == count)
         for (size_t i = 0; i < count; i++)
-            dx[i] += f * dy[i];
+            dx[i] += (real)factor * dy[i];
     else if (dx) {
         double sum = 0;
         for (size_t i = 0; i < count; i++)
@@ -232,108 +215,55 @@ static void add_gradient(Tensor *input, const real *dy, size_t count, double fac
 
 /* A new tensor of the shape of a and b, one of which may be a single number. */
 static Tensor *elementwise(const Operator *op, Tensor *a, Tensor *b) {
-    assert(same_shape(a, b) || element_count(a) == 1 || element_count(b) == 1);
-    const Tensor *shape = element_count(a) >= element_count(b) ? a : b;
-    return exact_result(op, shape->height, shape->width, shape->channels, a, b);
+    assert(!b || element_count(a) == 1 || element_count(b) == 1 ||
+           (a->height == b->height && a->width == b->width && a->channels == b->channels));
+    const Tensor *shape = b && element_count(b) > element_count(a) ? b : a;
+    return result_of(op, shape->height, shape->width, shape->channels, a, b, NULL, NULL);
 }
 
-/* Element i of an operand that may be a single number: index i * step. */
-static size_t step_of(const Tensor *a) {
-    return element_count(a) > 1;
-}
+/* Element i of an operand that may be a single number. */
+static double operand(const Tensor *a, size_t i) { return element(a, element_count(a) > 1 ? i : 0); }
 
-/* a + factor b */
+/* input: a, b. factor a + b; where b is missing, a constant offset takes its place. */
 static void add_forward(Tensor *y) {
     const Tensor *a = y->input[0], *b = y->input[1];
-    const size_t a_step = step_of(a), b_step = step_of(b), count = element_count(y);
-    for (size_t i = 0; i < count; i++)
-        set_element(y, i, element(a, i * a_step) + y->number[0] * element(b, i * b_step));
+    for (size_t i = 0; i < element_count(y); i++)
+        set_element(y, i, y->number[0] * operand(a, i) + (b ? operand(b, i) : y->number[1]));
 }
 
 static void add_backward(Tensor *y) {
-    add_gradient(y->input[0], y->gradient, element_count(y), 1);
-    add_gradient(y->input[1], y->gradient, element_count(y), y->number[0]);
+    add_gradient(y->input[1], y->gradient, element_count(y), 1);
+    add_gradient(y->input[0], y->gradient, element_count(y), y->number[0]);
 }
 
-static const Operator ADD = {"add", add_forward, add_backward};
+static const Operator ADD = {"add", add_forward, add_backward, 1};
 
-static Tensor *bare_affine(double factor, Tensor *a, double offset);
-
-static Tensor *bare_add(Tensor *a, double factor, Tensor *b) {
-    if (!b)
-        return a;
-    if (!a)
-        return factor == 1 ? b : bare_affine(factor, b, 0);
+static Tensor *bare_sum(double factor, Tensor *a, Tensor *b, double offset) {
     Tensor *y = elementwise(&ADD, a, b);
-    y->number[0] = factor;
+    y->number[0] = factor, y->number[1] = offset;
     return compute(y);
 }
 
+static Tensor *bare_affine(double factor, Tensor *a, double offset) {
+    return a ? bare_sum(factor, a, NULL, offset) : NULL;
+}
+
+static Tensor *bare_add(Tensor *a, double factor, Tensor *b) {
+    if (!a || !b)
+        return a ? a : factor == 1 ? b : bare_affine(factor, b, 0);
+    return bare_sum(factor, b, a, 0);
+}
+
 static Tensor *combine(Tensor *a, double factor, Tensor *b) {
-    Tensor *y = bare_add(a, factor, b), *y_dot = bare_add(a->tangent, factor, b->tangent);
-    if (y_dot && element_count(y_dot) < element_count(y))   /* that of a number alone: the same everywhere */
-        y_dot = bare_add(constant(y->graph, y->height, y->width, y->channels, NULL), 1, y_dot);
-    y->tangent = y_dot;
+    Tensor *y = bare_add(a, factor, b);
+    y->tangent = bare_add(a->tangent, factor, b->tangent);
+    if (y->tangent && element_count(y->tangent) < element_count(y))   /* a number's: the same everywhere */
+        y->tangent = bare_add(constant(y->graph, y->height, y->width, y->channels, NULL), 1, y->tangent);
     return y;
 }
 
 Tensor *add(Tensor *a, Tensor *b) { return combine(a, 1, b); }
 Tensor *sub(Tensor *a, Tensor *b) { return combine(a, -1, b); }
-
-/* ---- products ---- */
-
-static void mul_forward(Tensor *y) {
-    const Tensor *a = y->input[0], *b = y->input[1];
-    const size_t a_step = step_of(a), b_step = step_of(b), count = element_count(y);
-    for (size_t i = 0; i < count; i++)
-        set_element(y, i, element(a, i * a_step) * element(b, i * b_step));
-}
-
-static void mul_backward(Tensor *y) {
-    const size_t count = element_count(y);
-    for (int side = 0; side < 2; side++) {
-        Tensor *a = y->input[side], *b = y->input[1 - side];
-        const size_t b_step = step_of(b);
-        real *da = gradient_of(a);
-        if (da && element_count(a) == count)
-            for (size_t i = 0; i < count; i++)
-                da[i] += y->gradient[i] * b->value[i * b_step];
-        else if (da)
-            da[0] += (real)dot(y->gradient, b->value, count);
-    }
-}
-
-static const Operator MUL = {"multiply", mul_forward, mul_backward};
-
-static Tensor *bare_mul(Tensor *a, Tensor *b) {
-    return a && b ? compute(elementwise(&MUL, a, b)) : NULL;
-}
-
-Tensor *mul(Tensor *a, Tensor *b) {
-    Tensor *y = bare_mul(a, b);
-    y->tangent = bare_add(bare_mul(a->tangent, b), 1, bare_mul(a, b->tangent));
-    return y;
-}
-
-static void affine_forward(Tensor *y) {
-    for (size_t i = 0; i < element_count(y); i++)
-        set_element(y, i, y->number[0] * element(y->input[0], i) + y->number[1]);
-}
-
-static void affine_backward(Tensor *y) {
-    add_gradient(y->input[0], y->gradient, element_count(y), y->number[0]);
-}
-
-static const Operator AFFINE = {"affine", affine_forward, affine_backward};
-
-static Tensor *bare_affine(double factor, Tensor *a, double offset) {
-    if (!a)
-        return NULL;
-    Tensor *y = exact_result(&AFFINE, a->height, a->width, a->channels, a, NULL);
-    y->number[0] = factor;
-    y->number[1] = offset;
-    return compute(y);
-}
 
 Tensor *affine(double factor, Tensor *a, double offset) {
     Tensor *y = bare_affine(factor, a, offset);
@@ -347,9 +277,41 @@ Tensor *with_tangent(Tensor *a, Tensor *tangent) {
     return y;
 }
 
-Tensor *without_tangent(Tensor *a) {
-    return a->tangent ? with_tangent(a, NULL) : a;
+Tensor *without_tangent(Tensor *a) { return a->tangent ? with_tangent(a, NULL) : a; }
+
+/* ---- products ---- */
+
+/* Compute y, whose operator is linear in each of its inputs, and its tangent: the sum of what the operator
+ * makes with one input after the other replaced by its tangent. */
+static Tensor *with_product_rule(Tensor *y) {
+    Tensor *a = compute(y)->input[0], *b = y->input[1];
+    Tensor *of_b = tangent_of(b) ? again(y, y->option, a, b->tangent, NULL, NULL) : NULL;
+    y->tangent = bare_add(again(y, y->option, a->tangent, b, NULL, NULL), 1, of_b);
+    return y;
 }
+
+static void mul_forward(Tensor *y) {
+    for (size_t i = 0; i < element_count(y); i++)
+        set_element(y, i, operand(y->input[0], i) * operand(y->input[1], i));
+}
+
+static void mul_backward(Tensor *y) {
+    const size_t count = element_count(y);
+    for (int side = 0; side < 2; side++) {
+        const Tensor *b = y->input[1 - side];
+        real *da = gradient_of(y->input[side]);
+        if (da && element_count(y->input[side]) == count)
+            for (size_t i = 0; i < count; i++)
+                da[i] += y->gradient[i] * b->value[element_count(b) > 1 ? i : 0];
+        else if (da)
+            da[0] += (real)dot(y->gradient, b->value, count);
+    }
+}
+
+static const Operator MUL = {"multiply", mul_forward, mul_backward, 1};
+
+static Tensor *bare_mul(Tensor *a, Tensor *b) { return compute(elementwise(&MUL, a, b)); }
+Tensor *mul(Tensor *a, Tensor *b) { return with_product_rule(elementwise(&MUL, a, b)); }
 
 /* ---- elementwise functions ---- */
 
@@ -357,72 +319,51 @@ typedef enum {
     EXP, EXPM1, RECIPROCAL, SQRT, ABS, SIGN, LOGISTIC, SOFTPLUS, TANH, SWISH, SWISH_SLOPE, SINE, COSINE
 } Function;
 
-static double sigmoid_of(double x) {
-    return 1 / (1 + exp(-x));
-}
+static double sigmoid_of(double x) { return 1 / (1 + exp(-x)); }
 
 /* Radians of a number of cycles; whole cycles are taken off without rounding. */
-static double radians(double cycles) {
-    return TWO_PI * (cycles - floor(cycles + 0.5));
-}
+static double radians(double cycles) { return TWO_PI * (cycles - floor(cycles + 0.5)); }
 
-static double function_at(Function f, double x) {
-    const double s = f == SWISH || f == SWISH_SLOPE || f == LOGISTIC ? sigmoid_of(x) : 0;
-    switch (f) {
-    case EXP: return exp(x);
-    case EXPM1: return expm1(x);
-    case RECIPROCAL: return 1 / x;
-    case SQRT: return sqrt(x);
-    case ABS: return fabs(x);
-    case SIGN: return x > 0 ? 1 : x < 0 ? -1 : 0;
-    case LOGISTIC: return s;
-    case SOFTPLUS: return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x));
-    case TANH: return tanh(x);
-    case SWISH: return x * s;
-    case SWISH_SLOPE: return s * (1 + x * (1 - s));
-    case SINE: return sin(radians(x));
-    case COSINE: return cos(radians(x));
-    }
-    return 0;
-}
+/* The value of a function and its slope. Each caller wants one of them, and has only that computed. */
+typedef struct { double value, slope; } Point;
 
-/* d function / dx at x, where its value is y. */
-static double slope_at(Function f, double x, double y) {
-    const double s = f == SWISH || f == SWISH_SLOPE ? sigmoid_of(x) : 0;
+static inline Point function_at(Function f, double x) {
+    const double s = f == LOGISTIC || f == SWISH || f == SWISH_SLOPE ? sigmoid_of(x) : 0;
+    const double sign = x > 0 ? 1 : x < 0 ? -1 : 0;
     switch (f) {
-    case EXP: return y;
-    case EXPM1: return y + 1;
-    case RECIPROCAL: return -y * y;
-    case SQRT: return 0.5 / y;
-    case ABS: return x > 0 ? 1 : x < 0 ? -1 : 0;
-    case SIGN: return 0;
-    case LOGISTIC: return y * (1 - y);
-    case SOFTPLUS: return sigmoid_of(x);
-    case TANH: return 1 - y * y;
-    case SWISH: return s * (1 + x * (1 - s));
-    case SWISH_SLOPE: return s * (1 - s) * (2 + x * (1 - 2 * s));
-    case SINE: return TWO_PI * cos(radians(x));
-    case COSINE: return -TWO_PI * sin(radians(x));
+    case EXP: return (Point){exp(x), exp(x)};
+    case EXPM1: return (Point){expm1(x), expm1(x) + 1};
+    case RECIPROCAL: return (Point){1 / x, -(1 / x) * (1 / x)};
+    case SQRT: return (Point){sqrt(x), 0.5 / sqrt(x)};
+    case ABS: return (Point){fabs(x), sign};
+    case SIGN: return (Point){sign, 0};
+    case LOGISTIC: return (Point){s, s * (1 - s)};
+    case SOFTPLUS: return (Point){x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)), sigmoid_of(x)};
+    case TANH: return (Point){tanh(x), 1 - tanh(x) * tanh(x)};
+    case SWISH: return (Point){x * s, s * (1 + x * (1 - s))};
+    case SWISH_SLOPE: return (Point){s * (1 + x * (1 - s)), s * (1 - s) * (2 + x * (1 - 2 * s))};
+    case SINE: return (Point){sin(radians(x)), TWO_PI * cos(radians(x))};
+    case COSINE: return (Point){cos(radians(x)), -TWO_PI * sin(radians(x))};
     }
-    return 0;
+    return (Point){0, 0};
 }
 
 static void function_forward(Tensor *y) {
     for (size_t i = 0; i < element_count(y); i++)
-        set_element(y, i, function_at((Function)y->option, element(y->input[0], i)));
+        set_element(y, i, function_at((Function)y->option, element(y->input[0], i)).value);
 }
 
 static void function_backward(Tensor *y) {
-    real *dx = gradient_of(y->input[0]);
+    const Function f = (Function)y->option;
     for (size_t i = 0; i < element_count(y); i++)
-        dx[i] +=
-            (real)(y->gradient[i] * slope_at((Function)y->option, element(y->input[0], i), element(y, i)));
+        y->gradient[i] = (real)(y->gradient[i] * function_at(f, element(y->input[0], i)).slope);
+    add_gradient(y->input[0], y->gradient, element_count(y), 1);
 }
 
-static const Operator FUNCTION = {"function", function_forward, function_backward};
+static const Operator FUNCTION = {"function", function_forward, function_backward, 1};
 
 static Tensor *bare_function(Function f, Tensor *a) {
-    Tensor *y = exact_result(&FUNCTION, a->height, a->width, a->channels, a, NULL);
+    Tensor *y = elementwise(&FUNCTION, a, NULL);
     y->option = (int)f;
     return compute(y);
 }
@@ -466,73 +407,37 @@ Tensor *cosine(Tensor *cycles) { return function(COSINE, cycles); }
 /* ---- reductions ---- */
 
 static void sum_forward(Tensor *y) {
-    const size_t count = element_count(y->input[0]);
     double total = 0;
-    for (size_t i = 0; i < count; i++)
+    for (size_t i = 0; i < element_count(y->input[0]); i++)
         total += y->input[0]->value[i];
     set_element(y, 0, total);
 }
 
 static void sum_backward(Tensor *y) {
     real *dx = gradient_of(y->input[0]);
-    const size_t count = element_count(y->input[0]);
-    for (size_t i = 0; i < count; i++)
+    for (size_t i = 0; i < element_count(y->input[0]); i++)
         dx[i] += y->gradient[0];
 }
 
-static const Operator SUM = {"sum", sum_forward, sum_backward};
+static const Operator SUM = {"sum", sum_forward, sum_backward, 1};
 
-static Tensor *bare_sum(Tensor *a) {
-    return a ? compute(exact_result(&SUM, 1, 1, 1, a, NULL)) : NULL;
-}
-
-Tensor *sum(Tensor *a) {
-    Tensor *y = bare_sum(a);
-    y->tangent = bare_sum(a->tangent);
-    return y;
-}
+Tensor *sum(Tensor *a) { return with_product_rule(result_of(&SUM, 1, 1, 1, a, NULL, NULL, NULL)); }
 
 static void squared_norm_forward(Tensor *y) {
-    const Tensor *x = y->input[0];
-    set_element(y, 0, dot(x->value, x->value, element_count(x)));
+    set_element(y, 0, dot(y->input[0]->value, y->input[0]->value, element_count(y->input[0])));
 }
 
 static void squared_norm_backward(Tensor *y) {
     add_gradient(y->input[0], y->input[0]->value, element_count(y->input[0]), 2 * (double)y->gradient[0]);
 }
 
-static const Operator SQUARED_NORM = {"squared norm", squared_norm_forward, squared_norm_backward};
+static const Operator SQUARED_NORM = {"squared norm", squared_norm_forward, squared_norm_backward, 1};
 
 Tensor *squared_norm(Tensor *a) {
-    Tensor *y = compute(exact_result(&SQUARED_NORM, 1, 1, 1, a, NULL));
-    y->tangent = bare_affine(2, bare_sum(bare_mul(a, a->tangent)), 0);
+    Tensor *y = compute(result_of(&SQUARED_NORM, 1, 1, 1, a, NULL, NULL, NULL));
+    if (a->tangent)
+        y->tangent = bare_affine(2, sum(bare_mul(a, a->tangent)), 0);
     return y;
-}
-
-/* ---- one vector everywhere ---- */
-
-static void broadcast_forward(Tensor *y) {
-    for (int i = 0; i < positions(y); i++)
-        memcpy(y->value + (size_t)i * y->channels, y->input[0]->value, y->channels * sizeof(real));
-}
-
-/* The gradient of a vector that was used at every position of y: of a bias, too. */
-static void add_sum_over_positions(Tensor *vector, const Tensor *y) {
-    real *d = gradient_of(vector);
-    if (d)
-        for (int i = 0; i < positions(y); i++)
-            for (int c = 0; c < y->channels; c++)
-                d[c] += y->gradient[(size_t)i * y->channels + c];
-}
-
-static void broadcast_backward(Tensor *y) {
-    add_sum_over_positions(y->input[0], y);
-}
-
-static const Operator BROADCAST = {"broadcast", broadcast_forward, broadcast_backward};
-
-static Tensor *bare_broadcast(Tensor *vector, int height, int width) {
-    return compute(result_of(&BROADCAST, height, width, vector->channels, vector, NULL, NULL, NULL));
 }
 
 /* ---- convolution ---- */
@@ -547,12 +452,19 @@ static const real *transposed_kernel(const Tensor *kernel) {
     return made;
 }
 
+/* The gradient of a bias: the sum over the positions of y. */
+static void add_bias_gradient(Tensor *bias, const Tensor *y) {
+    real *d = gradient_of(bias);
+    for (int i = 0; d && i < positions(y); i++)
+        for (int c = 0; c < y->channels; c++)
+            d[c] += y->gradient[(size_t)i * y->channels + c];
+}
+
 /* input: x, kernel, bias, residual. option: with plain sums. */
 static void convolve_forward(Tensor *y) {
     const Tensor *x = y->input[0], *kernel = y->input[1];
     const int h = x->height, w = x->width, in = x->channels, out = y->channels;
-    const real *bias = y->input[2] ? y->input[2]->value : NULL,
-               *start = y->input[3] ? y->input[3]->value : NULL;
+    const real *bias = value_of(y->input[2]), *start = value_of(y->input[3]);
     if (kernel->height == 1)
         matrix_product(h * w, in, out, x->value, kernel->value, bias, start, y->value, y->graph->arena);
     else
@@ -573,28 +485,24 @@ static void convolve_backward(Tensor *y) {
         convolve3x3_by_kernel_fast(h, w, in, out, x->value, y->gradient, dkernel, scratch);
     else if (dkernel)
         matrix_product_transposed(h * w, in, out, x->value, y->gradient, dkernel, scratch);
-    add_sum_over_positions(y->input[2], y);
-    if (y->input[3])
-        add_gradient(y->input[3], y->gradient, element_count(y), 1);
+    add_bias_gradient(y->input[2], y);
+    add_gradient(y->input[3], y->gradient, element_count(y), 1);
 }
 
-static const Operator CONVOLVE = {"convolution", convolve_forward, convolve_backward};
+static const Operator CONVOLVE = {"convolution", convolve_forward, convolve_backward, 0};
 
-static Tensor *bare_convolve(Tensor *x, Tensor *kernel, Tensor *bias, Tensor *residual, int plain_sums) {
-    Tensor *y = result_of(&CONVOLVE, x->height, x->width, kernel->channels, x, kernel, bias, residual);
-    y->option = plain_sums;
-    return compute(y);
-}
-
+/* In the tangent a 1x1 convolution of nothing carries those of bias and residual where x has none. */
 static Tensor *convolve_as(Tensor *x, Tensor *kernel, Tensor *bias, Tensor *residual, int plain_sums) {
     assert((kernel->height == 9 || kernel->height == 1) && kernel->width == x->channels && !kernel->tangent);
-    Tensor *y = bare_convolve(x, kernel, bias, residual, plain_sums);
-    Tensor *bias_dot = bias ? bias->tangent : NULL, *residual_dot = residual ? residual->tangent : NULL;
-    if (x->tangent)
-        y->tangent = bare_convolve(x->tangent, kernel, bias_dot, residual_dot, 0);
-    else
-        y->tangent = bare_add(residual_dot, 1,
-                              bias_dot ? bare_broadcast(bias_dot, y->height, y->width) : NULL);
+    Tensor *y = result_of(&CONVOLVE, x->height, x->width, kernel->channels, x, kernel, bias, residual);
+    y->option = plain_sums;
+    compute(y);
+    Tensor *x_dot = x->tangent, *bias_dot = tangent_of(bias), *residual_dot = tangent_of(residual);
+    if (!x_dot && (bias_dot || residual_dot)) {
+        x_dot = constant(x->graph, x->height, x->width, 1, NULL);
+        kernel = constant(x->graph, 1, 1, kernel->channels, NULL);
+    }
+    y->tangent = again(y, 0, x_dot, kernel, bias_dot, residual_dot);
     return y;
 }
 
@@ -622,7 +530,7 @@ static void upsample_forward(Tensor *y) {
     real *part = arena_allocate(scratch, (size_t)positions(x) * out, sizeof(real));
     for (int tap = 0; tap < 4; tap++) {
         matrix_product(positions(x), in, out, x->value, kernel->value + (size_t)tap * in * out,
-                       y->input[2] ? y->input[2]->value : NULL, NULL, part, scratch);
+                       value_of(y->input[2]), NULL, part, scratch);
         for (int i = 0; i < positions(x); i++)
             memcpy(y->value + upsampled_place(x, y, tap, i), part + (size_t)i * out, out * sizeof(real));
     }
@@ -630,37 +538,30 @@ static void upsample_forward(Tensor *y) {
 
 static void upsample_backward(Tensor *y) {
     Tensor *x = y->input[0], *kernel = y->input[1];
-    const int in = x->channels, out = y->channels;
+    const int n = positions(x), in = x->channels, out = y->channels;
     const size_t size = (size_t)in * out;
     Arena *scratch = y->graph->arena;
     real *dx = gradient_of(x), *dkernel = gradient_of(kernel);
     const real *transposed = dx ? transposed_kernel(kernel) : NULL;
-    real *dpart = arena_allocate(scratch, (size_t)positions(x) * out, sizeof(real));
+    real *dpart = arena_allocate(scratch, (size_t)n * out, sizeof(real));
     for (int tap = 0; tap < 4; tap++) {
-        for (int i = 0; i < positions(x); i++)
+        for (int i = 0; i < n; i++)
             memcpy(dpart + (size_t)i * out, y->gradient + upsampled_place(x, y, tap, i), out * sizeof(real));
         if (dx)
-            matrix_product(positions(x), out, in, dpart, transposed + (3 - tap) * size, NULL, dx, dx,
-                           scratch);
+            matrix_product(n, out, in, dpart, transposed + (3 - tap) * size, NULL, dx, dx, scratch);
         if (dkernel)
-            matrix_product_transposed(positions(x), in, out, x->value, dpart, dkernel + tap * size, scratch);
+            matrix_product_transposed(n, in, out, x->value, dpart, dkernel + tap * size, scratch);
     }
-    add_sum_over_positions(y->input[2], y);
+    add_bias_gradient(y->input[2], y);
 }
 
-static const Operator UPSAMPLE = {"upsampling", upsample_forward, upsample_backward};
-
-static Tensor *bare_upsample(Tensor *x, Tensor *kernel, Tensor *bias) {
-    return x ? compute(result_of(&UPSAMPLE, 2 * x->height, 2 * x->width, kernel->channels, x, kernel, bias,
-                                 NULL))
-             : NULL;
-}
+static const Operator UPSAMPLE = {"upsampling", upsample_forward, upsample_backward, 0};
 
 Tensor *upsample(Tensor *x, Tensor *kernel, Tensor *bias) {
-    assert(kernel->height == 4 && kernel->width == x->channels && !kernel->tangent);
-    assert(!bias || !bias->tangent);
-    Tensor *y = bare_upsample(x, kernel, bias);
-    y->tangent = bare_upsample(x->tangent, kernel, NULL);
+    assert(kernel->height == 4 && kernel->width == x->channels && !kernel->tangent && !tangent_of(bias));
+    const int height = 2 * x->height, width = 2 * x->width;
+    Tensor *y = compute(result_of(&UPSAMPLE, height, width, kernel->channels, x, kernel, bias, NULL));
+    y->tangent = again(y, 0, x->tangent, kernel, NULL, NULL);
     return y;
 }
 
@@ -701,24 +602,16 @@ static void matrix_multiply_backward(Tensor *y) {
         matrix_product_transposed(rows, inner, columns, a_scaled, y->gradient, db, scratch);
 }
 
-static const Operator MATRIX_MULTIPLY = {"matrix product", matrix_multiply_forward, matrix_multiply_backward};
+static const Operator MATRIX_MULTIPLY = {"matrix product", matrix_multiply_forward, matrix_multiply_backward,
+                                         0};
 
-static Tensor *bare_matrix_multiply(double factor, Tensor *a, Tensor *b, int b_transposed) {
-    if (!a || !b)
-        return NULL;
+Tensor *matrix_multiply(double factor, Tensor *a, Tensor *b, int b_transposed) {
+    assert(a->channels == (b_transposed ? b->channels : positions(b)));
     const int columns = b_transposed ? positions(b) : b->channels;
     Tensor *y = result_of(&MATRIX_MULTIPLY, a->height, a->width, columns, a, b, NULL, NULL);
     y->number[0] = factor;
     y->option = b_transposed;
-    return compute(y);
-}
-
-Tensor *matrix_multiply(double factor, Tensor *a, Tensor *b, int b_transposed) {
-    assert(a->channels == (b_transposed ? b->channels : positions(b)));
-    Tensor *y = bare_matrix_multiply(factor, a, b, b_transposed);
-    y->tangent = bare_add(bare_matrix_multiply(factor, a->tangent, b, b_transposed), 1,
-                          bare_matrix_multiply(factor, a, b->tangent, b_transposed));
-    return y;
+    return with_product_rule(y);
 }
 
 /* ---- attention ---- */
@@ -737,43 +630,34 @@ static void softmax_tangent_backward(Tensor *y) {
         const size_t row = (size_t)i * columns;
         const real *p = y->input[0]->value + row, *s_dot = y->input[1]->value + row, *g = y->gradient + row;
         const real mean = (real)dot(p, s_dot, columns), inner = (real)dot(p, g, columns);
-        for (int j = 0; j < columns; j++) {
-            if (dp)
-                dp[row + j] += g[j] * (s_dot[j] - mean) - inner * s_dot[j];
-            if (ds_dot)
-                ds_dot[row + j] += p[j] * (g[j] - inner);
-        }
+        for (int j = 0; dp && j < columns; j++)
+            dp[row + j] += g[j] * (s_dot[j] - mean) - inner * s_dot[j];
+        for (int j = 0; ds_dot && j < columns; j++)
+            ds_dot[row + j] += p[j] * (g[j] - inner);
     }
 }
 
 static const Operator SOFTMAX_TANGENT = {"softmax tangent", softmax_tangent_forward,
-                                         softmax_tangent_backward};
+                                         softmax_tangent_backward, 0};
 
-static void attention_weights_forward(Tensor *p) {
-    matrix_multiply_forward(p);
+/* p = softmax(s) per row. */
+static void softmax_forward(Tensor *p) {
+    memcpy(p->value, p->input[0]->value, element_count(p) * sizeof(real));
     softmax_rows(p->value, positions(p), p->channels);
 }
 
-static void attention_weights_backward(Tensor *p) {
-    softmax_rows_backward(p->value, p->gradient, positions(p), p->channels);   /* ours alone: done in place */
-    matrix_multiply_backward(p);
+static void softmax_backward(Tensor *p) {
+    softmax_rows_backward(p->value, p->gradient, positions(p), p->channels);
+    add_gradient(p->input[0], p->gradient, element_count(p), 1);
 }
 
-static const Operator ATTENTION_WEIGHTS = {"attention weights", attention_weights_forward,
-                                           attention_weights_backward};
+static const Operator SOFTMAX = {"softmax", softmax_forward, softmax_backward, 0};
 
 Tensor *attention_weights(Tensor *q, Tensor *k) {
-    assert(q->channels == k->channels);
-    const double factor = 1 / sqrt(q->channels);
-    Tensor *p = result_of(&ATTENTION_WEIGHTS, q->height, q->width, positions(k), q, k, NULL, NULL);
-    p->number[0] = factor;
-    p->option = 1;
-    compute(p);
-    Tensor *s_dot = bare_add(bare_matrix_multiply(factor, q->tangent, k, 1), 1,
-                             bare_matrix_multiply(factor, q, k->tangent, 1));
-    if (s_dot)
-        p->tangent =
-            compute(result_of(&SOFTMAX_TANGENT, p->height, p->width, p->channels, p, s_dot, NULL, NULL));
+    Tensor *s = matrix_multiply(1 / sqrt(q->channels), q, k, 1);
+    Tensor *p = compute(elementwise(&SOFTMAX, s, NULL));
+    if (s->tangent)
+        p->tangent = compute(elementwise(&SOFTMAX_TANGENT, p, s->tangent));
     return p;
 }
 
@@ -796,8 +680,7 @@ static void attend_forward(Tensor *y) {
     }
 }
 
-/* For a few rows at a time: dP = dy v^T, dS = softmax backward, then dq += dS k, dk += dS^T q, dv += P^T dy.
- * */
+/* A few rows at a time: dP = dy v^T, dS = softmax backward, then dq += dS k, dk += dS^T q, dv += P^T dy. */
 static void attend_backward(Tensor *y) {
     Tensor *q = y->input[0], *k = y->input[1], *v = y->input[2];
     Arena *scratch = y->graph->arena;
@@ -821,7 +704,7 @@ static void attend_backward(Tensor *y) {
     }
 }
 
-static const Operator ATTEND = {"attention", attend_forward, attend_backward};
+static const Operator ATTEND = {"attention", attend_forward, attend_backward, 0};
 
 Tensor *attend(Tensor *q, Tensor *k, Tensor *v) {
     if (q->tangent || k->tangent || v->tangent)
@@ -840,10 +723,11 @@ int group_count(int channels) {
 }
 
 /* What the loops of tensor.c want to know. The dropout mask is made anew each time instead of being kept. */
-static GroupNorm norm_of(const Tensor *y, const Tensor *scale, const Tensor *bias) {
-    GroupNorm n = {.positions = positions(y), .channels = y->channels, .groups = group_count(y->channels),
-                   .swish = y->option != NORM_ONLY, .scale = scale->value, .bias = bias->value,
-                   .mean = y->saved, .rstd = (real *)y->saved + group_count(y->channels)};
+static GroupNorm norm_of(const Tensor *y) {
+    const int groups = group_count(y->channels);
+    GroupNorm n = {.positions = positions(y), .channels = y->channels, .groups = groups,
+                   .swish = y->option != NORM_ONLY, .scale = y->input[1]->value, .bias = y->input[2]->value,
+                   .mean = y->saved, .rstd = (real *)y->saved + groups};
     if (y->option == NORM_SWISH_DROPOUT && y->number[0] > 0) {
         real *factors = arena_allocate(y->graph->arena, element_count(y), sizeof(real));
         random_dropout(y->stream, y->position, element_count(y), y->number[0], factors);
@@ -852,35 +736,28 @@ static GroupNorm norm_of(const Tensor *y, const Tensor *scale, const Tensor *bia
     return n;
 }
 
-/* input: x, scale, bias. saved: means, reciprocal standard deviations. */
+/* input: x, scale, bias; a tangent has a fourth, x_dot. saved: means, reciprocal standard deviations of x. */
 static void normalise_forward(Tensor *y) {
-    const GroupNorm n = norm_of(y, y->input[1], y->input[2]);
-    group_norm(&n, y->input[0]->value, y->value, y->graph->arena);
+    const GroupNorm n = norm_of(y);
+    const real *x = y->input[0]->value, *x_dot = value_of(y->input[3]);
+    if (x_dot)
+        group_norm_tangent(&n, x, x_dot, y->value, y->graph->arena);
+    else
+        group_norm(&n, x, y->value, y->graph->arena);
 }
 
 static void normalise_backward(Tensor *y) {
-    const GroupNorm n = norm_of(y, y->input[1], y->input[2]);
-    group_norm_backward(&n, y->input[0]->value, y->gradient, gradient_of(y->input[0]),
-                        gradient_of(y->input[1]), gradient_of(y->input[2]), y->graph->arena);
+    const GroupNorm n = norm_of(y);
+    const real *x = y->input[0]->value, *x_dot = value_of(y->input[3]);
+    real *dx = gradient_of(y->input[0]), *dx_dot = gradient_of(y->input[3]);
+    real *dscale = gradient_of(y->input[1]), *dbias = gradient_of(y->input[2]);
+    if (x_dot)
+        group_norm_tangent_backward(&n, x, x_dot, y->gradient, dx, dx_dot, dscale, dbias, y->graph->arena);
+    else
+        group_norm_backward(&n, x, y->gradient, dx, dscale, dbias, y->graph->arena);
 }
 
-static const Operator NORMALISE = {"group norm", normalise_forward, normalise_backward};
-
-/* input: x, x_dot, scale, bias. */
-static void normalise_tangent_forward(Tensor *y) {
-    const GroupNorm n = norm_of(y, y->input[2], y->input[3]);
-    group_norm_tangent(&n, y->input[0]->value, y->input[1]->value, y->value, y->graph->arena);
-}
-
-static void normalise_tangent_backward(Tensor *y) {
-    const GroupNorm n = norm_of(y, y->input[2], y->input[3]);
-    group_norm_tangent_backward(&n, y->input[0]->value, y->input[1]->value, y->gradient,
-                                gradient_of(y->input[0]), gradient_of(y->input[1]),
-                                gradient_of(y->input[2]), gradient_of(y->input[3]), y->graph->arena);
-}
-
-static const Operator NORMALISE_TANGENT = {"group norm tangent", normalise_tangent_forward,
-                                           normalise_tangent_backward};
+static const Operator NORMALISE = {"group norm", normalise_forward, normalise_backward, 0};
 
 Tensor *normalise(Tensor *x, Tensor *scale, Tensor *bias, int kind) {
     assert(group_count(x->channels) && scale->channels == x->channels && bias->channels == x->channels);
@@ -891,34 +768,24 @@ Tensor *normalise(Tensor *x, Tensor *scale, Tensor *bias, int kind) {
     y->saved = memory_for(graph, 2 * (size_t)group_count(x->channels), sizeof(real));
     if (kind == NORM_SWISH_DROPOUT) {
         y->number[0] = graph->dropout;
-        y->stream = graph->dropout_stream;
-        y->position = graph->dropout_position;
+        y->stream = graph->dropout_stream, y->position = graph->dropout_position;
         graph->dropout_position +=
             (uint32_t)((element_count(y) + DROPOUT_RUN - 1) / DROPOUT_RUN * DROPOUT_RUN);
     }
     compute(y);
-    if (!x->tangent)
-        return y;
-    /* The tangent has the statistics and the dropout mask of its value. */
-    Tensor *y_dot =
-        result_of(&NORMALISE_TANGENT, x->height, x->width, x->channels, x, x->tangent, scale, bias);
-    y_dot->option = kind;
-    y_dot->saved = y->saved;
-    y_dot->number[0] = y->number[0];
-    y_dot->stream = y->stream;
-    y_dot->position = y->position;
-    y->tangent = compute(y_dot);
+    if (x->tangent)   /* with the statistics and the dropout mask of its value */
+        y->tangent = again(y, kind, x, scale, bias, x->tangent);
     return y;
 }
 
 /* ---- channels side by side ---- */
 
 static void concatenate_forward(Tensor *y) {
-    const Tensor *a = y->input[0], *b = y->input[1];
-    for (int i = 0; i < positions(y); i++) {
-        real *to = y->value + (size_t)i * y->channels;
-        memcpy(to, a->value + (size_t)i * a->channels, a->channels * sizeof(real));
-        memcpy(to + a->channels, b->value + (size_t)i * b->channels, b->channels * sizeof(real));
+    for (int side = 0, first = 0; side < 2; first += y->input[side++]->channels) {
+        const Tensor *x = y->input[side];
+        for (int i = 0; i < positions(y); i++)
+            memcpy(y->value + (size_t)i * y->channels + first, x->value + (size_t)i * x->channels,
+                   x->channels * sizeof(real));
     }
 }
 
@@ -926,27 +793,24 @@ static void concatenate_backward(Tensor *y) {
     for (int side = 0, first = 0; side < 2; first += y->input[side++]->channels) {
         const int channels = y->input[side]->channels;
         real *dx = gradient_of(y->input[side]);
-        for (int i = 0; dx && i < positions(y); i++) {
-            const real *dy = y->gradient + (size_t)i * y->channels + first;
+        for (int i = 0; dx && i < positions(y); i++)
             for (int c = 0; c < channels; c++)
-                dx[(size_t)i * channels + c] += dy[c];
-        }
+                dx[(size_t)i * channels + c] += y->gradient[(size_t)i * y->channels + first + c];
     }
 }
 
-static const Operator CONCATENATE = {"concatenation", concatenate_forward, concatenate_backward};
+static const Operator CONCATENATE = {"concatenation", concatenate_forward, concatenate_backward, 0};
 
-static Tensor *bare_concatenate(Tensor *a, Tensor *b) {
-    return compute(result_of(&CONCATENATE, a->height, a->width, a->channels + b->channels, a, b, NULL, NULL));
+static Tensor *tangent_or_zeros(Tensor *a) {
+    return a->tangent ? a->tangent : constant(a->graph, a->height, a->width, a->channels, NULL);
 }
 
 Tensor *concatenate(Tensor *a, Tensor *b) {
     assert(a->height == b->height && a->width == b->width);
-    Tensor *y = bare_concatenate(a, b);
+    const int channels = a->channels + b->channels;
+    Tensor *y = compute(result_of(&CONCATENATE, a->height, a->width, channels, a, b, NULL, NULL));
     if (a->tangent || b->tangent)
-        y->tangent = bare_concatenate(
-            a->tangent ? a->tangent : constant(a->graph, a->height, a->width, a->channels, NULL),
-            b->tangent ? b->tangent : constant(b->graph, b->height, b->width, b->channels, NULL));
+        y->tangent = again(y, 0, tangent_or_zeros(a), tangent_or_zeros(b), NULL, NULL);
     return y;
 }
 
@@ -955,107 +819,84 @@ Tensor *concatenate(Tensor *a, Tensor *b) {
 /* saved: the factors, double [option]. */
 static void multiples_forward(Tensor *y) {
     const double *factor = y->saved;
-    const size_t count = element_count(y->input[0]);
-    for (size_t i = 0; i < count; i++)
+    for (size_t i = 0; i < element_count(y->input[0]); i++)
         for (int f = 0; f < y->option; f++)
             set_element(y, i * y->option + f, factor[f] * element(y->input[0], i));
 }
 
 static void multiples_backward(Tensor *y) {
     const double *factor = y->saved;
-    const size_t count = element_count(y->input[0]);
     real *dx = gradient_of(y->input[0]);
-    for (size_t i = 0; i < count; i++)
+    for (size_t i = 0; i < element_count(y->input[0]); i++)
         for (int f = 0; f < y->option; f++)
             dx[i] += (real)factor[f] * y->gradient[i * y->option + f];
 }
 
-static const Operator MULTIPLES = {"multiples", multiples_forward, multiples_backward};
+static const Operator MULTIPLES = {"multiples", multiples_forward, multiples_backward, 1};
 
-static Tensor *bare_multiples(Tensor *a, const double *factors, int count) {
-    if (!a)
-        return NULL;
-    Tensor *y = exact_result(&MULTIPLES, a->height, a->width, a->channels * count, a, NULL);
+Tensor *multiples(Tensor *a, const double *factors, int count) {
+    Tensor *y = result_of(&MULTIPLES, a->height, a->width, a->channels * count, a, NULL, NULL, NULL);
     y->option = count;
     y->saved = arena_allocate(a->graph->arena, (size_t)count, sizeof(double));
     memcpy(y->saved, factors, (size_t)count * sizeof(double));
-    return compute(y);
-}
-
-Tensor *multiples(Tensor *a, const double *factors, int count) {
-    Tensor *y = bare_multiples(a, factors, count);
-    y->tangent = bare_multiples(a->tangent, factors, count);
-    return y;
+    return with_product_rule(y);
 }
 
 /* ---- max-pooling ---- */
 
-/* Where candidate 0..3 of the pooled element (i, j, c) lies in x. */
-static size_t pool_candidate(const Tensor *x, int i, int j, int c, int candidate) {
-    const size_t row = 2 * (size_t)i + candidate / 2, column = 2 * (size_t)j + candidate % 2;
-    return (row * x->width + column) * x->channels + c;
-}
-
-/* saved: which of its four candidates each element is, a byte each. A tangent takes over those of its value
- * (option 1) instead of looking for the largest. */
+/* saved: where in x the largest of the four pixels of each element lies. A tangent takes over those of its
+ * value (option 1) instead of looking for the largest. */
 static void max_pool_forward(Tensor *y) {
     const Tensor *x = y->input[0];
-    unsigned char *chosen = y->saved;
-    size_t at = 0;
-    for (int i = 0; i < y->height; i++)
+    const size_t line = (size_t)x->width * x->channels;
+    size_t *largest = y->saved, at = 0;
+    for (int i = 0; i < y->height && !y->option; i++)
         for (int j = 0; j < y->width; j++)
             for (int c = 0; c < y->channels; c++, at++) {
-                size_t best = pool_candidate(x, i, j, c, y->option ? chosen[at] : 0);
-                for (int k = 0; !y->option && k < 4; k++) {
-                    const size_t candidate = pool_candidate(x, i, j, c, k);
-                    if (k == 0 || x->value[candidate] > x->value[best])
-                        best = candidate, chosen[at] = (unsigned char)k;
+                const size_t corner = 2 * i * line + 2 * (size_t)j * x->channels + c;
+                largest[at] = corner;
+                for (int k = 1; k < 4; k++) {
+                    const size_t candidate = corner + k / 2 * line + k % 2 * (size_t)x->channels;
+                    if (x->value[candidate] > x->value[largest[at]])
+                        largest[at] = candidate;
                 }
-                y->value[at] = x->value[best];
             }
+    for (size_t i = 0; i < element_count(y); i++)
+        y->value[i] = x->value[largest[i]];
 }
 
 static void max_pool_backward(Tensor *y) {
-    const unsigned char *chosen = y->saved;
+    const size_t *largest = y->saved;
     real *dx = gradient_of(y->input[0]);
-    size_t at = 0;
-    for (int i = 0; i < y->height; i++)
-        for (int j = 0; j < y->width; j++)
-            for (int c = 0; c < y->channels; c++, at++)
-                dx[pool_candidate(y->input[0], i, j, c, chosen[at])] += y->gradient[at];
+    for (size_t i = 0; i < element_count(y); i++)
+        dx[largest[i]] += y->gradient[i];
 }
 
-static const Operator MAX_POOL = {"max pool", max_pool_forward, max_pool_backward};
+static const Operator MAX_POOL = {"max pool", max_pool_forward, max_pool_backward, 0};
 
 Tensor *max_pool(Tensor *x) {
     assert(x->height % 2 == 0 && x->width % 2 == 0);
     Tensor *y = result_of(&MAX_POOL, x->height / 2, x->width / 2, x->channels, x, NULL, NULL, NULL);
-    y->saved = memory_for(x->graph, element_count(y), 1);
+    y->saved = memory_for(x->graph, element_count(y), sizeof(size_t));
     compute(y);
-    if (!x->tangent)
-        return y;
-    Tensor *y_dot = result_of(&MAX_POOL, y->height, y->width, y->channels, x->tangent, NULL, NULL, NULL);
-    y_dot->saved = y->saved;
-    y_dot->option = 1;
-    y->tangent = compute(y_dot);
+    y->tangent = again(y, 1, x->tangent, NULL, NULL, NULL);
     return y;
 }
 
 /* ---- the likelihood of pixels ---- */
 
-/* What forward keeps: the pixels, the derivatives by each u and by the precision. */
+/* The pixels, and what forward keeps: the derivatives by each u and by the precision. */
 typedef struct {
-    double by_precision;
+    const unsigned char *k;
     real *by_u;
-    unsigned char *k;
+    double by_precision;
 } Likelihood;
 
 /* input: u, log variance. */
 static void level_likelihood_forward(Tensor *y) {
     Likelihood *l = y->saved;
-    Arena *scratch = y->graph->arena;
     const size_t count = element_count(y->input[0]);
-    double *u = arena_allocate(scratch, count, sizeof *u);
+    double *u = arena_allocate(y->graph->arena, count, sizeof *u);
     for (size_t i = 0; i < count; i++)
         u[i] = element(y->input[0], i);
     set_element(y, 0, level_softmax(count, u, l->k, exp(-number_of(y->input[1])), l->by_u, &l->by_precision));
@@ -1070,25 +911,20 @@ static void level_likelihood_backward(Tensor *y) {
 }
 
 static const Operator LEVEL_LIKELIHOOD = {"level likelihood", level_likelihood_forward,
-                                          level_likelihood_backward};
+                                          level_likelihood_backward, 1};
 
 Tensor *level_likelihood(Tensor *u, Tensor *log_variance, const unsigned char *k) {
     assert(element_count(log_variance) == 1 && !u->tangent && !log_variance->tangent);
-    const size_t count = element_count(u);
-    Tensor *y = exact_result(&LEVEL_LIKELIHOOD, 1, 1, 1, u, log_variance);
+    Tensor *y = result_of(&LEVEL_LIKELIHOOD, 1, 1, 1, u, log_variance, NULL, NULL);
     Likelihood *l = y->saved = arena_allocate(u->graph->arena, 1, sizeof *l);
-    l->by_u = memory_for(u->graph, count, sizeof(real));
-    l->k = memory_for(u->graph, count, 1);
-    if (l->k)
-        memcpy(l->k, k, count);
+    l->k = k;   /* looked at once, now */
+    l->by_u = memory_for(u->graph, element_count(u), sizeof(real));
     return compute(y);
 }
 
 void level_choose(const Tensor *u, const Tensor *log_variance, const RandomStream *draws, unsigned char *k) {
     const double precision = exp(-number_of(log_variance));
-    for (size_t i = 0; i < element_count(u); i++) {
-        const double ui = element(u, i);
-        k[i] = (unsigned char)(draws ? level_draw(ui, precision, random_uniform(*draws, (uint32_t)i))
-                                     : nearest_level(ui));
-    }
+    for (uint32_t i = 0; i < element_count(u); i++)
+        k[i] = (unsigned char)(draws ? level_draw(element(u, i), precision, random_uniform(*draws, i))
+                                     : nearest_level(element(u, i)));
 }

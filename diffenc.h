@@ -188,11 +188,12 @@ typedef struct Tensor Tensor;
 typedef struct Graph Graph;
 
 /* `forward` fills self->value from the values of self->input; `backward` adds to their gradients what
- * self->gradient contributes. What either takes from the arena is scratch memory. */
+ * self->gradient contributes, and may spoil it. What either takes from the arena is scratch memory. */
 typedef struct {
     const char *name;
     void (*forward)(Tensor *self);
     void (*backward)(Tensor *self);
+    int exact;                      /* float builds keep its results in double as well */
 } Operator;
 
 /* A tensor: its value, and how it was made. */
@@ -231,7 +232,7 @@ struct Graph {
     double dropout;                 /* rate in [0, 1); 0 outside of training */
     RandomStream dropout_stream;    /* of the current example */
     uint32_t dropout_position;      /* next free position in it */
-    struct { size_t count; real *memory; } spare[64];   /* gradients given back during the reverse sweep */
+    struct Spare { size_t count; real *memory; } spare[64];   /* gradients given back, to be used again */
     int spare_count;
     OperatorTime *times;            /* NULL, or [MOST_OPERATORS], at first all zeros */
 };
@@ -307,9 +308,8 @@ Tensor *multiples(Tensor *a, const double *factors, int n);   /* [h, w, c] -> [h
 Tensor *max_pool(Tensor *x);                                 /* 2x2, stride 2; the first of equals wins */
 
 /* sum over pixel values of -log softmax over the 256 levels c of -(u - x(c))^2 exp(-log_variance)/2, at level
- * k. u [height, width, channels], log_variance a number, k bytes (copied). A number. level_choose takes one
- * level for each u from that softmax: drawn by a stream of uniform numbers, or for NULL the most likely one.
- * */
+ * k, as a number. log_variance is a number, k [element_count(u)] is read at once. level_choose takes a level
+ * for each u from that softmax: drawn by a stream of uniform numbers, or for NULL the most likely one. */
 Tensor *level_likelihood(Tensor *u, Tensor *log_variance, const unsigned char *k);
 void level_choose(const Tensor *u, const Tensor *log_variance, const RandomStream *draws, unsigned char *k);
 

@@ -61,24 +61,16 @@ static int holds(const Claim *c) {
 static const int DOUBLE = sizeof(real) == sizeof(double);
 
 /* A limit that is a matter of rounding: for double, and for float. */
-static double rounding(double in_double, double in_float) {
-    return DOUBLE ? in_double : in_float;
-}
+static double rounding(double in_double, double in_float) { return DOUBLE ? in_double : in_float; }
 
 /* In standard errors. A standard normal number lies beyond +-5 once in 1.7 million draws. */
 static const double Z_LIMIT = 5;
 
-static double worse(double a, double b) {
-    return a > b || isnan(a) ? a : b;
-}
+static double worse(double a, double b) { return a > b || isnan(a) ? a : b; }
 
-static double relative_error(double a, double b) {
-    return fabs(a - b) / worse(fabs(b), 1e-300);
-}
+static double relative_error(double a, double b) { return fabs(a - b) / worse(fabs(b), 1e-300); }
 
-static double value(const Tensor *a) {
-    return (double)a->value[0];
-}
+static double value(const Tensor *a) { return (double)a->value[0]; }
 
 /* || a - b || / || b ||; b NULL: the norm of a. */
 static double distance(const Tensor *a, const Tensor *b) {
@@ -849,9 +841,7 @@ static Tensor *exact_eps(const Method *m) {
     return image(m, eps);
 }
 
-static double entropy_of_normal(double variance) {
-    return log(2 * PI * exp(1) * variance) / 2;
-}
+static double entropy_of_normal(double variance) { return log(2 * PI * exp(1) * variance) / 2; }
 
 /* Everything except diffusion, minus what no bound can avoid: the entropy of the data, and what N(0,1) misses
  * of the true q(z_1) = N(alpha_1 (a m + b), alpha_1^2 a^2 s^2 + sigma_1^2). The decoder is the best one,
@@ -919,9 +909,7 @@ static double missed_by_steps(const Config *c, int T, int best_variance) {
 
 /* Weights of Simpson's rule on [0, 1]; good to 1e-12 for what is integrated here. */
 enum { INTERVALS = 4096 };
-static double simpson(int i) {
-    return (i == 0 || i == INTERVALS ? 1 : i % 2 ? 4 : 2) / (3.0 * INTERVALS);
-}
+static double simpson(int i) { return (i == 0 || i == INTERVALS ? 1 : i % 2 ? 4 : 2) / (3.0 * INTERVALS); }
 
 /* The limit T -> infinity of the same. The sum becomes an integral over t, in which a step reveals
  * gamma' SNR (1 + sigma_t^2)^2 c^2 (VDM: gamma' SNR) per unit, and what V contributes cancels. 0 for VDM. */
@@ -1080,9 +1068,7 @@ static const Proof PROOFS[] = {
 };
 enum { PROOF_COUNT = sizeof PROOFS / sizeof PROOFS[0] };
 
-static int variants_of(const Proof *p) {
-    return p->variants ? p->variants : operator_count();
-}
+static int variants_of(const Proof *p) { return p->variants ? p->variants : operator_count(); }
 
 /* The proof and its variant that come at place `index`. */
 static const Proof *proof_at(int index, int *variant) {

@@ -20,16 +20,12 @@ static const double FIRST_STEP = 1.0 / 8;
 
 static const int IS_DOUBLE = sizeof(real) == sizeof(double);
 
-double derivative_limit(void) {
-    return IS_DOUBLE ? 1e-7 : 3e-2;
-}
+double derivative_limit(void) { return IS_DOUBLE ? 1e-7 : 3e-2; }
 
 /* The result F of a network carries a roundoff of about 1e-14 F (1e-6 F in float), which division by the last
  * step raises to 1e-12 F (1e-5 F). A derivative below this much of F can therefore not be compared to within
  * the limit. */
-double derivative_floor(void) {
-    return IS_DOUBLE ? 1e-4 : 1e-2;
-}
+double derivative_floor(void) { return IS_DOUBLE ? 1e-4 : 1e-2; }
 
 /* Derivatives from steps first, first/2, ... extrapolated to zero, and their errors: how far the last two
  * orders are apart, and the roundoff of the path's values divided by the last step. Returns for how many the
@@ -113,9 +109,7 @@ typedef struct {
     double worst, errors, derivatives;   /* comparisons: the largest error, and sums of squares */
 } Probe;
 
-static size_t leaf_size(const Leaf l) {
-    return (size_t)(l[HEIGHT] * l[WIDTH] * l[CHANNELS]);
-}
+static size_t leaf_size(const Leaf l) { return (size_t)(l[HEIGHT] * l[WIDTH] * l[CHANNELS]); }
 
 /* Part `at` of the point, in the shape of a leaf. */
 static Tensor *part(Graph *graph, const Leaf l, const real *point, real *gradient, size_t at) {
@@ -387,10 +381,8 @@ DerivativeErrors derivative_errors(const Subject *subject, int samples, uint64_t
 /* ---- every operator ---- */
 
 enum {
-    ADD, SUB, MUL, MUL_ITSELF, AFFINE, EXP, EXPM1, SOFTPLUS, RECIPROCAL, SQRT, ABS, LOGISTIC, TANH, SWISH,
-    SINE, COSINE, SUM, SQUARED_NORM, TANGENT_REPLACED, CONVOLVE, CONVOLVE_BIAS, CONVOLVE_RESIDUAL,
-    CONVOLVE_ALL, CONVOLVE_PLAIN, UPSAMPLE, UPSAMPLE_BIAS, MATRIX_MULTIPLY, MATRIX_TRANSPOSED, NORMALISE,
-    NORMALISE_SWISH, NORMALISE_DROPOUT, ATTENTION, ATTEND, CONCATENATE, MULTIPLES, MAX_POOL, LIKELIHOOD
+    UNARY, BINARY, MUL_ITSELF, AFFINE, CONVOLVE, CONVOLVE_RESIDUAL, CONVOLVE_PLAIN, UPSAMPLE, MATRIX_MULTIPLY,
+    MATRIX_TRANSPOSED, NORMALISE, NORMALISE_SWISH, NORMALISE_DROPOUT, ATTEND, MULTIPLES
 };
 
 /* a^2 with a tangent given by hand. */
@@ -406,13 +398,14 @@ static Tensor *build_likelihood(Tensor *u, Tensor *log_variance) {
     return level_likelihood(u, log_variance, k);
 }
 
-/* A row of the table below. Where `same` is not empty, input i of the operator is leaf same[i] - '0' instead
- * of leaf i: one tensor as several inputs. */
+/* A row of the table below: a function of one or two tensors, or what else is built. Where `same` is not
+ * empty, input i of the operator is leaf same[i] - '0' instead of leaf i: one tensor as several inputs. */
 typedef struct {
     const char *title;
     int which;
     const char *same;
     Leaf leaf[MAX_LEAVES];
+    Tensor *(*unary)(Tensor *a), *(*binary)(Tensor *a, Tensor *b);
 } Row;
 
 static Tensor *build_operator(const Subject *s, Graph *graph, Tensor **leaf) {
@@ -423,164 +416,140 @@ static Tensor *build_operator(const Subject *s, Graph *graph, Tensor **leaf) {
     for (int i = 0; i < MAX_LEAVES; i++)
         a[i] = i < (int)strlen(row->same) ? leaf[row->same[i] - '0'] : leaf[i];
     switch (row->which) {
-    case ADD: return add(a[0], a[1]);
-    case SUB: return sub(a[0], a[1]);
-    case MUL: return mul(a[0], a[1]);
+    case UNARY: return row->unary(a[0]);
+    case BINARY: return row->binary(a[0], a[1]);
     case MUL_ITSELF: return mul(a[0], mul(a[0], add(a[0], a[0])));
     case AFFINE: return affine(-1.7, a[0], 0.4);
-    case EXP: return exponential(a[0]);
-    case EXPM1: return exponential_minus_1(a[0]);
-    case SOFTPLUS: return softplus(a[0]);
-    case RECIPROCAL: return reciprocal(a[0]);
-    case SQRT: return square_root(a[0]);
-    case ABS: return absolute(a[0]);
-    case LOGISTIC: return logistic(a[0]);
-    case TANH: return hyperbolic_tangent(a[0]);
-    case SWISH: return swish(a[0]);
-    case SINE: return sine(a[0]);
-    case COSINE: return cosine(a[0]);
-    case SUM: return sum(a[0]);
-    case SQUARED_NORM: return squared_norm(a[0]);
-    case TANGENT_REPLACED: return build_square(a[0]);
-    case CONVOLVE: return convolve(a[0], a[1], NULL, NULL);
-    case CONVOLVE_BIAS: return convolve(a[0], a[1], a[2], NULL);
+    case CONVOLVE: return convolve(a[0], a[1], a[2], a[3]);
     case CONVOLVE_RESIDUAL: return convolve(a[0], a[1], NULL, a[2]);
-    case CONVOLVE_ALL: return convolve(a[0], a[1], a[2], a[3]);
     case CONVOLVE_PLAIN: return convolve_by_plain_sums(a[0], a[1], a[2], a[3]);
-    case UPSAMPLE: return upsample(a[0], a[1], NULL);
-    case UPSAMPLE_BIAS: return upsample(a[0], a[1], a[2]);
+    case UPSAMPLE: return upsample(a[0], a[1], a[2]);
     case MATRIX_MULTIPLY: return matrix_multiply(1, a[0], a[1], 0);
     case MATRIX_TRANSPOSED: return matrix_multiply(0.3, a[0], a[1], 1);
     case NORMALISE: return normalise(a[0], a[1], a[2], NORM_ONLY);
     case NORMALISE_SWISH: return normalise(a[0], a[1], a[2], NORM_SWISH);
     case NORMALISE_DROPOUT: return normalise(a[0], a[1], a[2], NORM_SWISH_DROPOUT);
-    case ATTENTION: return attention_weights(a[0], a[1]);
     case ATTEND: return attend(a[0], a[1], a[2]);
-    case CONCATENATE: return concatenate(a[0], a[1]);
-    case MULTIPLES: return multiples(a[0], factors, 3);
-    case MAX_POOL: return max_pool(a[0]);
-    default: return build_likelihood(a[0], a[1]);
+    default: return multiples(a[0], factors, 3);
     }
 }
 
 /* Leaves are {height, width, channels, tangent, low, high, scale}. Where two inputs may carry a tangent, the
  * rows are: the first alone, the second alone, both. Where a tensor is several inputs, they come last. */
 static const Row ROWS[] = {
-    {"add", ADD, "", {{3, 5, 7, 1}, {3, 5, 7}}},
-    {"add", ADD, "", {{3, 5, 7}, {3, 5, 7, 1}}},
-    {"add", ADD, "", {{3, 5, 7, 1}, {3, 5, 7, 1}}},
-    {"add a number", ADD, "", {{3, 5, 7, 1}, {1, 1, 1}}},
-    {"add a number", ADD, "", {{3, 5, 7}, {1, 1, 1, 1}}},
-    {"add a number", ADD, "", {{3, 5, 7, 1}, {1, 1, 1, 1}}},
-    {"add to a number", ADD, "", {{1, 1, 1, 1}, {2, 3, 4}}},
-    {"add numbers", ADD, "", {{1, 1, 1, 1}, {1, 1, 1, 1}}},
-    {"sub", SUB, "", {{2, 3, 5, 1}, {2, 3, 5}}},
-    {"sub", SUB, "", {{2, 3, 5}, {2, 3, 5, 1}}},
-    {"sub", SUB, "", {{2, 3, 5, 1}, {2, 3, 5, 1}}},
-    {"sub a number", SUB, "", {{2, 3, 5}, {1, 1, 1, 1}}},
-    {"sub a number", SUB, "", {{2, 3, 5, 1}, {1, 1, 1, 1}}},
-    {"sub from a number", SUB, "", {{1, 1, 1}, {2, 3, 5, 1}}},
-    {"sub from a number", SUB, "", {{1, 1, 1, 1}, {2, 3, 5}}},
-    {"mul", MUL, "", {{3, 3, 3, 1}, {3, 3, 3}}},
-    {"mul", MUL, "", {{3, 3, 3}, {3, 3, 3, 1}}},
-    {"mul", MUL, "", {{3, 3, 3, 1}, {3, 3, 3, 1}}},
-    {"mul by a number", MUL, "", {{3, 3, 3, 1}, {1, 1, 1}}},
-    {"mul by a number", MUL, "", {{3, 3, 3}, {1, 1, 1, 1}}},
-    {"mul by a number", MUL, "", {{3, 3, 3, 1}, {1, 1, 1, 1}}},
-    {"mul a number", MUL, "", {{1, 1, 1, 1}, {3, 3, 3, 1}}},
-    {"mul numbers", MUL, "", {{1, 1, 1, 1}, {1, 1, 1, 1}}},
-    {"2 a^3", MUL_ITSELF, "", {{3, 2, 4, 1}}},
-    {"affine", AFFINE, "", {{3, 2, 4, 1}}},
-    {"exp", EXP, "", {{3, 2, 4, 1}}},
-    {"expm1", EXPM1, "", {{3, 2, 4, 1}}},
-    {"softplus", SOFTPLUS, "", {{3, 2, 4, 1}}},
-    {"reciprocal", RECIPROCAL, "", {{3, 2, 4, 1, 0.3, 2, 0.2}}},
-    {"sqrt", SQRT, "", {{3, 2, 4, 1, 0.3, 2, 0.2}}},
-    {"abs, positive", ABS, "", {{3, 2, 4, 1, 0.3, 2, 0.2}}},
-    {"abs, negative", ABS, "", {{3, 2, 4, 1, -2, -0.3, 0.2}}},
-    {"sigmoid", LOGISTIC, "", {{3, 2, 4, 1}}},
-    {"tanh", TANH, "", {{3, 2, 4, 1}}},
-    {"swish", SWISH, "", {{3, 2, 4, 1}}},
-    {"sine", SINE, "", {{3, 2, 4, 1, -2, 2, 0.2}}},
-    {"cosine", COSINE, "", {{3, 2, 4, 1, -2, 2, 0.2}}},
-    {"sum", SUM, "", {{3, 5, 2, 1}}},
-    {"squared norm", SQUARED_NORM, "", {{3, 5, 2, 1}}},
-    {"3x3", CONVOLVE, "", {{3, 5, 3, 1}, {9, 3, 5}}},
-    {"3x3, one pixel", CONVOLVE, "", {{1, 1, 4, 1}, {9, 4, 3}}},
-    {"3x3, filtering", CONVOLVE_ALL, "", {{14, 15, 16, 1}, {9, 16, 17}, {1, 1, 17, 1}, {14, 15, 17, 1}}},
-    {"3x3, one line", CONVOLVE_ALL, "", {{1, 9, 2, 1}, {9, 2, 1}, {1, 1, 1, 1}, {1, 9, 1, 1}}},
-    {"3x3, wide", CONVOLVE_ALL, "", {{4, 13, 17, 1}, {9, 17, 41}, {1, 1, 41}, {4, 13, 41}}},
-    {"3x3 + bias", CONVOLVE_BIAS, "", {{7, 4, 5, 1}, {9, 5, 9}, {1, 1, 9}}},
-    {"3x3 + bias", CONVOLVE_BIAS, "", {{7, 4, 5}, {9, 5, 9}, {1, 1, 9, 1}}},
-    {"3x3 + bias", CONVOLVE_BIAS, "", {{7, 4, 5, 1}, {9, 5, 9}, {1, 1, 9, 1}}},
-    {"3x3 + residual", CONVOLVE_RESIDUAL, "", {{3, 4, 5, 1}, {9, 5, 6}, {3, 4, 6}}},
-    {"3x3 + residual", CONVOLVE_RESIDUAL, "", {{3, 4, 5}, {9, 5, 6}, {3, 4, 6, 1}}},
-    {"3x3 + bias + residual", CONVOLVE_ALL, "", {{3, 4, 5}, {9, 5, 6}, {1, 1, 6, 1}, {3, 4, 6, 1}}},
-    {"3x3 + itself", CONVOLVE_RESIDUAL, "010", {{5, 3, 6, 1}, {9, 6, 6}}},
-    {"3x3 of itself", CONVOLVE, "00", {{9, 4, 4}}},
-    {"3x3, filtering, of itself", CONVOLVE, "00", {{9, 22, 22}}},
-    {"3x3, plain sums", CONVOLVE_PLAIN, "", {{14, 15, 16, 1}, {9, 16, 17}, {1, 1, 17, 1}, {14, 15, 17, 1}}},
-    {"1x1", CONVOLVE, "", {{3, 5, 7, 1}, {1, 7, 3}}},
-    {"1x1 + bias + residual", CONVOLVE_ALL, "", {{5, 3, 6, 1}, {1, 6, 33}, {1, 1, 33, 1}, {5, 3, 33, 1}}},
-    {"1x1 + bias", CONVOLVE_BIAS, "", {{1, 1, 19}, {1, 19, 8}, {1, 1, 8, 1}}},
-    {"1x1 + itself", CONVOLVE_RESIDUAL, "010", {{2, 3, 5, 1}, {1, 5, 5}}},
-    {"1x1 + itself", CONVOLVE_ALL, "0100", {{1, 1, 5, 1}, {1, 5, 5}}},
-    {"1x1 of itself", CONVOLVE, "00", {{1, 4, 4}}},
-    {"upsample", UPSAMPLE, "", {{3, 2, 5, 1}, {4, 5, 7}}},
-    {"upsample of itself", UPSAMPLE, "00", {{4, 3, 3}}},
-    {"upsample + itself", UPSAMPLE_BIAS, "010", {{1, 1, 5}, {4, 5, 5}}},
-    {"upsample + bias", UPSAMPLE_BIAS, "", {{1, 5, 9, 1}, {4, 9, 3}, {1, 1, 3}}},
-    {"matrix product", MATRIX_MULTIPLY, "", {{3, 2, 7, 1}, {7, 1, 5}}},
-    {"matrix product", MATRIX_MULTIPLY, "", {{3, 2, 7}, {7, 1, 5, 1}}},
-    {"matrix product", MATRIX_MULTIPLY, "", {{3, 2, 9, 1}, {3, 3, 18, 1}}},
-    {"matrix square", MATRIX_MULTIPLY, "00", {{5, 1, 5, 1}}},
-    {"0.3 a b^T", MATRIX_TRANSPOSED, "", {{3, 3, 4, 1}, {2, 3, 4}}},
-    {"0.3 a b^T", MATRIX_TRANSPOSED, "", {{3, 3, 4}, {2, 3, 4, 1}}},
-    {"0.3 a b^T", MATRIX_TRANSPOSED, "", {{3, 3, 13, 1}, {5, 3, 13, 1}}},
-    {"0.3 a a^T", MATRIX_TRANSPOSED, "00", {{3, 1, 4, 1}}},
-    {"group norm", NORMALISE, "", {{3, 5, 12, 1}, {1, 1, 12}, {1, 1, 12}}},
-    {"group norm, one position", NORMALISE, "", {{1, 1, 8, 1}, {1, 1, 8}, {1, 1, 8}}},
-    {"group norm, 256 channels", NORMALISE_SWISH, "", {{1, 2, 256, 1}, {1, 1, 256}, {1, 1, 256}}},
-    {"group norm, swish", NORMALISE_SWISH, "", {{4, 3, 20, 1}, {1, 1, 20}, {1, 1, 20}}},
-    {"group norm, swish, dropout", NORMALISE_DROPOUT, "", {{5, 3, 20, 1}, {1, 1, 20}, {1, 1, 20}}},
-    {"group norm, one group", NORMALISE_DROPOUT, "", {{5, 5, 4, 1}, {1, 1, 4}, {1, 1, 4}}},
-    {"attention weights", ATTENTION, "", {{3, 3, 4, 1}, {3, 3, 4}}},
-    {"attention weights", ATTENTION, "", {{3, 3, 4}, {3, 3, 4, 1}}},
-    {"attention weights", ATTENTION, "", {{3, 3, 5, 1}, {7, 3, 5, 1}}},
-    {"attention weights of itself", ATTENTION, "00", {{2, 3, 5, 1}}},
-    {"attention", ATTEND, "", {{3, 3, 4}, {5, 3, 4}, {5, 3, 6}}},
-    {"attention", ATTEND, "", {{3, 3, 4, 1}, {5, 3, 4}, {5, 3, 6, 1}}},
-    {"attention, 60 rows", ATTEND, "", {{6, 10, 4}, {5, 3, 4}, {5, 3, 6}}},
-    {"attention, q is k", ATTEND, "001", {{6, 10, 4}, {6, 10, 5}}},
-    {"attention, q is v", ATTEND, "010", {{6, 10, 4}, {6, 10, 4}}},
-    {"attention, k is v", ATTEND, "011", {{6, 10, 4}, {6, 10, 4}}},
-    {"attention to itself", ATTEND, "000", {{6, 10, 4}}},
-    {"attention to itself", ATTEND, "000", {{3, 3, 4, 1}}},
-    {"concatenate", CONCATENATE, "", {{3, 3, 4, 1}, {3, 3, 5}}},
-    {"concatenate", CONCATENATE, "", {{3, 3, 4}, {3, 3, 5, 1}}},
-    {"concatenate", CONCATENATE, "", {{3, 3, 4, 1}, {3, 3, 5, 1}}},
-    {"concatenate with itself", CONCATENATE, "00", {{3, 1, 3, 1}}},
-    {"multiples", MULTIPLES, "", {{3, 1, 4, 1}}},
-    {"group norm of itself", NORMALISE_SWISH, "000", {{1, 1, 12}}},
-    {"group norm, scale is bias", NORMALISE, "011", {{3, 5, 12, 1}, {1, 1, 12}}},
-    {"add to itself", ADD, "00", {{2, 3, 4, 1}}},
-    {"sub from itself", SUB, "00", {{2, 3, 4, 1}}},
-    {"mul by itself", MUL, "00", {{2, 3, 4, 1}}},
-    {"likelihood of itself", LIKELIHOOD, "00", {{1, 1, 1, 0, -0.3, -0.1, 0.03}}},
-    {"max pool", MAX_POOL, "", {{4, 6, 5, 1, 0, 0, 0.01}}},
-    {"a tangent replaced", TANGENT_REPLACED, "", {{3, 1, 4, 1}}},
-    {"level likelihood", LIKELIHOOD, "", {{3, 2, 3, 0, -0.3, -0.1, 0.03}, {1, 1, 1, 0, -6, -4, 0.5}}},
-    {"level likelihood, sharp", LIKELIHOOD, "",
-     {{3, 2, 3, 0, -0.225, -0.20, 3e-4}, {1, 1, 1, 0, -13.3, -13, 0.03}}},
+    {"add", BINARY, "", {{3, 5, 7, 1}, {3, 5, 7}}, .binary = add},
+    {"add", BINARY, "", {{3, 5, 7}, {3, 5, 7, 1}}, .binary = add},
+    {"add", BINARY, "", {{3, 5, 7, 1}, {3, 5, 7, 1}}, .binary = add},
+    {"add a number", BINARY, "", {{3, 5, 7, 1}, {1, 1, 1}}, .binary = add},
+    {"add a number", BINARY, "", {{3, 5, 7}, {1, 1, 1, 1}}, .binary = add},
+    {"add a number", BINARY, "", {{3, 5, 7, 1}, {1, 1, 1, 1}}, .binary = add},
+    {"add to a number", BINARY, "", {{1, 1, 1, 1}, {2, 3, 4}}, .binary = add},
+    {"add numbers", BINARY, "", {{1, 1, 1, 1}, {1, 1, 1, 1}}, .binary = add},
+    {"sub", BINARY, "", {{2, 3, 5, 1}, {2, 3, 5}}, .binary = sub},
+    {"sub", BINARY, "", {{2, 3, 5}, {2, 3, 5, 1}}, .binary = sub},
+    {"sub", BINARY, "", {{2, 3, 5, 1}, {2, 3, 5, 1}}, .binary = sub},
+    {"sub a number", BINARY, "", {{2, 3, 5}, {1, 1, 1, 1}}, .binary = sub},
+    {"sub a number", BINARY, "", {{2, 3, 5, 1}, {1, 1, 1, 1}}, .binary = sub},
+    {"sub from a number", BINARY, "", {{1, 1, 1}, {2, 3, 5, 1}}, .binary = sub},
+    {"sub from a number", BINARY, "", {{1, 1, 1, 1}, {2, 3, 5}}, .binary = sub},
+    {"mul", BINARY, "", {{3, 3, 3, 1}, {3, 3, 3}}, .binary = mul},
+    {"mul", BINARY, "", {{3, 3, 3}, {3, 3, 3, 1}}, .binary = mul},
+    {"mul", BINARY, "", {{3, 3, 3, 1}, {3, 3, 3, 1}}, .binary = mul},
+    {"mul by a number", BINARY, "", {{3, 3, 3, 1}, {1, 1, 1}}, .binary = mul},
+    {"mul by a number", BINARY, "", {{3, 3, 3}, {1, 1, 1, 1}}, .binary = mul},
+    {"mul by a number", BINARY, "", {{3, 3, 3, 1}, {1, 1, 1, 1}}, .binary = mul},
+    {"mul a number", BINARY, "", {{1, 1, 1, 1}, {3, 3, 3, 1}}, .binary = mul},
+    {"mul numbers", BINARY, "", {{1, 1, 1, 1}, {1, 1, 1, 1}}, .binary = mul},
+    {"2 a^3", MUL_ITSELF, "", .leaf = {{3, 2, 4, 1}}},
+    {"affine", AFFINE, "", .leaf = {{3, 2, 4, 1}}},
+    {"exp", UNARY, "", {{3, 2, 4, 1}}, .unary = exponential},
+    {"expm1", UNARY, "", {{3, 2, 4, 1}}, .unary = exponential_minus_1},
+    {"softplus", UNARY, "", {{3, 2, 4, 1}}, .unary = softplus},
+    {"reciprocal", UNARY, "", {{3, 2, 4, 1, 0.3, 2, 0.2}}, .unary = reciprocal},
+    {"sqrt", UNARY, "", {{3, 2, 4, 1, 0.3, 2, 0.2}}, .unary = square_root},
+    {"abs, positive", UNARY, "", {{3, 2, 4, 1, 0.3, 2, 0.2}}, .unary = absolute},
+    {"abs, negative", UNARY, "", {{3, 2, 4, 1, -2, -0.3, 0.2}}, .unary = absolute},
+    {"sigmoid", UNARY, "", {{3, 2, 4, 1}}, .unary = logistic},
+    {"tanh", UNARY, "", {{3, 2, 4, 1}}, .unary = hyperbolic_tangent},
+    {"swish", UNARY, "", {{3, 2, 4, 1}}, .unary = swish},
+    {"sine", UNARY, "", {{3, 2, 4, 1, -2, 2, 0.2}}, .unary = sine},
+    {"cosine", UNARY, "", {{3, 2, 4, 1, -2, 2, 0.2}}, .unary = cosine},
+    {"sum", UNARY, "", {{3, 5, 2, 1}}, .unary = sum},
+    {"squared norm", UNARY, "", {{3, 5, 2, 1}}, .unary = squared_norm},
+    {"3x3", CONVOLVE, "", .leaf = {{3, 5, 3, 1}, {9, 3, 5}}},
+    {"3x3, one pixel", CONVOLVE, "", .leaf = {{1, 1, 4, 1}, {9, 4, 3}}},
+    {"3x3, filtering", CONVOLVE, "", .leaf = {{14, 15, 16, 1}, {9, 16, 17}, {1, 1, 17, 1}, {14, 15, 17, 1}}},
+    {"3x3, one line", CONVOLVE, "", .leaf = {{1, 9, 2, 1}, {9, 2, 1}, {1, 1, 1, 1}, {1, 9, 1, 1}}},
+    {"3x3, wide", CONVOLVE, "", .leaf = {{4, 13, 17, 1}, {9, 17, 41}, {1, 1, 41}, {4, 13, 41}}},
+    {"3x3 + bias", CONVOLVE, "", .leaf = {{7, 4, 5, 1}, {9, 5, 9}, {1, 1, 9}}},
+    {"3x3 + bias", CONVOLVE, "", .leaf = {{7, 4, 5}, {9, 5, 9}, {1, 1, 9, 1}}},
+    {"3x3 + bias", CONVOLVE, "", .leaf = {{7, 4, 5, 1}, {9, 5, 9}, {1, 1, 9, 1}}},
+    {"3x3 + residual", CONVOLVE_RESIDUAL, "", .leaf = {{3, 4, 5, 1}, {9, 5, 6}, {3, 4, 6}}},
+    {"3x3 + residual", CONVOLVE_RESIDUAL, "", .leaf = {{3, 4, 5}, {9, 5, 6}, {3, 4, 6, 1}}},
+    {"3x3 + bias + residual", CONVOLVE, "", .leaf = {{3, 4, 5}, {9, 5, 6}, {1, 1, 6, 1}, {3, 4, 6, 1}}},
+    {"3x3 + itself", CONVOLVE_RESIDUAL, "010", .leaf = {{5, 3, 6, 1}, {9, 6, 6}}},
+    {"3x3 of itself", CONVOLVE, "00", .leaf = {{9, 4, 4}}},
+    {"3x3, filtering, of itself", CONVOLVE, "00", .leaf = {{9, 22, 22}}},
+    {"3x3, plain sums", CONVOLVE_PLAIN, "",
+     .leaf = {{14, 15, 16, 1}, {9, 16, 17}, {1, 1, 17, 1}, {14, 15, 17, 1}}},
+    {"1x1", CONVOLVE, "", .leaf = {{3, 5, 7, 1}, {1, 7, 3}}},
+    {"1x1 + bias + residual", CONVOLVE, "", .leaf = {{5, 3, 6, 1}, {1, 6, 33}, {1, 1, 33, 1}, {5, 3, 33, 1}}},
+    {"1x1 + bias", CONVOLVE, "", .leaf = {{1, 1, 19}, {1, 19, 8}, {1, 1, 8, 1}}},
+    {"1x1 + itself", CONVOLVE_RESIDUAL, "010", .leaf = {{2, 3, 5, 1}, {1, 5, 5}}},
+    {"1x1 + itself", CONVOLVE, "0100", .leaf = {{1, 1, 5, 1}, {1, 5, 5}}},
+    {"1x1 of itself", CONVOLVE, "00", .leaf = {{1, 4, 4}}},
+    {"upsample", UPSAMPLE, "", .leaf = {{3, 2, 5, 1}, {4, 5, 7}}},
+    {"upsample of itself", UPSAMPLE, "00", .leaf = {{4, 3, 3}}},
+    {"upsample + itself", UPSAMPLE, "010", .leaf = {{1, 1, 5}, {4, 5, 5}}},
+    {"upsample + bias", UPSAMPLE, "", .leaf = {{1, 5, 9, 1}, {4, 9, 3}, {1, 1, 3}}},
+    {"matrix product", MATRIX_MULTIPLY, "", .leaf = {{3, 2, 7, 1}, {7, 1, 5}}},
+    {"matrix product", MATRIX_MULTIPLY, "", .leaf = {{3, 2, 7}, {7, 1, 5, 1}}},
+    {"matrix product", MATRIX_MULTIPLY, "", .leaf = {{3, 2, 9, 1}, {3, 3, 18, 1}}},
+    {"matrix square", MATRIX_MULTIPLY, "00", .leaf = {{5, 1, 5, 1}}},
+    {"0.3 a b^T", MATRIX_TRANSPOSED, "", .leaf = {{3, 3, 4, 1}, {2, 3, 4}}},
+    {"0.3 a b^T", MATRIX_TRANSPOSED, "", .leaf = {{3, 3, 4}, {2, 3, 4, 1}}},
+    {"0.3 a b^T", MATRIX_TRANSPOSED, "", .leaf = {{3, 3, 13, 1}, {5, 3, 13, 1}}},
+    {"0.3 a a^T", MATRIX_TRANSPOSED, "00", .leaf = {{3, 1, 4, 1}}},
+    {"group norm", NORMALISE, "", .leaf = {{3, 5, 12, 1}, {1, 1, 12}, {1, 1, 12}}},
+    {"group norm, one position", NORMALISE, "", .leaf = {{1, 1, 8, 1}, {1, 1, 8}, {1, 1, 8}}},
+    {"group norm, 256 channels", NORMALISE_SWISH, "", .leaf = {{1, 2, 256, 1}, {1, 1, 256}, {1, 1, 256}}},
+    {"group norm, swish", NORMALISE_SWISH, "", .leaf = {{4, 3, 20, 1}, {1, 1, 20}, {1, 1, 20}}},
+    {"group norm, swish, dropout", NORMALISE_DROPOUT, "", .leaf = {{5, 3, 20, 1}, {1, 1, 20}, {1, 1, 20}}},
+    {"group norm, one group", NORMALISE_DROPOUT, "", .leaf = {{5, 5, 4, 1}, {1, 1, 4}, {1, 1, 4}}},
+    {"attention weights", BINARY, "", {{3, 3, 4, 1}, {3, 3, 4}}, .binary = attention_weights},
+    {"attention weights", BINARY, "", {{3, 3, 4}, {3, 3, 4, 1}}, .binary = attention_weights},
+    {"attention weights", BINARY, "", {{3, 3, 5, 1}, {7, 3, 5, 1}}, .binary = attention_weights},
+    {"attention weights of itself", BINARY, "00", {{2, 3, 5, 1}}, .binary = attention_weights},
+    {"attention", ATTEND, "", .leaf = {{3, 3, 4}, {5, 3, 4}, {5, 3, 6}}},
+    {"attention", ATTEND, "", .leaf = {{3, 3, 4, 1}, {5, 3, 4}, {5, 3, 6, 1}}},
+    {"attention, 60 rows", ATTEND, "", .leaf = {{6, 10, 4}, {5, 3, 4}, {5, 3, 6}}},
+    {"attention, q is k", ATTEND, "001", .leaf = {{6, 10, 4}, {6, 10, 5}}},
+    {"attention, q is v", ATTEND, "010", .leaf = {{6, 10, 4}, {6, 10, 4}}},
+    {"attention, k is v", ATTEND, "011", .leaf = {{6, 10, 4}, {6, 10, 4}}},
+    {"attention to itself", ATTEND, "000", .leaf = {{6, 10, 4}}},
+    {"attention to itself", ATTEND, "000", .leaf = {{3, 3, 4, 1}}},
+    {"concatenate", BINARY, "", {{3, 3, 4, 1}, {3, 3, 5}}, .binary = concatenate},
+    {"concatenate", BINARY, "", {{3, 3, 4}, {3, 3, 5, 1}}, .binary = concatenate},
+    {"concatenate", BINARY, "", {{3, 3, 4, 1}, {3, 3, 5, 1}}, .binary = concatenate},
+    {"concatenate with itself", BINARY, "00", {{3, 1, 3, 1}}, .binary = concatenate},
+    {"multiples", MULTIPLES, "", .leaf = {{3, 1, 4, 1}}},
+    {"group norm of itself", NORMALISE_SWISH, "000", .leaf = {{1, 1, 12}}},
+    {"group norm, scale is bias", NORMALISE, "011", .leaf = {{3, 5, 12, 1}, {1, 1, 12}}},
+    {"add to itself", BINARY, "00", {{2, 3, 4, 1}}, .binary = add},
+    {"sub from itself", BINARY, "00", {{2, 3, 4, 1}}, .binary = sub},
+    {"mul by itself", BINARY, "00", {{2, 3, 4, 1}}, .binary = mul},
+    {"likelihood of itself", BINARY, "00", {{1, 1, 1, 0, -0.3, -0.1, 0.03}}, .binary = build_likelihood},
+    {"max pool", UNARY, "", {{4, 6, 5, 1, 0, 0, 0.01}}, .unary = max_pool},
+    {"a tangent replaced", UNARY, "", {{3, 1, 4, 1}}, .unary = build_square},
+    {"level likelihood", BINARY, "", {{3, 2, 3, 0, -0.3, -0.1, 0.03}, {1, 1, 1, 0, -6, -4, 0.5}},
+     .binary = build_likelihood},
+    {"level likelihood, sharp", BINARY, "",
+     {{3, 2, 3, 0, -0.225, -0.20, 3e-4}, {1, 1, 1, 0, -13.3, -13, 0.03}}, .binary = build_likelihood},
 };
 
-int operator_count(void) {
-    return (int)(sizeof ROWS / sizeof ROWS[0]);
-}
+int operator_count(void) { return (int)(sizeof ROWS / sizeof ROWS[0]); }
 
-const char *operator_title(int index) {
-    return ROWS[index].title;
-}
+const char *operator_title(int index) { return ROWS[index].title; }
 
 Subject operator_subject(int index) {
     Subject s = {.build = build_operator, .context = &ROWS[index], .dropout = 0.3};

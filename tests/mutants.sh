@@ -201,23 +201,23 @@ mutant 'dense layer: kernel not transposed for the input gradient' autograd.c \
     'matrix_product(h * w, out, in, y->gradient, transposed_kernel(kernel), NULL, dx, dx, scratch);' \
     'matrix_product(h * w, out, in, y->gradient, kernel->value, NULL, dx, dx, scratch);'
 mutant 'convolution: forgotten gradient of the residual' autograd.c \
-    'if (y->input[3])' \
-    'if (y->input[3] && 0)'
+    'add_gradient(y->input[3], y->gradient, element_count(y), 1);' \
+    'add_gradient(y->input[3], y->gradient, element_count(y), 0);'
 mutant 'convolution: forgotten tangent of the bias' autograd.c \
-    'bare_convolve(x->tangent, kernel, bias_dot, residual_dot, 0)' \
-    'bare_convolve(x->tangent, kernel, NULL, residual_dot, 0)'
+    'again(y, 0, x_dot, kernel, bias_dot, residual_dot)' \
+    'again(y, 0, x_dot, kernel, NULL, residual_dot)'
 mutant 'subtraction: sign of the tangent' autograd.c \
     'bare_add(a->tangent, factor, b->tangent)' \
     'bare_add(a->tangent, -factor, b->tangent)'
 mutant 'concatenation: both get the gradient of the first' autograd.c \
-    'const real *dy = y->gradient + (size_t)i * y->channels + first;' \
-    'const real *dy = y->gradient + (size_t)i * y->channels + 0 * first;'
+    'y->gradient[(size_t)i * y->channels + first + c]' \
+    'y->gradient[(size_t)i * y->channels + 0 * first + c]'
 mutant 'reverse sweep: a gradient begins with what is in its memory' autograd.c \
     'memset(a->gradient, 0, count * sizeof(real));' \
     ';'
 mutant 'product rule: half of it' autograd.c \
-    'bare_add(bare_mul(a->tangent, b), 1, bare_mul(a, b->tangent))' \
-    'a->tangent ? bare_mul(a->tangent, b) : bare_mul(a, b->tangent)'
+    'bare_add(again(y, y->option, a->tangent, b, NULL, NULL), 1, of_b)' \
+    'a->tangent ? again(y, y->option, a->tangent, b, NULL, NULL) : of_b'
 mutant 'number times tensor: gradient of the number from one element' autograd.c \
     'sum += dy[i];' \
     'sum = dy[i];'
@@ -227,15 +227,18 @@ mutant 'softmax tangent: a term of its gradient missing' autograd.c \
 mutant 'attention: the gradient of q is written, not added' autograd.c \
     'ds, k_scaled, NULL, dq + at, dq + at, scratch)' \
     'ds, k_scaled, NULL, NULL, dq + at, scratch)'
-mutant 'multiples: half of the tangent' autograd.c \
-    'bare_multiples(a->tangent, factors, count)' \
-    'bare_affine(0.5, bare_multiples(a->tangent, factors, count), 0)'
+mutant 'multiples: gradient with the first factor alone' autograd.c \
+    '(real)factor[f] * y->gradient' \
+    '(real)factor[0] * y->gradient'
+mutant 'tangents: half of the constant of an operator' autograd.c \
+    'memcpy(t->number, y->number, sizeof t->number);' \
+    't->number[0] = 0.5 * y->number[0];'
 mutant 'max-pooling: the tangent takes its own largest' autograd.c \
-    'y_dot->option = 1;' \
-    'y_dot->option = 0;'
+    'again(y, 1, x->tangent, NULL, NULL, NULL)' \
+    'again(y, 0, x->tangent, NULL, NULL, NULL)'
 mutant 'dropout: another mask for the tangent' autograd.c \
-    'y_dot->position = y->position;' \
-    'y_dot->position = y->position + DROPOUT_RUN;'
+    't->stream = y->stream, t->position = y->position;' \
+    't->stream = y->stream, t->position = y->position + DROPOUT_RUN;'
 mutant 'upsampling: taps in the wrong order in the input gradient' autograd.c \
     'transposed + (3 - tap) * size' \
     'transposed + tap * size'
@@ -246,8 +249,8 @@ mutant 'upsampling: the gradient is gathered from the opposite corner' autograd.
     'y->gradient + upsampled_place(x, y, tap, i)' \
     'y->gradient + upsampled_place(x, y, 3 - tap, i)'
 mutant 'second derivative of swish' autograd.c \
-    'return s * (1 - s) * (2 + x * (1 - 2 * s));' \
-    'return s * (1 - s) * (2 + x * (1 - s));'
+    's * (1 - s) * (2 + x * (1 - 2 * s))' \
+    's * (1 - s) * (2 + x * (1 - s))'
 mutant 'likelihood: sign of the gradient by log variance' autograd.c \
     'dlog_variance[0] -=' \
     'dlog_variance[0] +='

@@ -44,9 +44,7 @@ static Tensor *normal(Desk *desk, int height, int width, int channels) {
     return t;
 }
 
-static double at(const Tensor *t, size_t i) {
-    return (double)t->value[i];
-}
+static double at(const Tensor *t, size_t i) { return (double)t->value[i]; }
 
 static double pixel(const Tensor *t, int i, int j, int c) {   /* 0 outside the image */
     const int inside = i >= 0 && j >= 0 && i < t->height && j < t->width;
@@ -120,24 +118,12 @@ static void test_arithmetic(void) {
     }
 }
 
-static double logistic_of(double x) {
-    return x > 0 ? 1 / (1 + exp(-x)) : exp(x) / (1 + exp(x));
-}
-static double softplus_of(double x) {
-    return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x));
-}
-static double reciprocal_of(double x) {
-    return 1 / x;
-}
-static double swish_of(double x) {
-    return x * logistic_of(x);
-}
-static double sine_of(double x) {
-    return sin(TWO_PI * (x - nearbyint(x)));
-}
-static double cosine_of(double x) {
-    return cos(TWO_PI * (x - nearbyint(x)));
-}
+static double logistic_of(double x) { return x > 0 ? 1 / (1 + exp(-x)) : exp(x) / (1 + exp(x)); }
+static double softplus_of(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
+static double reciprocal_of(double x) { return 1 / x; }
+static double swish_of(double x) { return x * logistic_of(x); }
+static double sine_of(double x) { return sin(TWO_PI * (x - nearbyint(x))); }
+static double cosine_of(double x) { return cos(TWO_PI * (x - nearbyint(x))); }
 
 static void test_functions(void) {
     const struct {
@@ -416,9 +402,7 @@ static void test_shapes(void) {
 
 /* ---- losses ---- */
 
-static double level(int c) {
-    return 2 * (c + 0.5) / 256 - 1;
-}
+static double level(int c) { return 2 * (c + 0.5) / 256 - 1; }
 
 static void test_likelihood(void) {
     const double log_variances[3] = {-13.3, -8, -2};
