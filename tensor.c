@@ -285,7 +285,7 @@ typedef struct {
 /* One block of c: R rows x N columns, of which `width` are stored. R and N are constants where this is
  * called, and each pair gets a copy of the loops with the sums in registers. a, b, bias, start and c point to
  * the block's own first element. */
-INLINE void block_product(const int R, const int N, int width, const Product *p, const real *a, const real *b,
+INLINE void block_product(const int R, const int N, const int width, const Product *p, const real *a, const real *b,
                           ptrdiff_t b_row, const real *bias, const real *start, real *c) {
     real sum[BLOCK_ROWS][2 * LANES];
     for (int r = 0; r < R; r++)
@@ -303,11 +303,14 @@ INLINE void block_product(const int R, const int N, int width, const Product *p,
     }
     for (int r = 0; r < R; r++) {
         if (bias)
+#pragma omp simd
             for (int n = 0; n < width; n++)
                 sum[r][n] += bias[n];
         if (start)
+#pragma omp simd
             for (int n = 0; n < width; n++)
                 sum[r][n] += start[r * (ptrdiff_t)p->columns + n];
+#pragma omp simd
         for (int n = 0; n < width; n++)
             c[r * (ptrdiff_t)p->columns + n] = sum[r][n];
     }
