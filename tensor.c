@@ -325,6 +325,8 @@ static void block_rows(int R, int width, const Product *p, const real *a, const 
             block_product(r, 2 * LANES, 2 * LANES, p, a, b, b_row, bias, start, c);      \
         else if (width == LANES)                                                         \
             block_product(r, LANES, LANES, p, a, b, b_row, bias, start, c);              \
+        else if (width == LANES / 2)                                                     \
+            block_product(r, LANES / 2, LANES / 2, p, a, b, b_row, bias, start, c);      \
         else                                                                             \
             block_product(r, LANES, width, p, a, b, b_row, bias, start, c);              \
         break;
@@ -346,7 +348,7 @@ static void product(const Product *p, Arena *scratch) {
         width = left >= 2 * LANES ? 2 * LANES : left >= LANES ? LANES : left;
         const real *b = p->b + j;
         ptrdiff_t b_row = p->columns;
-        if (width < LANES) {   /* the last columns: a copy of them in whole vectors, zeros behind */
+        if (width < LANES && width != LANES / 2) {   /* the last columns: a copy of them in whole vectors, zeros behind */
             const ptrdiff_t count = (ptrdiff_t)p->segments * p->inner;
             real *copy = arena_allocate(scratch, (size_t)count * LANES, sizeof(real));
             for (ptrdiff_t k = 0; k < count; k++)
