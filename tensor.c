@@ -267,26 +267,29 @@ INLINE real fast_exp(real x) {
 
 /* The one loop under every convolution and matrix product, forward and backward:
  *
- *     c[i][j] = bias[j] + start[i][j] + sum over s < segments, k < inner of  a(s, i, k) b(s, k, j)
+ *     c(i, j) = bias[j] + start(i, j) + sum over s < segments, k < inner of  a(s, i, k) b(s, k, j)
  *
- * b [segments, inner, columns] and c [lines, rows, columns] are contiguous. Row i = line*rows + r of `a`
- * begins at a + line*a_line + r*a_row, and its element (s, k) lies s*a_segment + k*a_inner further on. Rows
- * of `a` may overlap: that makes a 3x3 convolution of an image with a border of zeros a plain product. */
+ * Row i = line*rows + r of `a` begins at a + line*a_line + r*a_row, and its element (s, k) lies s*a_segment +
+ * k*a_inner further on; rows of b and c likewise. Rows of `a` or b may overlap: that makes a 3x3 convolution
+ * of an image with a border of zeros a plain product. */
 typedef struct {
     int lines, rows, columns, segments, inner;
     const real *a;
     ptrdiff_t a_line, a_row, a_segment, a_inner;
     const real *b;
+    ptrdiff_t b_segment, b_inner;
     const real *bias;    /* [columns], or NULL */
     const real *start;   /* laid out like c, or NULL; c itself: add to c */
     real *c;
+    ptrdiff_t c_line, c_row;
 } Product;
 
 /* One block of c: R rows x N columns, of which `width` are stored. R and N are constants where this is
  * called, and each pair gets a copy of the loops with the sums in registers. a, b, bias, start and c point to
  * the block's own first element. */
 INLINE void block_product(const int R, const int N, const int width, const Product *p, const real *a, const real *b,
-                          ptrdiff_t b_row, const real *bias, const real *start, real *c) {
+                          ptrdiff_t b_segment,
+                          ptrdiff_t b_inner, const real *bias, const real *start, real *c) {
     real sum[BLOCK_ROWS][2 * LANES];
     for (int r = 0; r < R; r++)
 #pragma omp simd
@@ -294,8 +297,8 @@ INLINE void block_product(const int R, const int N, const int width, const Produ
             sum[r][n] = 0;
     const ptrdiff_t a_row = p->a_row, a_inner = p->a_inner;
     for (int s = 0; s < p->segments; s++) {
-        const real *ak = a + s * p->a_segment, *bk = b + (ptrdiff_t)s * p->inner * b_row;
-        for (int k = 0; k < p->inner; k++, ak += a_inner, bk += b_row)
+        const real *ak = a + s * p->a_segment, *bk = b + s * b_segment;
+        for (int k = 0; k < p->inner; k++, ak += a_inner, bk += b_inner)
             for (int r = 0; r < R; r++)   /* simd: else gcc takes so short a loop apart */
 #pragma omp simd
                 for (int n = 0; n < N; n++)
@@ -309,26 +312,26 @@ INLINE void block_product(const int R, const int N, const int width, const Produ
         if (start)
 #pragma omp simd
             for (int n = 0; n < width; n++)
-                sum[r][n] += start[r * (ptrdiff_t)p->columns + n];
+                sum[r][n] += start[r * p->c_row + n];
 #pragma omp simd
         for (int n = 0; n < width; n++)
-            c[r * (ptrdiff_t)p->columns + n] = sum[r][n];
+            c[r * p->c_row + n] = sum[r][n];
     }
 }
 
 /* R rows: choose the copy of the loop. Fewer than LANES columns are computed as a whole vector. */
-static void block_rows(int R, int width, const Product *p, const real *a, const real *b, ptrdiff_t b_row,
-                       const real *bias, const real *start, real *c) {
+static void block_rows(int R, int width, const Product *p, const real *a, const real *b, ptrdiff_t b_segment,
+                       ptrdiff_t b_inner, const real *bias, const real *start, real *c) {
 #define CASE(r)                                                                          \
     case r:                                                                              \
         if (width == 2 * LANES)                                                          \
-            block_product(r, 2 * LANES, 2 * LANES, p, a, b, b_row, bias, start, c);      \
+            block_product(r, 2 * LANES, 2 * LANES, p, a, b, b_segment, b_inner, bias, start, c);      \
         else if (width == LANES)                                                         \
-            block_product(r, LANES, LANES, p, a, b, b_row, bias, start, c);              \
+            block_product(r, LANES, LANES, p, a, b, b_segment, b_inner, bias, start, c);              \
         else if (width == LANES / 2)                                                     \
-            block_product(r, LANES / 2, LANES / 2, p, a, b, b_row, bias, start, c);      \
+            block_product(r, LANES / 2, LANES / 2, p, a, b, b_segment, b_inner, bias, start, c);      \
         else                                                                             \
-            block_product(r, LANES, width, p, a, b, b_row, bias, start, c);              \
+            block_product(r, LANES, width, p, a, b, b_segment, b_inner, bias, start, c);              \
         break;
     switch (R) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
@@ -347,21 +350,21 @@ static void product(const Product *p, Arena *scratch) {
         const int left = p->columns - j;
         width = left >= 2 * LANES ? 2 * LANES : left >= LANES ? LANES : left;
         const real *b = p->b + j;
-        ptrdiff_t b_row = p->columns;
-        if (width < LANES && width != LANES / 2) {   /* the last columns: a copy of them in whole vectors, zeros behind */
-            const ptrdiff_t count = (ptrdiff_t)p->segments * p->inner;
-            real *copy = arena_allocate(scratch, (size_t)count * LANES, sizeof(real));
-            for (ptrdiff_t k = 0; k < count; k++)
-                for (int n = 0; n < LANES; n++)
-                    copy[k * LANES + n] = n < width ? b[k * b_row + n] : 0;
+        ptrdiff_t b_segment = p->b_segment, b_inner = p->b_inner;
+        if (width < LANES && width != LANES / 2 && b_inner < j + LANES) {   /* the last columns: a copy of them in whole vectors, zeros behind */
+            real *copy = arena_allocate(scratch, (size_t)p->segments * p->inner * LANES, sizeof(real)), *to = copy;
+            for (int i = 0; i < p->segments; i++)
+                for (int k = 0; k < p->inner; k++, to += LANES)
+                    for (int n = 0; n < LANES; n++)
+                        to[n] = n < width ? b[i * b_segment + k * b_inner + n] : 0;
             b = copy;
-            b_row = LANES;
+            b_segment = p->inner * LANES, b_inner = LANES;
         }
         for (int line = 0; line < p->lines; line++)
             for (int block = 0, i = 0, height; block < blocks; block++, i += height) {
                 height = least + (block < higher);
-                const ptrdiff_t at = ((ptrdiff_t)line * p->rows + i) * p->columns + j;
-                block_rows(height, width, p, p->a + line * p->a_line + i * p->a_row, b, b_row,
+                const ptrdiff_t at = line * p->c_line + i * p->c_row + j;
+                block_rows(height, width, p, p->a + line * p->a_line + i * p->a_row, b, b_segment, b_inner,
                            p->bias ? p->bias + j : NULL, p->start ? p->start + at : NULL, p->c + at);
             }
     }
@@ -371,14 +374,15 @@ static void product(const Product *p, Arena *scratch) {
 void matrix_product(int rows, int inner, int columns, const real *a, const real *b, const real *bias,
                     const real *start, real *c, Arena *scratch) {
     const Product p = {.lines = 1, .rows = rows, .columns = columns, .segments = 1, .inner = inner,
-                       .a = a, .a_row = inner, .a_inner = 1, .b = b, .bias = bias, .start = start, .c = c};
+                       .a = a, .a_row = inner, .a_inner = 1, .b = b, .b_inner = columns, .bias = bias, .start = start, .c = c,
+                       .c_row = columns};
     product(&p, scratch);
 }
 
 void matrix_product_transposed(int rows, int inner, int columns, const real *a, const real *b, real *c,
                                Arena *scratch) {
     const Product p = {.lines = 1, .rows = inner, .columns = columns, .segments = 1, .inner = rows,
-                       .a = a, .a_row = 1, .a_inner = inner, .b = b, .start = c, .c = c};
+                       .a = a, .a_row = 1, .a_inner = inner, .b = b, .b_inner = columns, .start = c, .c = c, .c_row = columns};
     product(&p, scratch);
 }
 
@@ -407,29 +411,88 @@ static real *in_zeros(int h, int w, int c, const real *x, int border, int rows, 
     return image;
 }
 
+/* Few outputs would leave most of a vector empty. Some neighbours of a line are then computed as one pixel with
+ * `group` times as many outputs, by a kernel [3, 2 + group, in] of whole vectors, where each of them finds the
+ * nine taps of its own among zeros. */
+static int pixels_in_group(int w, int out) {
+    int group = 1;
+    for (int size = 2; size * out <= LANES; size++)
+        group = w % size == 0 ? size : group;
+    return group;
+}
+
+static real *widened_kernel(int group, int in, int out, const real *kernel, Arena *scratch) {
+    const size_t count = (size_t)3 * (2 + group) * in * LANES;
+    real *wide = arena_allocate(scratch, count, sizeof(real));
+    memset(wide, 0, count * sizeof(real));
+    for (int tap = 0; tap < 9; tap++)
+        for (int c = 0; c < in; c++, kernel += out)
+            for (int pixel = 0; pixel < group; pixel++) {
+                real *to = wide + (((size_t)tap / 3 * (2 + group) + tap % 3 + pixel) * in + c) * LANES;
+                for (int o = 0; o < out; o++)
+                    to[pixel * out + o] = kernel[o];
+            }
+    return wide;
+}
+
 /* y[i][j][o] = sum over ky, kx, c of image[i+ky][j+kx][c] kernel[ky][kx][c][o], where `image` is x with a
  * border one wide. A segment is one line of the kernel: the 3*in inputs under it are contiguous. */
 void convolve3x3(int h, int w, int in, int out, const real *x, const real *kernel, const real *bias,
                  const real *start, real *y, Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
     const ptrdiff_t line = (ptrdiff_t)(w + 2) * in;
-    const Product p = {.lines = h, .rows = w, .columns = out, .segments = 3, .inner = 3 * in,
-                       .a = in_zeros(h, w, in, x, 1, h + 2, w + 2, scratch), .a_line = line, .a_row = in,
-                       .a_segment = line, .a_inner = 1, .b = kernel, .bias = bias, .start = start, .c = y};
+    const int group = pixels_in_group(w, out);
+    Product p = {.lines = h, .rows = w, .columns = out, .segments = 3, .inner = 3 * in,
+                 .a = in_zeros(h, w, in, x, 1, h + 2, w + 2, scratch), .a_line = line, .a_row = in,
+                 .a_segment = line, .a_inner = 1, .b = kernel, .b_segment = 3 * in * out, .b_inner = out, .bias = bias, .start = start, .c = y,
+                 .c_line = w * out, .c_row = out};
+    if (group > 1) {
+        p.b = widened_kernel(group, in, out, kernel, scratch);
+        if (bias) {
+            real *wide_bias = arena_allocate(scratch, (size_t)group * out, sizeof(real));
+            for (int i = 0; i < group * out; i++)
+                wide_bias[i] = bias[i % out];
+            p.bias = wide_bias;
+        }
+        p.lines = w / group, p.rows = h, p.columns = group * out, p.inner = (2 + group) * in;
+        p.a_line = group * in, p.a_row = line;
+        p.b_segment = (ptrdiff_t)(2 + group) * in * LANES, p.b_inner = LANES;
+        p.c_line = group * out, p.c_row = w * out;
+    }
     product(&p, scratch);
     arena_release(scratch, mark);
 }
 
 /* dkernel[ky][kx][c][o] += sum over i, j of image[i+ky][j+kx][c] dy[i][j][o]: a line is one ky, a row one
- * (kx, c), and a segment of the sum one line of the image. */
+ * (kx, c), and a segment of the sum one line of the image. Few outputs are made the rows instead, and (kx, c)
+ * the columns, which fill vectors: with two lines of zeros around dy, row (ky, o) is dy moved down by ky. */
 void convolve3x3_by_kernel(int h, int w, int in, int out, const real *x, const real *dy, real *dkernel,
                            Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
-    const ptrdiff_t line = (ptrdiff_t)(w + 2) * in;
-    const Product p = {.lines = 3, .rows = 3 * in, .columns = out, .segments = h, .inner = w,
-                       .a = in_zeros(h, w, in, x, 1, h + 2, w + 2, scratch), .a_line = line, .a_row = 1,
-                       .a_segment = line, .a_inner = in, .b = dy, .start = dkernel, .c = dkernel};
-    product(&p, scratch);
+    const ptrdiff_t line = (ptrdiff_t)(w + 2) * in, dy_line = (ptrdiff_t)w * out;
+    const real *image = in_zeros(h, w, in, x, 1, h + 2, w + 2, scratch);
+    if (out >= LANES) {
+        const Product p = {.lines = 3, .rows = 3 * in, .columns = out, .segments = h, .inner = w,
+                           .a = image, .a_line = line, .a_row = 1, .a_segment = line, .a_inner = in, .b = dy,
+                           .b_segment = dy_line, .b_inner = out, .start = dkernel, .c = dkernel,
+                           .c_line = 3 * in * out, .c_row = out};
+        product(&p, scratch);
+    } else {
+        real *dy_image = arena_allocate(scratch, (h + 4) * dy_line, sizeof(real));
+        memset(dy_image, 0, 2 * dy_line * sizeof(real));
+        memcpy(dy_image + 2 * dy_line, dy, h * dy_line * sizeof(real));
+        memset(dy_image + (h + 2) * dy_line, 0, 2 * dy_line * sizeof(real));
+        real *made = arena_allocate(scratch, (size_t)9 * in * out, sizeof(real));
+        Product p = {.lines = out, .rows = 3, .columns = 3 * in, .segments = h + 2, .inner = w,
+                           .a = dy_image + 2 * dy_line, .a_line = 1, .a_row = -dy_line, .a_segment = dy_line,
+                           .a_inner = out, .b = image, .b_segment = line, .b_inner = in, .c = made,
+                           .c_line = 9 * in, .c_row = 3 * in};
+        if (out > 3) p.lines = 3, p.rows = out, p.a_line = -dy_line, p.a_row = 1, p.c_line = 3 * in, p.c_row = 9 * in;
+        product(&p, scratch);
+        for (int o = 0; o < out; o++)
+            for (int k = 0; k < 9 * in; k++)
+                dkernel[k * out + o] += made[o * 9 * in + k];
+    }
     arena_release(scratch, mark);
 }
 
@@ -1084,7 +1147,7 @@ void convolve3x3_by_kernel_fast(int h, int w, int in, int out, const real *x, co
             real *k = f.k + place * f.k_plane;
             const Product p = {.lines = 1, .rows = in, .columns = out, .segments = 1,
                                .inner = lines * f.columns, .a = f.x + place * f.x_plane, .a_row = 1,
-                               .a_inner = in, .b = f.y + place * f.y_plane, .c = k,
+                               .a_inner = in, .b = f.y + place * f.y_plane, .c = k, .c_row = out, .b_inner = out,
                                .start = first ? k : NULL};
             product(&p, scratch);
         }
