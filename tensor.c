@@ -890,16 +890,22 @@ double level_softmax(size_t count, const double *u, const unsigned char *k, doub
                      double *dprecision) {
     /* With d_c = u - x(c) and c* the nearest level,
      *     -log p(k) = h (d_k^2 - d_*^2) + log sum_c exp(-h (d_c^2 - d_*^2)),   h = precision / 2,
-     * and its derivatives are 2 h (E x(c) - x(k)) by u and d_k^2 - E d_c^2 by h, E under p(c). */
+     * and its derivatives are 2 h (E x(c) - x(k)) by u and d_k^2 - E d_c^2 by h, E under p(c). A level j steps
+     * from the nearest weighs at most exp(-h spacing^2 j (j - 1)): where that is nothing, it is left out. */
     const real h = (real)(precision / 2), spacing = (real)2 / LEVELS;
     double total = 0, by_h = 0;
+    int reach = 1;
+    while (reach < LEVELS && h * spacing * spacing * (real)(reach * (reach - 1)) < 87)
+        reach++;
     for (size_t i = 0; i < count; i++) {
         /* Distances are taken from the nearest level, where they are small and exact: x(c) = x(c*) + spacing
          * j. */
         const int nearest = nearest_level(u[i]);
         const real d = (real)(u[i] - level_value(nearest));
         real weights[LANES] = {0}, steps[LANES] = {0}, excesses[LANES] = {0};   /* of w, w step, w excess */
-        for (int c = 0; c < LEVELS; c += LANES)   /* by lanes: one long sum would be too coarse */
+        const int first = nearest > reach ? (nearest - reach) / LANES * LANES : 0;
+        const int last = nearest + reach < LEVELS ? nearest + reach : LEVELS - 1;
+        for (int c = first; c <= last; c += LANES)   /* by lanes: one long sum would be too coarse */
             for (int l = 0; l < LANES; l++) {
                 const real step = spacing * (real)(c + l - nearest), excess = step * (step - 2 * d);
                 const real w = fast_exp(-h * excess);   /* excess = d_c^2 - d_*^2 */
