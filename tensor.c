@@ -265,81 +265,88 @@ INLINE real fast_exp(real x) {
 
 /* ---- matrix products ---- */
 
-/* The one loop under every convolution and matrix product, forward and backward:
+/* The one loop under every convolution and matrix product, forward and backward. For each line
  *
  *     c(i, j) = bias[j] + start(i, j) + sum over s < segments, k < inner of  a(s, i, k) b(s, k, j)
  *
- * Row i = line*rows + r of `a` begins at a + line*a_line + r*a_row, and its element (s, k) lies s*a_segment +
- * k*a_inner further on; rows of b and c likewise. Rows of `a` or b may overlap: that makes a 3x3 convolution
- * of an image with a border of zeros a plain product. */
+ * Line l begins at a + l*a_line, its row i lies i*a_row further on, and of that the element (s, k) s*a_segment
+ * + k*a_inner; b and c likewise. Rows of `a` or b may overlap: that makes a 3x3 convolution of an image with a
+ * border of zeros a plain product. */
 typedef struct {
     int lines, rows, columns, segments, inner;
-    const real *a;
+    const real *a, *b;
     ptrdiff_t a_line, a_row, a_segment, a_inner;
-    const real *b;
-    ptrdiff_t b_segment, b_inner;
+    ptrdiff_t b_line, b_segment, b_inner;
     const real *bias;    /* [columns], or NULL */
     const real *start;   /* laid out like c, or NULL; c itself: add to c */
     real *c;
     ptrdiff_t c_line, c_row;
 } Product;
 
-/* One block of c: R rows x N columns, of which `width` are stored. R and N are constants where this is
- * called, and each pair gets a copy of the loops with the sums in registers. a, b, bias, start and c point to
- * the block's own first element. */
-INLINE void block_product(const int R, const int N, const int width, const Product *p, const real *a, const real *b,
-                          ptrdiff_t b_segment,
-                          ptrdiff_t b_inner, const real *bias, const real *start, real *c) {
+/* A product of one line whose R rows x N columns of sums stay in registers; `width` columns are stored. R and
+ * N are constants where this is called, and each pair gets a copy of the loops. simd: else gcc takes such
+ * short loops apart. */
+INLINE void block_product(const int R, const int N, const int width, const Product *p) {
     real sum[BLOCK_ROWS][2 * LANES];
     for (int r = 0; r < R; r++)
 #pragma omp simd
         for (int n = 0; n < N; n++)
             sum[r][n] = 0;
-    const ptrdiff_t a_row = p->a_row, a_inner = p->a_inner;
+    const ptrdiff_t a_row = p->a_row, a_inner = p->a_inner, b_inner = p->b_inner;
     for (int s = 0; s < p->segments; s++) {
-        const real *ak = a + s * p->a_segment, *bk = b + s * b_segment;
+        const real *ak = p->a + s * p->a_segment, *bk = p->b + s * p->b_segment;
         for (int k = 0; k < p->inner; k++, ak += a_inner, bk += b_inner)
-            for (int r = 0; r < R; r++)   /* simd: else gcc takes so short a loop apart */
+            for (int r = 0; r < R; r++)
 #pragma omp simd
                 for (int n = 0; n < N; n++)
                     sum[r][n] += ak[r * a_row] * bk[n];
     }
     for (int r = 0; r < R; r++) {
-        if (bias)
+        if (p->bias)
 #pragma omp simd
             for (int n = 0; n < width; n++)
-                sum[r][n] += bias[n];
-        if (start)
+                sum[r][n] += p->bias[n];
+        if (p->start)
 #pragma omp simd
             for (int n = 0; n < width; n++)
-                sum[r][n] += start[r * p->c_row + n];
+                sum[r][n] += p->start[r * p->c_row + n];
 #pragma omp simd
         for (int n = 0; n < width; n++)
-            c[r * p->c_row + n] = sum[r][n];
+            p->c[r * p->c_row + n] = sum[r][n];
     }
 }
 
-/* R rows: choose the copy of the loop. Fewer than LANES columns are computed as a whole vector. */
-static void block_rows(int R, int width, const Product *p, const real *a, const real *b, ptrdiff_t b_segment,
-                       ptrdiff_t b_inner, const real *bias, const real *start, real *c) {
-#define CASE(r)                                                                          \
-    case r:                                                                              \
-        if (width == 2 * LANES)                                                          \
-            block_product(r, 2 * LANES, 2 * LANES, p, a, b, b_segment, b_inner, bias, start, c);      \
-        else if (width == LANES)                                                         \
-            block_product(r, LANES, LANES, p, a, b, b_segment, b_inner, bias, start, c);              \
-        else if (width == LANES / 2)                                                     \
-            block_product(r, LANES / 2, LANES / 2, p, a, b, b_segment, b_inner, bias, start, c);      \
-        else                                                                             \
-            block_product(r, LANES, width, p, a, b, b_segment, b_inner, bias, start, c);              \
+/* Choose the copy of the loops. */
+static void block_of_constants(const Product *p) {
+#define CASE(R)                                         \
+    case R:                                             \
+        if (p->columns == 2 * LANES)                    \
+            block_product(R, 2 * LANES, 2 * LANES, p);  \
+        else if (p->columns == LANES)                   \
+            block_product(R, LANES, LANES, p);          \
+        else if (p->columns == LANES / 2)               \
+            block_product(R, LANES / 2, LANES / 2, p);  \
+        else                                            \
+            block_product(R, LANES, p->columns % LANES, p);    \
         break;
-    switch (R) {
+    switch (p->rows) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if defined __AVX512F__
         CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
     }
 #undef CASE
+}
+
+/* b of a block becomes whole vectors in `copy`, zeros behind its columns. */
+static void copy_to_vectors(Product *p, real *copy) {
+    real *to = copy;
+    for (int s = 0; s < p->segments; s++)
+        for (int k = 0; k < p->inner; k++, to += LANES)
+            for (int n = 0; n < LANES; n++)
+                to[n] = n < p->columns ? p->b[s * p->b_segment + k * p->b_inner + n] : 0;
+    p->b = copy;
+    p->b_segment = p->inner * LANES, p->b_inner = LANES;
 }
 
 static void product(const Product *p, Arena *scratch) {
@@ -349,24 +356,29 @@ static void product(const Product *p, Arena *scratch) {
     for (int j = 0, width; j < p->columns; j += width) {
         const int left = p->columns - j;
         width = left >= 2 * LANES ? 2 * LANES : left >= LANES ? LANES : left;
-        const real *b = p->b + j;
-        ptrdiff_t b_segment = p->b_segment, b_inner = p->b_inner;
-        if (width < LANES && width != LANES / 2 && b_inner < j + LANES) {   /* the last columns: a copy of them in whole vectors, zeros behind */
-            real *copy = arena_allocate(scratch, (size_t)p->segments * p->inner * LANES, sizeof(real)), *to = copy;
-            for (int i = 0; i < p->segments; i++)
-                for (int k = 0; k < p->inner; k++, to += LANES)
-                    for (int n = 0; n < LANES; n++)
-                        to[n] = n < width ? b[i * b_segment + k * b_inner + n] : 0;
-            b = copy;
-            b_segment = p->inner * LANES, b_inner = LANES;
-        }
-        for (int line = 0; line < p->lines; line++)
-            for (int block = 0, i = 0, height; block < blocks; block++, i += height) {
-                height = least + (block < higher);
-                const ptrdiff_t at = line * p->c_line + i * p->c_row + j;
-                block_rows(height, width, p, p->a + line * p->a_line + i * p->a_row, b, b_segment, b_inner,
-                           p->bias ? p->bias + j : NULL, p->start ? p->start + at : NULL, p->c + at);
+        /* The last columns need a copy, unless rows of b are known to go on. */
+        const int partial = width < LANES && width != LANES / 2 && p->b_inner < j + LANES;
+        real *copy = partial ? arena_allocate(scratch, (size_t)p->segments * p->inner * LANES, sizeof(real)) : NULL;
+        Product block = *p;
+        block.columns = width;
+        block.bias = p->bias ? p->bias + j : NULL;
+        for (int line = 0; line < p->lines; line++) {
+            const real *a = p->a + line * p->a_line;
+            ptrdiff_t at = line * p->c_line + j;
+            if (line == 0 || p->b_line) {
+                block.b = p->b + line * p->b_line + j;
+                block.b_segment = p->b_segment, block.b_inner = p->b_inner;
+                if (partial)
+                    copy_to_vectors(&block, copy);
             }
+            for (int i = 0; i < blocks; i++, a += block.rows * p->a_row, at += block.rows * p->c_row) {
+                block.rows = least + (i < higher);
+                block.a = a;
+                block.start = p->start ? p->start + at : NULL;
+                block.c = p->c + at;
+                block_of_constants(&block);
+            }
+        }
     }
     arena_release(scratch, mark);
 }
@@ -1100,9 +1112,10 @@ void convolve3x3_fast(int h, int w, int in, int out, const real *x, const real *
     for (int first = 0; first < f.lines; first += f.lines_at_once) {
         const int lines = f.lines - first < f.lines_at_once ? f.lines - first : f.lines_at_once;
         transform_tiles(input_transform, REACH, &f, first, lines, in, width, image, f.x, f.x_plane);
-        for (int place = 0; place < PLACES; place++)
-            matrix_product(lines * f.columns, in, out, f.x + place * f.x_plane, f.k + place * f.k_plane, NULL,
-                           NULL, f.y + place * f.y_plane, scratch);
+        const Product p = {.lines = PLACES, .rows = lines * f.columns, .columns = out, .segments = 1, .inner = in,
+                           .a = f.x, .a_line = f.x_plane, .a_row = in, .a_inner = 1, .b = f.k,
+                           .b_line = f.k_plane, .b_inner = out, .c = f.y, .c_line = f.y_plane, .c_row = out};
+        product(&p, scratch);
         for (int i = 0; i < lines * f.columns; i++) {
             const int row = (first + i / f.columns) * TILE, column = i % f.columns * TILE;
             const int rows = h - row < TILE ? h - row : TILE, columns = w - column < TILE ? w - column : TILE;
@@ -1149,14 +1162,11 @@ void convolve3x3_by_kernel_fast(int h, int w, int in, int out, const real *x, co
         const int lines = f.lines - first < f.lines_at_once ? f.lines - first : f.lines_at_once;
         transform_tiles(input_transform, REACH, &f, first, lines, in, width + 2, image, f.x, f.x_plane);
         transform_tiles(output_transposed, TILE, &f, first, lines, out, width, dy_image, f.y, f.y_plane);
-        for (int place = 0; place < PLACES; place++) {
-            real *k = f.k + place * f.k_plane;
-            const Product p = {.lines = 1, .rows = in, .columns = out, .segments = 1,
-                               .inner = lines * f.columns, .a = f.x + place * f.x_plane, .a_row = 1,
-                               .a_inner = in, .b = f.y + place * f.y_plane, .c = k, .c_row = out, .b_inner = out,
-                               .start = first ? k : NULL};
-            product(&p, scratch);
-        }
+        const Product p = {.lines = PLACES, .rows = in, .columns = out, .segments = 1, .inner = lines * f.columns,
+                           .a = f.x, .a_line = f.x_plane, .a_row = 1, .a_inner = in, .b = f.y,
+                           .b_line = f.y_plane, .b_inner = out, .start = first ? f.k : NULL, .c = f.k,
+                           .c_line = f.k_plane, .c_row = out};
+        product(&p, scratch);
     }
     add_kernels((ptrdiff_t)in * out, f.k, f.k_plane, dkernel);
     arena_release(scratch, mark);
