@@ -517,12 +517,33 @@ void flip_kernel(int taps, int in, int out, const real *kernel, real *flipped) {
 
 static const double GROUP_NORM_EPS = 1e-6;
 
-static real *per_channel(const GroupNorm *n, Arena *scratch) {
-    assert(n->groups > 0 && n->channels > 0 && n->channels % n->groups == 0);
-    return arena_allocate(scratch, (size_t)n->channels, sizeof(real));
+/* An image as the loops see it. Where the channels of a position would leave vectors partly empty, a row is
+ * several positions; arrays [columns] then repeat what belongs to a channel. */
+typedef struct {
+    const GroupNorm *n;
+    const real *x;
+    int rows, columns;
+    real *mean, *rstd;                /* [columns], of the channel's group */
+    real *gain, *offset;              /* [columns]: u = scale xhat + bias = gain x + offset */
+    real *scale, *zero, *one;         /* [columns] */
+    const real *p, *q, *r;            /* [columns], for the loops: their factors */
+    const real *from, *other;         /* what they read beside x, */
+    real *to;                         /* and what they write */
+    Arena *scratch;
+} Norm;
+
+static real *per_column(const Norm *t) {
+    return arena_allocate(t->scratch, (size_t)t->columns, sizeof(real));
 }
 
-/* Channels c .. c+N-1 of R rows of the sums below, which are read and written once for all of these rows. */
+/* What was found out for each channel holds in the further columns of the row as well. */
+static real *repeated(const Norm *t, real *array) {
+    for (int c = t->n->channels; c < t->columns; c++)
+        array[c] = array[c - t->n->channels];
+    return array;
+}
+
+/* Columns c .. c+N-1 of R rows of the sums below, which are read and written once for all of these rows. */
 INLINE void add_rows(const int R, const int N, int c, size_t row, const real *u, const real *u_shift,
                      const real *w, const real *w_shift, real *sum, real *sum_product) {
 #pragma omp simd
@@ -539,48 +560,56 @@ INLINE void add_rows(const int R, const int N, int c, size_t row, const real *u,
 }
 
 /* Per channel, over all positions: sum of u - u_shift and sum_product of (u - u_shift)(w - w_shift). */
-static void channel_sums(const GroupNorm *n, const real *u, const real *u_shift, const real *w,
+static void channel_sums(const Norm *t, const real *u, const real *u_shift, const real *w,
                          const real *w_shift, real *sum, real *sum_product) {
     enum { ROWS = 8 };
-    const int C = n->channels, whole = C - C % LANES;
+    const int C = t->columns, whole = C - C % LANES, channels = t->n->channels;
     int i = 0;
     memset(sum, 0, C * sizeof(real));
     memset(sum_product, 0, C * sizeof(real));
-    for (; i + ROWS <= n->positions; i += ROWS, u += ROWS * C, w += ROWS * C) {
+    for (; i + ROWS <= t->rows; i += ROWS, u += ROWS * C, w += ROWS * C) {
         for (int c = 0; c < whole; c += LANES)
             add_rows(ROWS, LANES, c, C, u, u_shift, w, w_shift, sum, sum_product);
         add_rows(ROWS, C - whole, whole, C, u, u_shift, w, w_shift, sum, sum_product);
     }
-    for (; i < n->positions; i++, u += C, w += C)
+    for (; i < t->rows; i++, u += C, w += C)
         add_rows(1, C, 0, C, u, u_shift, w, w_shift, sum, sum_product);
+    for (int first = channels; first < C; first += channels)
+        for (int c = 0; c < channels; c++) {
+            sum[c] += sum[first + c];
+            sum_product[c] += sum_product[first + c];
+        }
 }
 
-/* mean[c] = the mean, over the group of channel c, of what has these sums per channel, times their
+/* [columns]: the mean, over the group of the channel, of what has these sums per channel, times their
  * weights. */
-static void group_means(const GroupNorm *n, const real *weight, const real *sum, real *mean) {
-    const int width = n->channels / n->groups;
-    for (int first = 0; first < n->channels; first += width) {
+static real *group_means(const Norm *t, const real *weight, const real *sum) {
+    const int width = t->n->channels / t->n->groups;
+    real *mean = per_column(t);
+    for (int first = 0; first < t->n->channels; first += width) {
         double total = 0;
         for (int c = first; c < first + width; c++)
             total += (double)weight[c] * (double)sum[c];
         for (int c = first; c < first + width; c++)
-            mean[c] = (real)(total / ((double)n->positions * width));
+            mean[c] = (real)(total / ((double)t->n->positions * width));
     }
+    return repeated(t, mean);
 }
 
 /* Mean and variance in one pass over the distances to a number close to the mean, so that no digits are lost
  * in the difference of large sums. That number is the mean of a few positions, because a single one could be
  * an outlier. */
-static void group_statistics(const GroupNorm *n, const real *x, Arena *scratch) {
+static void group_statistics(const Norm *t) {
     enum { SAMPLES = 16 };
+    const GroupNorm *n = t->n;
     const int C = n->channels, width = C / n->groups;
     const double count = (double)n->positions * width;
-    real *sum = per_channel(n, scratch), *squares = per_channel(n, scratch), *near = per_channel(n, scratch);
+    real *sum = per_column(t), *squares = per_column(t), *near = per_column(t);
     memset(near, 0, C * sizeof(real));
     for (size_t s = 0; s < SAMPLES; s++)
         for (int c = 0; c < C; c++)
-            near[c] += x[s * n->positions / SAMPLES * C + c] / SAMPLES;
-    channel_sums(n, x, near, x, near, sum, squares);
+            near[c] += t->x[s * n->positions / SAMPLES * C + c] / SAMPLES;
+    channel_sums(t, t->x, repeated(t, near), t->x, near, sum, squares);
     for (int g = 0; g < n->groups; g++) {
         double mean = 0, variance = 0;
         for (int c = g * width; c < (g + 1) * width; c++)
@@ -595,126 +624,162 @@ static void group_statistics(const GroupNorm *n, const real *x, Arena *scratch) 
     }
 }
 
+static Norm norm_of(const GroupNorm *n, const real *x, int with_statistics, Arena *scratch) {
+    assert(n->groups > 0 && n->channels > 0 && n->channels % n->groups == 0);
+    Norm t = {.n = n, .x = x, .rows = n->positions, .columns = n->channels, .scratch = scratch};
+    for (; t.columns % LANES && t.rows % 2 == 0; t.rows /= 2)
+        t.columns *= 2;
+    if (with_statistics)
+        group_statistics(&t);
+    t.mean = per_column(&t), t.rstd = per_column(&t), t.gain = per_column(&t), t.offset = per_column(&t);
+    t.scale = per_column(&t), t.zero = per_column(&t), t.one = per_column(&t);
+    for (int c = 0, width = n->channels / n->groups; c < n->channels; c++) {
+        t.mean[c] = n->mean[c / width];
+        t.rstd[c] = n->rstd[c / width];
+        t.scale[c] = n->scale[c];
+        t.gain[c] = t.rstd[c] * t.scale[c];
+        t.offset[c] = n->bias[c] - t.mean[c] * t.gain[c];
+        t.zero[c] = 0;
+        t.one[c] = 1;
+    }
+    real *const arrays[] = {t.mean, t.rstd, t.scale, t.gain, t.offset, t.zero, t.one};
+    for (int i = 0; i < 7; i++)
+        repeated(&t, arrays[i]);
+    return t;
+}
+
 /* The derivative of xhat by x, a symmetric linear map: it takes tangents forward and gradients back. Means
  * are over the group.
  *
  *     J v = rstd (v - mean(v) - xhat mean(xhat v)) = rstd v + slope x + offset */
 typedef struct {
-    real *slope, *offset;    /* for a given v, which is J's argument times `weight` */
-    real *sum, *sum_xhat;    /* over the positions, of v and of xhat v */
-    real *mean_xhat;         /* mean(xhat weight v) */
+    real *slope, *offset;        /* [columns], for J's argument v times `weight` */
+    real *sum, *sum_xhat;        /* [channels], over the positions, of v and of xhat v */
+    real *mean, *mean_xhat;      /* [columns], of weight v and of xhat weight v */
 } Jacobian;
 
-/* What the loops read and write: arrays [channels] of scratch memory, and images. */
-typedef struct {
-    const GroupNorm *n;
-    real *mean, *rstd;                     /* of the channel's group */
-    real *gain, *offset;                   /* u = scale xhat + bias = gain x + offset */
-    real *zero, *one;
-    const real *x, *x_dot, *dy;            /* dy: or dy_dot */
-    real *y, *xhat_dot, *du, *du_dot, *dx, *dx_dot;
-    Jacobian of_x_dot, of_du, of_du_dot;
-} Norm;
-
-static Norm norm_of(const GroupNorm *n, const real *x, Arena *scratch) {
-    const Norm t = {.n = n, .x = x, .mean = per_channel(n, scratch), .rstd = per_channel(n, scratch),
-                    .gain = per_channel(n, scratch), .offset = per_channel(n, scratch),
-                    .zero = per_channel(n, scratch), .one = per_channel(n, scratch)};
-    for (int c = 0, width = n->channels / n->groups; c < n->channels; c++) {
-        t.mean[c] = n->mean[c / width];
-        t.rstd[c] = n->rstd[c / width];
-        t.gain[c] = t.rstd[c] * n->scale[c];
-        t.offset[c] = n->bias[c] - t.mean[c] * t.gain[c];
-        t.zero[c] = 0;
-        t.one[c] = 1;
-    }
-    return t;
-}
-
-static Jacobian jacobian(const Norm *t, const real *weight, const real *v, Arena *scratch) {
-    const Jacobian j = {per_channel(t->n, scratch), per_channel(t->n, scratch), per_channel(t->n, scratch),
-                        per_channel(t->n, scratch), per_channel(t->n, scratch)};
-    channel_sums(t->n, v, t->zero, t->x, t->mean, j.sum, j.sum_xhat);
+static Jacobian jacobian(const Norm *t, const real *weight, const real *v) {
+    Jacobian j = {per_column(t), per_column(t), per_column(t), per_column(t), NULL, NULL};
+    channel_sums(t, v, t->zero, t->x, t->mean, j.sum, j.sum_xhat);
     for (int c = 0; c < t->n->channels; c++)
         j.sum_xhat[c] *= t->rstd[c];
-    group_means(t->n, weight, j.sum, j.offset);
-    group_means(t->n, weight, j.sum_xhat, j.mean_xhat);
-    for (int c = 0; c < t->n->channels; c++) {
+    j.mean = group_means(t, weight, j.sum);
+    j.mean_xhat = group_means(t, weight, j.sum_xhat);
+    for (int c = 0; c < t->columns; c++) {
         j.slope[c] = -t->rstd[c] * t->rstd[c] * j.mean_xhat[c];
-        j.offset[c] = -t->rstd[c] * j.offset[c] - j.slope[c] * t->mean[c];
+        j.offset[c] = -t->rstd[c] * j.mean[c] - j.slope[c] * t->mean[c];
     }
     return j;
 }
 
-/* A loop over N channels, from channel c and element `at` of the image on. N, swish and dropout are constants
+/* A loop over N columns, from column c and element `at` of the image on. N and the options are constants
  * where it is called, so that it runs in vector registers and without branches. */
-typedef void ChannelLoop(int N, int swish, int dropout, int c, size_t at, const Norm *t);
+typedef void ColumnLoop(int N, int swish, int dropout, int c, size_t at, const Norm *t);
 
-INLINE void each_position(ChannelLoop loop, const int swish, const int dropout, const Norm *t) {
-    const int channels = t->n->channels, rest = channels % LANES, whole = channels - rest;
-    const size_t end = (size_t)t->n->positions * channels;
-    for (size_t at = 0; at < end; at += channels)
+INLINE void each_row(ColumnLoop loop, const int swish, const int dropout, const Norm *t) {
+    const int columns = t->columns, rest = columns % LANES, whole = columns - rest;
+    const size_t end = (size_t)t->rows * columns;
+    for (size_t at = 0; at < end; at += columns)
         for (int c = 0; c < whole; c += LANES)
             loop(LANES, swish, dropout, c, at + c, t);
-    for (size_t at = whole; rest && at < end; at += channels)
+    for (size_t at = whole; rest && at < end; at += columns)
         loop(rest, swish, dropout, whole, at, t);
 }
 
-INLINE void each_position_as_asked(ChannelLoop loop, const Norm *t) {
+INLINE void each_row_as_asked(ColumnLoop loop, const Norm *t) {
     if (t->n->swish && t->n->dropout_factor)
-        each_position(loop, 1, 1, t);
+        each_row(loop, 1, 1, t);
     else if (t->n->swish)
-        each_position(loop, 1, 0, t);
+        each_row(loop, 1, 0, t);
     else
-        each_position(loop, 0, t->n->dropout_factor != NULL, t);
+        each_row(loop, 0, t->n->dropout_factor != NULL, t);
 }
 
-/* swish(u) = u s and its derivatives, s = sigmoid(u). */
+/* to = p from + q other + r, or added to what is there. */
+static inline void combine_columns(int N, int added, int unused, int c, size_t at, const Norm *t) {
+    (void)unused;
+#pragma omp simd
+    for (int j = 0; j < N; j++)
+        t->to[at + j] = t->p[c + j] * t->from[at + j] + t->q[c + j] * t->other[at + j] + t->r[c + j]
+                        + (added ? t->to[at + j] : 0);
+}
+
+/* swish(u) = u s, s = sigmoid(u): here to = factor swish(u), then `from` times the first or second derivative. */
 INLINE real sigmoid(real u) {
     return 1 / (1 + fast_exp(-u));
 }
-INLINE real swish_slope(real u, real s) {
-    return s * (1 + u * (1 - s));
-}
-INLINE real swish_curve(real u, real s) {
-    return s * (1 - s) * (2 + u * (1 - 2 * s));
-}
 
-/* y = factor swish(u) */
-static inline void forward(int N, int swish, int dropout, int c, size_t at, const Norm *t) {
+static inline void by_swish(int N, int swish, int dropout, int c, size_t at, const Norm *t) {
 #pragma omp simd
     for (int j = 0; j < N; j++) {
         const real u = t->x[at + j] * t->gain[c + j] + t->offset[c + j];
-        t->y[at + j] = (swish ? u * sigmoid(u) : u) * (dropout ? t->n->dropout_factor[at + j] : 1);
+        t->to[at + j] = (swish ? u * sigmoid(u) : u) * (dropout ? t->n->dropout_factor[at + j] : 1);
     }
+}
+
+static inline void by_slope(int N, int swish, int dropout, int c, size_t at, const Norm *t) {
+#pragma omp simd
+    for (int j = 0; j < N; j++) {
+        const real u = t->x[at + j] * t->gain[c + j] + t->offset[c + j], s = swish ? sigmoid(u) : 0;
+        const real from = t->from[at + j] * (dropout ? t->n->dropout_factor[at + j] : 1);
+        t->to[at + j] = swish ? from * s * (1 + u * (1 - s)) : from;
+    }
+}
+
+static inline void by_curve(int N, int swish, int dropout, int c, size_t at, const Norm *t) {
+#pragma omp simd
+    for (int j = 0; j < N; j++) {
+        const real u = t->x[at + j] * t->gain[c + j] + t->offset[c + j], s = swish ? sigmoid(u) : 0;
+        const real from = t->from[at + j] * (dropout ? t->n->dropout_factor[at + j] : 1);
+        t->to[at + j] *= swish ? from * s * (1 - s) * (2 + u * (1 - 2 * s)) : 0;
+    }
+}
+
+static void combine(Norm *t, const real *p, const real *from, const real *q, const real *other, const real *r,
+                    int added, real *to) {
+    t->p = p, t->q = q, t->r = r, t->from = from, t->other = other, t->to = to;
+    if (to && added)
+        each_row(combine_columns, 1, 0, t);
+    else if (to)
+        each_row(combine_columns, 0, 0, t);
+}
+
+static void multiply_by_slope(Norm *t, const real *from, real *to) {
+    t->from = from, t->to = to;
+    each_row_as_asked(by_slope, t);
+}
+
+static void multiply_by_curve(Norm *t, const real *from, real *to) {   /* to *= */
+    t->from = from, t->to = to;
+    each_row_as_asked(by_curve, t);
 }
 
 void group_norm(const GroupNorm *n, const real *x, real *y, Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
-    group_statistics(n, x, scratch);
-    Norm t = norm_of(n, x, scratch);
-    t.y = y;
-    each_position_as_asked(forward, &t);
+    Norm t = norm_of(n, x, 1, scratch);
+    t.to = y;
+    each_row_as_asked(by_swish, &t);
     arena_release(scratch, mark);
 }
 
-/* du = dy factor swish'(u) */
-static inline void back_to_u(int N, int swish, int dropout, int c, size_t at, const Norm *t) {
-#pragma omp simd
-    for (int j = 0; j < N; j++) {
-        const real u = t->x[at + j] * t->gain[c + j] + t->offset[c + j];
-        const real dy = t->dy[at + j] * (dropout ? t->n->dropout_factor[at + j] : 1);
-        t->du[at + j] = swish ? dy * swish_slope(u, sigmoid(u)) : dy;
+/* u_dot = scale J x_dot */
+static void normalised_tangent(Norm *t, const Jacobian *of_x_dot, const real *x_dot, real *u_dot) {
+    real *slope = per_column(t), *offset = per_column(t);
+    for (int c = 0; c < t->columns; c++) {
+        slope[c] = t->scale[c] * of_x_dot->slope[c];
+        offset[c] = t->scale[c] * of_x_dot->offset[c];
     }
+    combine(t, t->gain, x_dot, slope, t->x, offset, 0, u_dot);
 }
 
-/* dx += J (scale du) */
-static inline void back_to_x(int N, int swish, int dropout, int c, size_t at, const Norm *t) {
-    (void)swish, (void)dropout;
-#pragma omp simd
-    for (int j = 0; j < N; j++)
-        t->dx[at + j] += t->gain[c + j] * t->du[at + j] + t->of_du.slope[c + j] * t->x[at + j]
-                         + t->of_du.offset[c + j];
+/* y_dot = factor swish'(u) u_dot */
+void group_norm_tangent(const GroupNorm *n, const real *x, const real *x_dot, real *y_dot, Arena *scratch) {
+    const ArenaMark mark = arena_mark(scratch);
+    Norm t = norm_of(n, x, 0, scratch);
+    const Jacobian of_x_dot = jacobian(&t, t.one, x_dot);
+    normalised_tangent(&t, &of_x_dot, x_dot, y_dot);
+    multiply_by_slope(&t, y_dot, y_dot);
+    arena_release(scratch, mark);
 }
 
 /* sum += a + b, each [channels] */
@@ -723,101 +788,57 @@ static void add_sums(const GroupNorm *n, const real *a, const real *b, real *sum
         sum[c] += a[c] + b[c];
 }
 
+/* With du = dy factor swish'(u): dx += J (scale du) */
 void group_norm_backward(const GroupNorm *n, const real *x, const real *dy, real *dx, real *dscale,
                          real *dbias, Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
-    Norm t = norm_of(n, x, scratch);
-    t.dy = dy, t.dx = dx;
-    t.du = arena_allocate(scratch, (size_t)n->positions * n->channels, sizeof(real));
-    each_position_as_asked(back_to_u, &t);
-    t.of_du = jacobian(&t, n->scale, t.du, scratch);
-    add_sums(n, t.of_du.sum_xhat, t.zero, dscale);
-    add_sums(n, t.of_du.sum, t.zero, dbias);
-    if (dx)
-        each_position(back_to_x, 0, 0, &t);
+    Norm t = norm_of(n, x, 0, scratch);
+    real *du = arena_allocate(scratch, (size_t)n->positions * n->channels, sizeof(real));
+    multiply_by_slope(&t, dy, du);
+    const Jacobian of_du = jacobian(&t, t.scale, du);
+    add_sums(n, of_du.sum_xhat, t.zero, dscale);
+    add_sums(n, of_du.sum, t.zero, dbias);
+    combine(&t, t.gain, du, of_du.slope, x, of_du.offset, 1, dx);
     arena_release(scratch, mark);
 }
 
-/* y_dot = factor swish'(u) u_dot, u_dot = scale J x_dot */
-static inline void tangent(int N, int swish, int dropout, int c, size_t at, const Norm *t) {
-#pragma omp simd
-    for (int j = 0; j < N; j++) {
-        const real x = t->x[at + j], u = x * t->gain[c + j] + t->offset[c + j];
-        const real u_dot = t->gain[c + j] * t->x_dot[at + j]
-                           + t->n->scale[c + j] * (t->of_x_dot.slope[c + j] * x + t->of_x_dot.offset[c + j]);
-        t->y[at + j] = (dropout ? t->n->dropout_factor[at + j] : 1)
-                       * (swish ? swish_slope(u, sigmoid(u)) * u_dot : u_dot);
-    }
-}
-
-void group_norm_tangent(const GroupNorm *n, const real *x, const real *x_dot, real *y_dot, Arena *scratch) {
-    const ArenaMark mark = arena_mark(scratch);
-    Norm t = norm_of(n, x, scratch);
-    t.x_dot = x_dot, t.y = y_dot;
-    t.of_x_dot = jacobian(&t, t.one, x_dot, scratch);
-    each_position_as_asked(tangent, &t);
-    arena_release(scratch, mark);
-}
-
-/* xhat_dot = J x_dot, and what flows back to u and to u_dot = scale xhat_dot */
-static inline void tangent_back_to_u(int N, int swish, int dropout, int c, size_t at, const Norm *t) {
-#pragma omp simd
-    for (int j = 0; j < N; j++) {
-        const real x = t->x[at + j], u = x * t->gain[c + j] + t->offset[c + j], s = swish ? sigmoid(u) : 0;
-        const real dy_dot = t->dy[at + j] * (dropout ? t->n->dropout_factor[at + j] : 1);
-        const real xhat_dot = t->rstd[c + j] * t->x_dot[at + j] + t->of_x_dot.slope[c + j] * x
-                              + t->of_x_dot.offset[c + j];
-        t->xhat_dot[at + j] = xhat_dot;
-        t->du[at + j] = swish ? dy_dot * swish_curve(u, s) * t->n->scale[c + j] * xhat_dot : 0;
-        t->du_dot[at + j] = swish ? dy_dot * swish_slope(u, s) : dy_dot;
-    }
-}
-
-/* With g = scale du_dot, and because d xhat = J dx and d rstd = -rstd^2 mean(xhat dx),
+/* What flows back to u and to u_dot is du = dy_dot factor swish''(u) u_dot and du_dot = dy_dot factor
+ * swish'(u). With g = scale du_dot and xhat_dot = J x_dot, and because d xhat = J dx and d rstd = -rstd^2
+ * mean(xhat dx),
  *
  *     dx_dot += J g
- *     dx     += J (scale du) - rstd [xhat mean(g xhat_dot) + mean(xhat x_dot) J g + mean(xhat g) xhat_dot]
- *
- * where the bracket's first term has been added to the slope and offset of J (scale du). */
-static inline void tangent_back_to_x(int N, int swish, int dropout, int c, size_t at, const Norm *t) {
-    (void)swish, (void)dropout;
-#pragma omp simd
-    for (int j = 0; j < N; j++) {
-        const real x = t->x[at + j], gain = t->gain[c + j];
-        const real Jg = gain * t->du_dot[at + j] + t->of_du_dot.slope[c + j] * x + t->of_du_dot.offset[c + j];
-        t->dx[at + j] += gain * t->du[at + j] + t->of_du.slope[c + j] * x + t->of_du.offset[c + j]
-                         - t->rstd[c + j] * (t->of_x_dot.mean_xhat[c + j] * Jg
-                                             + t->of_du_dot.mean_xhat[c + j] * t->xhat_dot[at + j]);
-        t->dx_dot[at + j] += Jg;
-    }
-}
-
+ *     dx     += J (scale du) - rstd [xhat mean(g xhat_dot) + mean(xhat x_dot) J g + mean(xhat g) xhat_dot] */
 void group_norm_tangent_backward(const GroupNorm *n, const real *x, const real *x_dot, const real *dy_dot,
                                  real *dx, real *dx_dot, real *dscale, real *dbias, Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
     const size_t count = (size_t)n->positions * n->channels;
-    Norm t = norm_of(n, x, scratch);
-    t.x_dot = x_dot, t.dy = dy_dot;
-    t.xhat_dot = arena_allocate(scratch, count, sizeof(real));
-    t.du = arena_allocate(scratch, count, sizeof(real));
-    t.du_dot = arena_allocate(scratch, count, sizeof(real));
-    t.of_x_dot = jacobian(&t, t.one, x_dot, scratch);
-    each_position_as_asked(tangent_back_to_u, &t);
-    t.of_du = jacobian(&t, n->scale, t.du, scratch);
-    t.of_du_dot = jacobian(&t, n->scale, t.du_dot, scratch);
-    real *unused = per_channel(n, scratch), *inner = per_channel(n, scratch);
-    channel_sums(n, t.du_dot, t.zero, t.xhat_dot, t.zero, unused, inner);
-    add_sums(n, t.of_du.sum_xhat, inner, dscale);
-    add_sums(n, t.of_du.sum, t.zero, dbias);
-    group_means(n, n->scale, inner, inner);   /* mean(g xhat_dot) */
-    for (int c = 0; c < n->channels; c++) {
-        const real slope = -t.rstd[c] * t.rstd[c] * inner[c];
-        t.of_du.slope[c] += slope;
-        t.of_du.offset[c] -= slope * t.mean[c];
+    Norm t = norm_of(n, x, 0, scratch);
+    real *du = arena_allocate(scratch, count, sizeof(real)), *unused = per_column(&t);
+    real *du_dot = arena_allocate(scratch, count, sizeof(real));
+    real *inner = per_column(&t);   /* sums of du_dot xhat_dot */
+    const Jacobian of_x_dot = jacobian(&t, t.one, x_dot);
+    normalised_tangent(&t, &of_x_dot, x_dot, du);
+    multiply_by_curve(&t, dy_dot, du);
+    multiply_by_slope(&t, dy_dot, du_dot);
+    const Jacobian of_du = jacobian(&t, t.scale, du), of_du_dot = jacobian(&t, t.scale, du_dot);
+    channel_sums(&t, du_dot, t.zero, x_dot, of_x_dot.mean, unused, inner);
+    for (int c = 0; c < n->channels; c++)
+        inner[c] = t.rstd[c] * (inner[c] - of_x_dot.mean_xhat[c] * of_du_dot.sum_xhat[c]);
+    add_sums(n, of_du.sum_xhat, inner, dscale);
+    add_sums(n, of_du.sum, t.zero, dbias);
+    combine(&t, t.gain, du_dot, of_du_dot.slope, x, of_du_dot.offset, 1, dx_dot);
+    const real *mean_inner = group_means(&t, t.scale, inner);
+    real *by_du_dot = per_column(&t), *by_x_dot = per_column(&t);
+    for (int c = 0; c < t.columns; c++) {   /* the bracket, by du_dot, x_dot, x and 1 */
+        const real rstd = t.rstd[c], a = rstd * of_x_dot.mean_xhat[c], b = rstd * of_du_dot.mean_xhat[c];
+        by_du_dot[c] = -a * t.gain[c];
+        by_x_dot[c] = -b * rstd;
+        of_du.slope[c] -= rstd * rstd * mean_inner[c] + a * of_du_dot.slope[c] + b * of_x_dot.slope[c];
+        of_du.offset[c] -= -rstd * rstd * mean_inner[c] * t.mean[c] + a * of_du_dot.offset[c]
+                           + b * of_x_dot.offset[c];
     }
-    t.dx = dx ? dx : t.du;   /* a gradient that nobody asked for goes where nothing is read any more */
-    t.dx_dot = dx_dot ? dx_dot : t.du_dot;
-    each_position(tangent_back_to_x, 0, 0, &t);
+    combine(&t, t.gain, du, of_du.slope, x, of_du.offset, 1, dx);
+    combine(&t, by_du_dot, du_dot, by_x_dot, x_dot, t.zero, 1, dx);
     arena_release(scratch, mark);
 }
 
