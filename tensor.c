@@ -517,18 +517,19 @@ void flip_kernel(int taps, int in, int out, const real *kernel, real *flipped) {
 
 static const double GROUP_NORM_EPS = 1e-6;
 
-/* An image as the loops see it. Where the channels of a position would leave vectors partly empty, a row is
- * several positions; arrays [columns] then repeat what belongs to a channel. */
+/* An image as the loops see it: as many positions make a row as give it at least LONG_ROW columns, if their
+ * number can be halved so often. Then few channels fill vectors too, and the sums over the rows run in so
+ * many columns side by side that none waits for itself. Arrays [columns] hold what belongs to a channel,
+ * again for each position of a row. */
+enum { LONG_ROW = 4 * LANES };
 typedef struct {
     const GroupNorm *n;
     const real *x;
     int rows, columns;
-    real *mean, *rstd;                /* [columns], of the channel's group */
-    real *gain, *offset;              /* [columns]: u = scale xhat + bias = gain x + offset */
-    real *scale, *zero, *one;         /* [columns] */
-    const real *p, *q, *r;            /* [columns], for the loops: their factors */
-    const real *from, *other;         /* what they read beside x, */
-    real *to;                         /* and what they write */
+    size_t count;
+    real *mean, *rstd;          /* [columns], of the channel's group */
+    real *gain, *offset;        /* [columns]: u = scale xhat + bias = gain x + offset */
+    real *scale, *zero, *one;   /* [columns] */
     Arena *scratch;
 } Norm;
 
@@ -538,43 +539,26 @@ static real *per_column(const Norm *t) {
 
 /* What was found out for each channel holds in the further columns of the row as well. */
 static real *repeated(const Norm *t, real *array) {
-    for (int c = t->n->channels; c < t->columns; c++)
-        array[c] = array[c - t->n->channels];
+    const int channels = t->n->channels;
+    for (int c = channels; c < t->columns; c += channels)
+        memcpy(array + c, array, channels * sizeof(real));
     return array;
-}
-
-/* Columns c .. c+N-1 of R rows of the sums below, which are read and written once for all of these rows. */
-INLINE void add_rows(const int R, const int N, int c, size_t row, const real *u, const real *u_shift,
-                     const real *w, const real *w_shift, real *sum, real *sum_product) {
-#pragma omp simd
-    for (int j = c; j < c + N; j++) {
-        real s = 0, p = 0;
-        for (int r = 0; r < R; r++) {
-            const real d = u[r * row + j] - u_shift[j];
-            s += d;
-            p += d * (w[r * row + j] - w_shift[j]);
-        }
-        sum[j] += s;
-        sum_product[j] += p;
-    }
 }
 
 /* Per channel, over all positions: sum of u - u_shift and sum_product of (u - u_shift)(w - w_shift). */
 static void channel_sums(const Norm *t, const real *u, const real *u_shift, const real *w,
-                         const real *w_shift, real *sum, real *sum_product) {
-    enum { ROWS = 8 };
-    const int C = t->columns, whole = C - C % LANES, channels = t->n->channels;
-    int i = 0;
-    memset(sum, 0, C * sizeof(real));
-    memset(sum_product, 0, C * sizeof(real));
-    for (; i + ROWS <= t->rows; i += ROWS, u += ROWS * C, w += ROWS * C) {
-        for (int c = 0; c < whole; c += LANES)
-            add_rows(ROWS, LANES, c, C, u, u_shift, w, w_shift, sum, sum_product);
-        add_rows(ROWS, C - whole, whole, C, u, u_shift, w, w_shift, sum, sum_product);
-    }
-    for (; i < t->rows; i++, u += C, w += C)
-        add_rows(1, C, 0, C, u, u_shift, w, w_shift, sum, sum_product);
-    for (int first = channels; first < C; first += channels)
+                         const real *w_shift, real *restrict sum, real *restrict sum_product) {
+    const int columns = t->columns, channels = t->n->channels;
+    memset(sum, 0, columns * sizeof(real));
+    memset(sum_product, 0, columns * sizeof(real));
+    for (int i = 0; i < t->rows; i++, u += columns, w += columns)
+#pragma omp simd
+        for (int c = 0; c < columns; c++) {
+            const real d = u[c] - u_shift[c];
+            sum[c] += d;
+            sum_product[c] += d * (w[c] - w_shift[c]);
+        }
+    for (int first = channels; first < columns; first += channels)
         for (int c = 0; c < channels; c++) {
             sum[c] += sum[first + c];
             sum_product[c] += sum_product[first + c];
@@ -626,8 +610,9 @@ static void group_statistics(const Norm *t) {
 
 static Norm norm_of(const GroupNorm *n, const real *x, int with_statistics, Arena *scratch) {
     assert(n->groups > 0 && n->channels > 0 && n->channels % n->groups == 0);
-    Norm t = {.n = n, .x = x, .rows = n->positions, .columns = n->channels, .scratch = scratch};
-    for (; t.columns % LANES && t.rows % 2 == 0; t.rows /= 2)
+    Norm t = {.n = n, .x = x, .rows = n->positions, .columns = n->channels, .scratch = scratch,
+              .count = (size_t)n->positions * n->channels};
+    for (; t.columns < LONG_ROW && t.rows % 2 == 0; t.rows /= 2)
         t.columns *= 2;
     if (with_statistics)
         group_statistics(&t);
@@ -672,114 +657,65 @@ static Jacobian jacobian(const Norm *t, const real *weight, const real *v) {
     return j;
 }
 
-/* A loop over N columns, from column c and element `at` of the image on. N and the options are constants
- * where it is called, so that it runs in vector registers and without branches. */
-typedef void ColumnLoop(int N, int swish, int dropout, int c, size_t at, const Norm *t);
-
-INLINE void each_row(ColumnLoop loop, const int swish, const int dropout, const Norm *t) {
-    const int columns = t->columns, rest = columns % LANES, whole = columns - rest;
-    const size_t end = (size_t)t->rows * columns;
-    for (size_t at = 0; at < end; at += columns)
-        for (int c = 0; c < whole; c += LANES)
-            loop(LANES, swish, dropout, c, at + c, t);
-    for (size_t at = whole; rest && at < end; at += columns)
-        loop(rest, swish, dropout, whole, at, t);
-}
-
-INLINE void each_row_as_asked(ColumnLoop loop, const Norm *t) {
-    if (t->n->swish && t->n->dropout_factor)
-        each_row(loop, 1, 1, t);
-    else if (t->n->swish)
-        each_row(loop, 1, 0, t);
-    else
-        each_row(loop, 0, t->n->dropout_factor != NULL, t);
-}
-
-/* to = p from + q other + r, or added to what is there. */
-static inline void combine_columns(int N, int added, int unused, int c, size_t at, const Norm *t) {
-    (void)unused;
-#pragma omp simd
-    for (int j = 0; j < N; j++)
-        t->to[at + j] = t->p[c + j] * t->from[at + j] + t->q[c + j] * t->other[at + j] + t->r[c + j]
-                        + (added ? t->to[at + j] : 0);
-}
-
-/* swish(u) = u s, s = sigmoid(u): here to = factor swish(u), then `from` times the first or second derivative. */
+/* swish(u) = u s and its derivatives, s = sigmoid(u), times v. */
 INLINE real sigmoid(real u) {
     return 1 / (1 + fast_exp(-u));
 }
+INLINE real swish_of_u(real u, real v) {
+    (void)v;
+    return u * sigmoid(u);
+}
+INLINE real times_slope(real u, real v) {
+    const real s = sigmoid(u);
+    return v * s * (1 + u * (1 - s));
+}
+INLINE real times_curve(real u, real v) {
+    const real s = sigmoid(u);
+    return v * s * (1 - s) * (2 + u * (1 - 2 * s));
+}
 
-static inline void by_swish(int N, int swish, int dropout, int c, size_t at, const Norm *t) {
+/* to = f(u, v) of images u and v. f is a constant where this is called. */
+INLINE void of_u(const Norm *t, real f(real u, real v), const real *v, real *to) {
+    for (size_t at = 0; at < t->count; at += t->columns)
 #pragma omp simd
-    for (int j = 0; j < N; j++) {
-        const real u = t->x[at + j] * t->gain[c + j] + t->offset[c + j];
-        t->to[at + j] = (swish ? u * sigmoid(u) : u) * (dropout ? t->n->dropout_factor[at + j] : 1);
-    }
+        for (int c = 0; c < t->columns; c++)
+            to[at + c] = f(t->gain[c] * t->x[at + c] + t->offset[c], v[at + c]);
 }
 
-static inline void by_slope(int N, int swish, int dropout, int c, size_t at, const Norm *t) {
+/* to = p v + q w + r with images v and w, or added to what is there. to: NULL if nobody wants it */
+INLINE void combine(const Norm *t, const int added, const real *p, const real *v, const real *q, const real *w,
+                    const real *r, real *to) {
+    for (size_t at = 0; to && at < t->count; at += t->columns)
 #pragma omp simd
-    for (int j = 0; j < N; j++) {
-        const real u = t->x[at + j] * t->gain[c + j] + t->offset[c + j], s = swish ? sigmoid(u) : 0;
-        const real from = t->from[at + j] * (dropout ? t->n->dropout_factor[at + j] : 1);
-        t->to[at + j] = swish ? from * s * (1 + u * (1 - s)) : from;
-    }
+        for (int c = 0; c < t->columns; c++)
+            to[at + c] = p[c] * v[at + c] + q[c] * w[at + c] + r[c] + (added ? to[at + c] : 0);
 }
 
-static inline void by_curve(int N, int swish, int dropout, int c, size_t at, const Norm *t) {
-#pragma omp simd
-    for (int j = 0; j < N; j++) {
-        const real u = t->x[at + j] * t->gain[c + j] + t->offset[c + j], s = swish ? sigmoid(u) : 0;
-        const real from = t->from[at + j] * (dropout ? t->n->dropout_factor[at + j] : 1);
-        t->to[at + j] *= swish ? from * s * (1 - s) * (2 + u * (1 - 2 * s)) : 0;
-    }
-}
-
-static void combine(Norm *t, const real *p, const real *from, const real *q, const real *other, const real *r,
-                    int added, real *to) {
-    t->p = p, t->q = q, t->r = r, t->from = from, t->other = other, t->to = to;
-    if (to && added)
-        each_row(combine_columns, 1, 0, t);
-    else if (to)
-        each_row(combine_columns, 0, 0, t);
-}
-
-static void multiply_by_slope(Norm *t, const real *from, real *to) {
-    t->from = from, t->to = to;
-    each_row_as_asked(by_slope, t);
-}
-
-static void multiply_by_curve(Norm *t, const real *from, real *to) {   /* to *= */
-    t->from = from, t->to = to;
-    each_row_as_asked(by_curve, t);
+static void multiply(size_t count, const real *factor, real *to) {
+    for (size_t i = 0; factor && i < count; i++)
+        to[i] *= factor[i];
 }
 
 void group_norm(const GroupNorm *n, const real *x, real *y, Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
-    Norm t = norm_of(n, x, 1, scratch);
-    t.to = y;
-    each_row_as_asked(by_swish, &t);
+    const Norm t = norm_of(n, x, 1, scratch);
+    if (n->swish)
+        of_u(&t, swish_of_u, x, y);
+    else
+        combine(&t, 0, t.gain, x, t.zero, x, t.offset, y);
+    multiply(t.count, n->dropout_factor, y);
     arena_release(scratch, mark);
 }
 
-/* u_dot = scale J x_dot */
-static void normalised_tangent(Norm *t, const Jacobian *of_x_dot, const real *x_dot, real *u_dot) {
-    real *slope = per_column(t), *offset = per_column(t);
-    for (int c = 0; c < t->columns; c++) {
-        slope[c] = t->scale[c] * of_x_dot->slope[c];
-        offset[c] = t->scale[c] * of_x_dot->offset[c];
-    }
-    combine(t, t->gain, x_dot, slope, t->x, offset, 0, u_dot);
-}
-
-/* y_dot = factor swish'(u) u_dot */
-void group_norm_tangent(const GroupNorm *n, const real *x, const real *x_dot, real *y_dot, Arena *scratch) {
-    const ArenaMark mark = arena_mark(scratch);
-    Norm t = norm_of(n, x, 0, scratch);
-    const Jacobian of_x_dot = jacobian(&t, t.one, x_dot);
-    normalised_tangent(&t, &of_x_dot, x_dot, y_dot);
-    multiply_by_slope(&t, y_dot, y_dot);
-    arena_release(scratch, mark);
+/* du = dy factor swish'(u), in scratch memory */
+static real *back_to_u(const Norm *t, const real *dy) {
+    real *du = arena_allocate(t->scratch, t->count, sizeof(real));
+    if (t->n->swish)
+        of_u(t, times_slope, dy, du);
+    else
+        memcpy(du, dy, t->count * sizeof(real));
+    multiply(t->count, t->n->dropout_factor, du);
+    return du;
 }
 
 /* sum += a + b, each [channels] */
@@ -788,17 +724,38 @@ static void add_sums(const GroupNorm *n, const real *a, const real *b, real *sum
         sum[c] += a[c] + b[c];
 }
 
-/* With du = dy factor swish'(u): dx += J (scale du) */
+/* dx += J (scale du) */
 void group_norm_backward(const GroupNorm *n, const real *x, const real *dy, real *dx, real *dscale,
                          real *dbias, Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
-    Norm t = norm_of(n, x, 0, scratch);
-    real *du = arena_allocate(scratch, (size_t)n->positions * n->channels, sizeof(real));
-    multiply_by_slope(&t, dy, du);
+    const Norm t = norm_of(n, x, 0, scratch);
+    const real *du = back_to_u(&t, dy);
     const Jacobian of_du = jacobian(&t, t.scale, du);
     add_sums(n, of_du.sum_xhat, t.zero, dscale);
     add_sums(n, of_du.sum, t.zero, dbias);
-    combine(&t, t.gain, du, of_du.slope, x, of_du.offset, 1, dx);
+    combine(&t, 1, t.gain, du, of_du.slope, x, of_du.offset, dx);
+    arena_release(scratch, mark);
+}
+
+/* u_dot = scale J x_dot */
+static void make_u_dot(const Norm *t, const Jacobian *of_x_dot, const real *x_dot, real *u_dot) {
+    real *slope = per_column(t), *offset = per_column(t);
+    for (int c = 0; c < t->columns; c++) {
+        slope[c] = t->scale[c] * of_x_dot->slope[c];
+        offset[c] = t->scale[c] * of_x_dot->offset[c];
+    }
+    combine(t, 0, t->gain, x_dot, slope, t->x, offset, u_dot);
+}
+
+/* y_dot = factor swish'(u) u_dot */
+void group_norm_tangent(const GroupNorm *n, const real *x, const real *x_dot, real *y_dot, Arena *scratch) {
+    const ArenaMark mark = arena_mark(scratch);
+    const Norm t = norm_of(n, x, 0, scratch);
+    const Jacobian of_x_dot = jacobian(&t, t.one, x_dot);
+    make_u_dot(&t, &of_x_dot, x_dot, y_dot);
+    if (n->swish)
+        of_u(&t, times_slope, y_dot, y_dot);
+    multiply(t.count, n->dropout_factor, y_dot);
     arena_release(scratch, mark);
 }
 
@@ -811,34 +768,36 @@ void group_norm_backward(const GroupNorm *n, const real *x, const real *dy, real
 void group_norm_tangent_backward(const GroupNorm *n, const real *x, const real *x_dot, const real *dy_dot,
                                  real *dx, real *dx_dot, real *dscale, real *dbias, Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
-    const size_t count = (size_t)n->positions * n->channels;
-    Norm t = norm_of(n, x, 0, scratch);
-    real *du = arena_allocate(scratch, count, sizeof(real)), *unused = per_column(&t);
-    real *du_dot = arena_allocate(scratch, count, sizeof(real));
-    real *inner = per_column(&t);   /* sums of du_dot xhat_dot */
+    const Norm t = norm_of(n, x, 0, scratch);
     const Jacobian of_x_dot = jacobian(&t, t.one, x_dot);
-    normalised_tangent(&t, &of_x_dot, x_dot, du);
-    multiply_by_curve(&t, dy_dot, du);
-    multiply_by_slope(&t, dy_dot, du_dot);
+    const real *du_dot = back_to_u(&t, dy_dot);
+    real *du = arena_allocate(scratch, t.count, sizeof(real));
+    if (n->swish) {
+        make_u_dot(&t, &of_x_dot, x_dot, du);
+        of_u(&t, times_curve, du, du);
+        multiply(t.count, dy_dot, du);
+        multiply(t.count, n->dropout_factor, du);
+    } else
+        memset(du, 0, t.count * sizeof(real));
     const Jacobian of_du = jacobian(&t, t.scale, du), of_du_dot = jacobian(&t, t.scale, du_dot);
-    channel_sums(&t, du_dot, t.zero, x_dot, of_x_dot.mean, unused, inner);
-    for (int c = 0; c < n->channels; c++)
+    real *inner = per_column(&t), *by_du_dot = per_column(&t), *by_x_dot = per_column(&t);
+    channel_sums(&t, du_dot, t.zero, x_dot, of_x_dot.mean, by_du_dot, inner);
+    for (int c = 0; c < n->channels; c++)   /* the sum of du_dot xhat_dot */
         inner[c] = t.rstd[c] * (inner[c] - of_x_dot.mean_xhat[c] * of_du_dot.sum_xhat[c]);
     add_sums(n, of_du.sum_xhat, inner, dscale);
     add_sums(n, of_du.sum, t.zero, dbias);
-    combine(&t, t.gain, du_dot, of_du_dot.slope, x, of_du_dot.offset, 1, dx_dot);
     const real *mean_inner = group_means(&t, t.scale, inner);
-    real *by_du_dot = per_column(&t), *by_x_dot = per_column(&t);
     for (int c = 0; c < t.columns; c++) {   /* the bracket, by du_dot, x_dot, x and 1 */
         const real rstd = t.rstd[c], a = rstd * of_x_dot.mean_xhat[c], b = rstd * of_du_dot.mean_xhat[c];
+        const real slope = rstd * rstd * mean_inner[c];
         by_du_dot[c] = -a * t.gain[c];
         by_x_dot[c] = -b * rstd;
-        of_du.slope[c] -= rstd * rstd * mean_inner[c] + a * of_du_dot.slope[c] + b * of_x_dot.slope[c];
-        of_du.offset[c] -= -rstd * rstd * mean_inner[c] * t.mean[c] + a * of_du_dot.offset[c]
-                           + b * of_x_dot.offset[c];
+        of_du.slope[c] -= slope + a * of_du_dot.slope[c] + b * of_x_dot.slope[c];
+        of_du.offset[c] -= a * of_du_dot.offset[c] + b * of_x_dot.offset[c] - slope * t.mean[c];
     }
-    combine(&t, t.gain, du, of_du.slope, x, of_du.offset, 1, dx);
-    combine(&t, by_du_dot, du_dot, by_x_dot, x_dot, t.zero, 1, dx);
+    combine(&t, 1, t.gain, du_dot, of_du_dot.slope, x, of_du_dot.offset, dx_dot);
+    combine(&t, 1, t.gain, du, of_du.slope, x, of_du.offset, dx);
+    combine(&t, 1, by_du_dot, du_dot, by_x_dot, x_dot, t.zero, dx);
     arena_release(scratch, mark);
 }
 
