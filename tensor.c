@@ -803,27 +803,13 @@ void group_norm_tangent_backward(const GroupNorm *n, const real *x, const real *
 
 /* ---- softmax ---- */
 
-/* The sums below run in vector registers, and in the same order whenever the same program runs. Compilers do
- * not do that to a maximum, because of what is not a number: it is kept lane by lane. */
-static real maximum(const real *s, int count) {
-    real top[LANES];
-    for (int l = 0; l < LANES; l++)
-        top[l] = s[l < count ? l : 0];
-    int j = LANES;
-    for (; j + LANES <= count; j += LANES)
-        for (int l = 0; l < LANES; l++)
-            top[l] = s[j + l] > top[l] ? s[j + l] : top[l];
-    for (; j < count; j++)
-        top[0] = s[j] > top[0] ? s[j] : top[0];
-    for (int l = 1; l < LANES; l++)
-        top[0] = top[l] > top[0] ? top[l] : top[0];
-    return top[0];
-}
-
+/* The maximum and the sums below run in vector registers, in the same order whenever the same program runs. */
 void softmax_rows(real *s, int rows, int columns) {
     for (int i = 0; i < rows; i++, s += columns) {
-        const real top = maximum(s, columns);
-        real sum = 0;
+        real top = s[0], sum = 0;
+#pragma omp simd reduction(max : top)
+        for (int j = 0; j < columns; j++)
+            top = s[j] > top ? s[j] : top;
 #pragma omp simd reduction(+ : sum)
         for (int j = 0; j < columns; j++)
             sum += s[j] = fast_exp(s[j] - top);
@@ -992,32 +978,40 @@ INLINE void kernel_transposed(const real *u, ptrdiff_t step, real *to, ptrdiff_t
     to[2 * to_step] = even2 - even + u[5 * step];
 }
 
-/* A square of from_size numbers a side becomes one of to_size: the transform of its columns, then of its
- * lines. N channels; y and x are the distances in each direction. */
+/* Squares of numbers, `channels` of them side by side, in lines and columns of tiles; each distance in
+ * numbers. A plane of transformed tiles has x 1 plane away and y 6 of them. */
+typedef struct {
+    real *data;
+    ptrdiff_t line, column;   /* from tile to tile */
+    ptrdiff_t y, x;           /* within a tile */
+} Squares;
+
+/* N channels of a square of from_size numbers a side become one of to_size: the transform of its columns,
+ * then of its lines. */
 INLINE void transform_square(Transform transform, const int from_size, const int to_size, const int N,
-                             const real *from, ptrdiff_t from_y, ptrdiff_t from_x, real *to, ptrdiff_t to_y,
-                             ptrdiff_t to_x) {
+                             const real *from, const Squares *f, real *to, const Squares *t) {
     real half[REACH][REACH][LANES];
     for (int x = 0; x < from_size; x++)
 #pragma omp simd
         for (int n = 0; n < N; n++)
-            transform(from + x * from_x + n, from_y, half[0][x] + n, REACH * LANES);
+            transform(from + x * f->x + n, f->y, half[0][x] + n, REACH * LANES);
     for (int y = 0; y < to_size; y++)
 #pragma omp simd
         for (int n = 0; n < N; n++)
-            transform(half[y][0] + n, LANES, to + y * to_y + n, to_x);
+            transform(half[y][0] + n, LANES, to + y * t->y + n, t->x);
 }
 
-/* Squares of all channels into the planes of their 36 places. */
-INLINE void transform_channels(Transform transform, const int size, ptrdiff_t channels, const real *from,
-                               ptrdiff_t from_y, ptrdiff_t from_x, real *to, ptrdiff_t plane) {
-    ptrdiff_t c = 0;
-    for (; c + LANES <= channels; c += LANES)
-        transform_square(transform, size, REACH, LANES, from + c, from_y, from_x, to + c, REACH * plane,
-                         plane);
-    if (c < channels)
-        transform_square(transform, size, REACH, (int)(channels - c), from + c, from_y, from_x, to + c,
-                         REACH * plane, plane);
+INLINE void transform_squares(Transform transform, const int from_size, const int to_size, int lines, int columns,
+                              int channels, const Squares *from, const Squares *to) {
+    for (int i = 0; i < lines * columns; i++) {
+        const real *f = from->data + i / columns * from->line + i % columns * from->column;
+        real *t = to->data + i / columns * to->line + i % columns * to->column;
+        int c = 0;
+        for (; c + LANES <= channels; c += LANES)
+            transform_square(transform, from_size, to_size, LANES, f + c, from, t + c, to);
+        if (c < channels)
+            transform_square(transform, from_size, to_size, channels - c, f + c, from, t + c, to);
+    }
 }
 
 /* The tiles of an image are taken some lines at a time, about TILES_AT_ONCE of them, so that what is made of
@@ -1025,56 +1019,41 @@ INLINE void transform_channels(Transform transform, const int size, ptrdiff_t ch
  * of its own, and likewise [in, out] of the transformed kernels. */
 enum { TILES_AT_ONCE = 32 };
 
-typedef struct {
-    int lines, columns, lines_at_once;     /* of tiles */
-    ptrdiff_t x_plane, y_plane, k_plane;   /* from one plane to the next */
-    real *x, *y, *k;                       /* planes of inputs, outputs, kernels */
-} Filtering;
-
-static Filtering filtering_of(int h, int w, int in, int out, Arena *scratch) {
-    Filtering f = {.lines = (h + TILE - 1) / TILE, .columns = (w + TILE - 1) / TILE};
-    f.lines_at_once = 1 + (TILES_AT_ONCE - 1) / f.columns;
-    f.lines_at_once = f.lines_at_once < f.lines ? f.lines_at_once : f.lines;
-    /* A vector stays free behind each plane, else all of them would compete for the same lines of the
-     * cache. */
-    const ptrdiff_t tiles = (ptrdiff_t)f.lines_at_once * f.columns;
-    f.x_plane = tiles * in + LANES, f.y_plane = tiles * out + LANES, f.k_plane = (ptrdiff_t)in * out + LANES;
-    f.x = arena_allocate(scratch, (size_t)(PLACES * f.x_plane), sizeof(real));
-    f.y = arena_allocate(scratch, (size_t)(PLACES * f.y_plane), sizeof(real));
-    f.k = arena_allocate(scratch, (size_t)(PLACES * f.k_plane), sizeof(real));
-    return f;
+/* `tiles` tiles of some channels as planes. A vector stays free behind each plane, else all of them would
+ * compete for the same lines of the cache. */
+static Squares planes(int tiles, int columns, ptrdiff_t channels, Arena *scratch) {
+    const ptrdiff_t plane = tiles * channels + LANES;
+    const Squares s = {arena_allocate(scratch, (size_t)(PLACES * plane), sizeof(real)),
+                       columns * channels, channels, REACH * plane, plane};
+    return s;
 }
 
-/* `lines` lines of tiles, from `first` on, into planes: B^T x B of `size` 6 from an image with its border,
- * where tiles overlap by two, and A dy A^T of `size` 4. image [.., width, channels]. */
-INLINE void transform_tiles(Transform transform, const int size, const Filtering *f, int first, int lines,
-                            int channels, int width, const real *image, real *planes, ptrdiff_t plane) {
-    const ptrdiff_t line = (ptrdiff_t)width * channels;
-    for (int i = 0; i < lines; i++)
-        for (int j = 0; j < f->columns; j++)
-            transform_channels(transform, size, channels,
-                               image + (first + i) * TILE * line + (ptrdiff_t)j * TILE * channels, line,
-                               channels, planes + ((ptrdiff_t)i * f->columns + j) * channels, plane);
-}
-
-/* N channels of one tile of outputs, of which rows x columns lie in the image: y = A^T m A + bias + start. */
-INLINE void write_tile(const int N, const real *m, ptrdiff_t plane, int rows, int columns, ptrdiff_t line,
-                       ptrdiff_t step, const real *bias, const real *start, real *y) {
-    real tile[TILE][TILE][LANES];
-    transform_square(output_transform, REACH, TILE, N, m, REACH * plane, plane, tile[0][0], TILE * LANES,
-                     LANES);
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < columns; j++)
-#pragma omp simd
-            for (int n = 0; n < N; n++) {
-                const ptrdiff_t at = i * line + j * step + n;
-                y[at] = tile[i][j][n] + (bias ? bias[n] : 0) + (start ? start[at] : 0);
-            }
+/* The tiles of an image [.., width, channels] that begins at `data`. */
+static Squares image_tiles(const real *data, int width, int channels) {
+    const Squares s = {(real *)data, (ptrdiff_t)TILE * width * channels, (ptrdiff_t)TILE * channels,
+                       (ptrdiff_t)width * channels, channels};
+    return s;
 }
 
 /* Below these sizes the transforms cost more than they save. */
 static int filtering_pays(int h, int w, int in, int out) {
     return in >= 16 && out >= 16 && h * w >= 196;
+}
+
+/* The whole of both convolutions: by the kernel if dkernel is given. */
+typedef struct {
+    int lines, columns, at_once;   /* of tiles */
+    Squares x, y, kernel;          /* planes */
+} Filtering;
+
+static Filtering filtering_of(int h, int w, int in, int out, Arena *scratch) {
+    Filtering f = {.lines = (h + TILE - 1) / TILE, .columns = (w + TILE - 1) / TILE};
+    f.at_once = 1 + (TILES_AT_ONCE - 1) / f.columns;
+    f.at_once = f.at_once < f.lines ? f.at_once : f.lines;
+    f.x = planes(f.at_once * f.columns, f.columns, in, scratch);
+    f.y = planes(f.at_once * f.columns, f.columns, out, scratch);
+    f.kernel = planes(1, 1, (ptrdiff_t)in * out, scratch);
+    return f;
 }
 
 void convolve3x3_fast(int h, int w, int in, int out, const real *x, const real *kernel, const real *bias,
@@ -1085,45 +1064,31 @@ void convolve3x3_fast(int h, int w, int in, int out, const real *x, const real *
     }
     const ArenaMark mark = arena_mark(scratch);
     const Filtering f = filtering_of(h, w, in, out, scratch);
-    const int width = f.columns * TILE + 2;
-    const real *image = in_zeros(h, w, in, x, 1, f.lines * TILE + 2, width, scratch);
-    const ptrdiff_t size = (ptrdiff_t)in * out, line = (ptrdiff_t)w * out;
-    transform_channels(kernel_transform, 3, size, kernel, 3 * size, size, f.k, f.k_plane);
-    for (int first = 0; first < f.lines; first += f.lines_at_once) {
-        const int lines = f.lines - first < f.lines_at_once ? f.lines - first : f.lines_at_once;
-        transform_tiles(input_transform, REACH, &f, first, lines, in, width, image, f.x, f.x_plane);
+    const int width = f.columns * TILE, size = in * out;
+    const real *image = in_zeros(h, w, in, x, 1, f.lines * TILE + 2, width + 2, scratch);
+    real *made = arena_allocate(scratch, (size_t)f.at_once * TILE * width * out, sizeof(real));
+    const Squares made_tiles = image_tiles(made, width, out), taps = {(real *)kernel, 0, 0, 3 * size, size};
+    transform_squares(kernel_transform, 3, REACH, 1, 1, size, &taps, &f.kernel);
+    for (int first = 0; first < f.lines; first += f.at_once) {
+        const int lines = f.lines - first < f.at_once ? f.lines - first : f.at_once;
+        Squares tiles = image_tiles(image, width + 2, in);
+        tiles.data += first * tiles.line;
+        transform_squares(input_transform, REACH, REACH, lines, f.columns, in, &tiles, &f.x);
         const Product p = {.lines = PLACES, .rows = lines * f.columns, .columns = out, .segments = 1, .inner = in,
-                           .a = f.x, .a_line = f.x_plane, .a_row = in, .a_inner = 1, .b = f.k,
-                           .b_line = f.k_plane, .b_inner = out, .c = f.y, .c_line = f.y_plane, .c_row = out};
+                           .a = f.x.data, .a_line = f.x.x, .a_row = in, .a_inner = 1, .b = f.kernel.data,
+                           .b_line = f.kernel.x, .b_inner = out, .c = f.y.data, .c_line = f.y.x, .c_row = out};
         product(&p, scratch);
-        for (int i = 0; i < lines * f.columns; i++) {
-            const int row = (first + i / f.columns) * TILE, column = i % f.columns * TILE;
-            const int rows = h - row < TILE ? h - row : TILE, columns = w - column < TILE ? w - column : TILE;
-            for (int c = 0; c < out; c += LANES) {
-                const ptrdiff_t at = ((ptrdiff_t)row * w + column) * out + c;
-                const real *m = f.y + (ptrdiff_t)i * out + c;
-                const real *b = bias ? bias + c : NULL, *s = start ? start + at : NULL;
-                if (out - c >= LANES)
-                    write_tile(LANES, m, f.y_plane, rows, columns, line, out, b, s, y + at);
-                else
-                    write_tile(out - c, m, f.y_plane, rows, columns, line, out, b, s, y + at);
+        transform_squares(output_transform, REACH, TILE, lines, f.columns, out, &f.y, &made_tiles);
+        for (int i = first * TILE; i < h && i < (first + lines) * TILE; i++)
+            for (int j = 0; j < w; j++) {
+                const real *from = made + ((ptrdiff_t)(i - first * TILE) * width + j) * out;
+                const ptrdiff_t at = ((ptrdiff_t)i * w + j) * out;
+#pragma omp simd
+                for (int c = 0; c < out; c++)
+                    y[at + c] = from[c] + (bias ? bias[c] : 0) + (start ? start[at + c] : 0);
             }
-        }
     }
     arena_release(scratch, mark);
-}
-
-/* dk += G^T u G for `size` pairs of channels. */
-static void add_kernels(ptrdiff_t size, const real *planes, ptrdiff_t plane, real *dkernel) {
-    for (ptrdiff_t c = 0; c < size; c += LANES) {
-        const int N = size - c < LANES ? (int)(size - c) : LANES;
-        real made[9][LANES];
-        transform_square(kernel_transposed, REACH, 3, N, planes + c, REACH * plane, plane, made[0], 3 * LANES,
-                         LANES);
-        for (int tap = 0; tap < 9; tap++)
-            for (int n = 0; n < N; n++)
-                dkernel[tap * size + c + n] += made[tap][n];
-    }
 }
 
 void convolve3x3_by_kernel_fast(int h, int w, int in, int out, const real *x, const real *dy, real *dkernel,
@@ -1134,20 +1099,25 @@ void convolve3x3_by_kernel_fast(int h, int w, int in, int out, const real *x, co
     }
     const ArenaMark mark = arena_mark(scratch);
     const Filtering f = filtering_of(h, w, in, out, scratch);
-    const int height = f.lines * TILE, width = f.columns * TILE;
+    const int height = f.lines * TILE, width = f.columns * TILE, size = in * out;
     const real *image = in_zeros(h, w, in, x, 1, height + 2, width + 2, scratch), *dy_image = dy;
     if (h != height || w != width)
         dy_image = in_zeros(h, w, out, dy, 0, height, width, scratch);
-    for (int first = 0; first < f.lines; first += f.lines_at_once) {
-        const int lines = f.lines - first < f.lines_at_once ? f.lines - first : f.lines_at_once;
-        transform_tiles(input_transform, REACH, &f, first, lines, in, width + 2, image, f.x, f.x_plane);
-        transform_tiles(output_transposed, TILE, &f, first, lines, out, width, dy_image, f.y, f.y_plane);
+    Squares x_tiles = image_tiles(image, width + 2, in), dy_tiles = image_tiles(dy_image, width, out);
+    for (int first = 0; first < f.lines; first += f.at_once) {
+        const int lines = f.lines - first < f.at_once ? f.lines - first : f.at_once;
+        transform_squares(input_transform, REACH, REACH, lines, f.columns, in, &x_tiles, &f.x);
+        transform_squares(output_transposed, TILE, REACH, lines, f.columns, out, &dy_tiles, &f.y);
+        x_tiles.data += lines * x_tiles.line, dy_tiles.data += lines * dy_tiles.line;
         const Product p = {.lines = PLACES, .rows = in, .columns = out, .segments = 1, .inner = lines * f.columns,
-                           .a = f.x, .a_line = f.x_plane, .a_row = 1, .a_inner = in, .b = f.y,
-                           .b_line = f.y_plane, .b_inner = out, .start = first ? f.k : NULL, .c = f.k,
-                           .c_line = f.k_plane, .c_row = out};
+                           .a = f.x.data, .a_line = f.x.x, .a_row = 1, .a_inner = in, .b = f.y.data,
+                           .b_line = f.y.x, .b_inner = out, .start = first ? f.kernel.data : NULL,
+                           .c = f.kernel.data, .c_line = f.kernel.x, .c_row = out};
         product(&p, scratch);
     }
-    add_kernels((ptrdiff_t)in * out, f.k, f.k_plane, dkernel);
+    const Squares made = {arena_allocate(scratch, (size_t)9 * size, sizeof(real)), 0, 0, 3 * size, size};
+    transform_squares(kernel_transposed, REACH, 3, 1, 1, size, &f.kernel, &made);
+    for (int i = 0; i < 9 * size; i++)
+        dkernel[i] += made.data[i];
     arena_release(scratch, mark);
 }
