@@ -269,9 +269,9 @@ INLINE real fast_exp(real x) {
  *
  *     c(i, j) = bias[j] + start(i, j) + sum over s < segments, k < inner of  a(s, i, k) b(s, k, j)
  *
- * Line l begins at a + l*a_line, its row i lies i*a_row further on, and of that the element (s, k) s*a_segment
- * + k*a_inner; b and c likewise. Rows of `a` or b may overlap: that makes a 3x3 convolution of an image with a
- * border of zeros a plain product. */
+ * Line l begins at a + l*a_line, its row i lies i*a_row further on, and of that the element (s, k)
+ * s*a_segment + k*a_inner; b and c likewise. Rows of `a` or b may overlap: that makes a 3x3 convolution of an
+ * image with a border of zeros a plain product. */
 typedef struct {
     int lines, rows, columns, segments, inner;
     const real *a, *b;
@@ -358,7 +358,8 @@ static void product(const Product *p, Arena *scratch) {
         width = left >= 2 * LANES ? 2 * LANES : left >= LANES ? LANES : left;
         /* The last columns need a copy, unless rows of b are known to go on. */
         const int partial = width < LANES && width != LANES / 2 && p->b_inner < j + LANES;
-        real *copy = partial ? arena_allocate(scratch, (size_t)p->segments * p->inner * LANES, sizeof(real)) : NULL;
+        const size_t copied = partial ? (size_t)p->segments * p->inner * LANES : 0;
+        real *copy = arena_allocate(scratch, copied, sizeof(real));
         Product block = *p;
         block.columns = width;
         block.bias = p->bias ? p->bias + j : NULL;
@@ -386,15 +387,16 @@ static void product(const Product *p, Arena *scratch) {
 void matrix_product(int rows, int inner, int columns, const real *a, const real *b, const real *bias,
                     const real *start, real *c, Arena *scratch) {
     const Product p = {.lines = 1, .rows = rows, .columns = columns, .segments = 1, .inner = inner,
-                       .a = a, .a_row = inner, .a_inner = 1, .b = b, .b_inner = columns, .bias = bias, .start = start, .c = c,
-                       .c_row = columns};
+                       .a = a, .a_row = inner, .a_inner = 1, .b = b, .b_inner = columns, .bias = bias,
+                       .start = start, .c = c, .c_row = columns};
     product(&p, scratch);
 }
 
 void matrix_product_transposed(int rows, int inner, int columns, const real *a, const real *b, real *c,
                                Arena *scratch) {
     const Product p = {.lines = 1, .rows = inner, .columns = columns, .segments = 1, .inner = rows,
-                       .a = a, .a_row = 1, .a_inner = inner, .b = b, .b_inner = columns, .start = c, .c = c, .c_row = columns};
+                       .a = a, .a_row = 1, .a_inner = inner, .b = b, .b_inner = columns, .start = c,
+                       .c = c, .c_row = columns};
     product(&p, scratch);
 }
 
@@ -423,9 +425,9 @@ static real *in_zeros(int h, int w, int c, const real *x, int border, int rows, 
     return image;
 }
 
-/* Few outputs would leave most of a vector empty. Some neighbours of a line are then computed as one pixel with
- * `group` times as many outputs, by a kernel [3, 2 + group, in] of whole vectors, where each of them finds the
- * nine taps of its own among zeros. */
+/* Few outputs would leave most of a vector empty. Some neighbours of a line are then computed as one pixel
+ * with `group` times as many outputs, by a kernel [3, 2 + group, in] of whole vectors, where each of them
+ * finds the nine taps of its own among zeros. */
 static int pixels_in_group(int w, int out) {
     int group = 1;
     for (int size = 2; size * out <= LANES; size++)
@@ -448,63 +450,50 @@ static real *widened_kernel(int group, int in, int out, const real *kernel, Aren
 }
 
 /* y[i][j][o] = sum over ky, kx, c of image[i+ky][j+kx][c] kernel[ky][kx][c][o], where `image` is x with a
- * border one wide. A segment is one line of the kernel: the 3*in inputs under it are contiguous. */
+ * border one wide. The rows are a column of pixels, and a segment is one line of the kernel: the 3*in inputs
+ * under it are contiguous. */
 void convolve3x3(int h, int w, int in, int out, const real *x, const real *kernel, const real *bias,
                  const real *start, real *y, Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
-    const ptrdiff_t line = (ptrdiff_t)(w + 2) * in;
-    const int group = pixels_in_group(w, out);
-    Product p = {.lines = h, .rows = w, .columns = out, .segments = 3, .inner = 3 * in,
-                 .a = in_zeros(h, w, in, x, 1, h + 2, w + 2, scratch), .a_line = line, .a_row = in,
-                 .a_segment = line, .a_inner = 1, .b = kernel, .b_segment = 3 * in * out, .b_inner = out, .bias = bias, .start = start, .c = y,
-                 .c_line = w * out, .c_row = out};
-    if (group > 1) {
-        p.b = widened_kernel(group, in, out, kernel, scratch);
-        if (bias) {
-            real *wide_bias = arena_allocate(scratch, (size_t)group * out, sizeof(real));
-            for (int i = 0; i < group * out; i++)
-                wide_bias[i] = bias[i % out];
-            p.bias = wide_bias;
-        }
-        p.lines = w / group, p.rows = h, p.columns = group * out, p.inner = (2 + group) * in;
-        p.a_line = group * in, p.a_row = line;
-        p.b_segment = (ptrdiff_t)(2 + group) * in * LANES, p.b_inner = LANES;
-        p.c_line = group * out, p.c_row = w * out;
-    }
+    const int group = pixels_in_group(w, out), inner = (2 + group) * in, columns = group * out;
+    const ptrdiff_t line = (ptrdiff_t)(w + 2) * in, b_inner = group > 1 ? LANES : out;
+    real *all_bias = arena_allocate(scratch, (size_t)columns, sizeof(real));
+    for (int i = 0; bias && i < columns; i++)
+        all_bias[i] = bias[i % out];
+    const Product p = {.lines = w / group, .rows = h, .columns = columns, .segments = 3, .inner = inner,
+                       .a = in_zeros(h, w, in, x, 1, h + 2, w + 2, scratch), .a_line = group * in,
+                       .a_row = line, .a_segment = line, .a_inner = 1,
+                       .b = group > 1 ? widened_kernel(group, in, out, kernel, scratch) : kernel,
+                       .b_segment = inner * b_inner, .b_inner = b_inner, .bias = bias ? all_bias : NULL,
+                       .start = start, .c = y, .c_line = columns, .c_row = (ptrdiff_t)w * out};
     product(&p, scratch);
     arena_release(scratch, mark);
 }
 
 /* dkernel[ky][kx][c][o] += sum over i, j of image[i+ky][j+kx][c] dy[i][j][o]: a line is one ky, a row one
- * (kx, c), and a segment of the sum one line of the image. Few outputs are made the rows instead, and (kx, c)
- * the columns, which fill vectors: with two lines of zeros around dy, row (ky, o) is dy moved down by ky. */
+ * (kx, c), and a segment of the sum one line of the image. Where the outputs are few, they are the rows, and
+ * (kx, c) the columns, which fill vectors. */
 void convolve3x3_by_kernel(int h, int w, int in, int out, const real *x, const real *dy, real *dkernel,
                            Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
-    const ptrdiff_t line = (ptrdiff_t)(w + 2) * in, dy_line = (ptrdiff_t)w * out;
+    const int few = out < LANES, taps = 3 * in;
+    const ptrdiff_t line = (ptrdiff_t)(w + 2) * in, size = (ptrdiff_t)taps * out;
     const real *image = in_zeros(h, w, in, x, 1, h + 2, w + 2, scratch);
-    if (out >= LANES) {
-        const Product p = {.lines = 3, .rows = 3 * in, .columns = out, .segments = h, .inner = w,
-                           .a = image, .a_line = line, .a_row = 1, .a_segment = line, .a_inner = in, .b = dy,
-                           .b_segment = dy_line, .b_inner = out, .start = dkernel, .c = dkernel,
-                           .c_line = 3 * in * out, .c_row = out};
-        product(&p, scratch);
-    } else {
-        real *dy_image = arena_allocate(scratch, (h + 4) * dy_line, sizeof(real));
-        memset(dy_image, 0, 2 * dy_line * sizeof(real));
-        memcpy(dy_image + 2 * dy_line, dy, h * dy_line * sizeof(real));
-        memset(dy_image + (h + 2) * dy_line, 0, 2 * dy_line * sizeof(real));
-        real *made = arena_allocate(scratch, (size_t)9 * in * out, sizeof(real));
-        Product p = {.lines = out, .rows = 3, .columns = 3 * in, .segments = h + 2, .inner = w,
-                           .a = dy_image + 2 * dy_line, .a_line = 1, .a_row = -dy_line, .a_segment = dy_line,
-                           .a_inner = out, .b = image, .b_segment = line, .b_inner = in, .c = made,
-                           .c_line = 9 * in, .c_row = 3 * in};
-        if (out > 3) p.lines = 3, p.rows = out, p.a_line = -dy_line, p.a_row = 1, p.c_line = 3 * in, p.c_row = 9 * in;
-        product(&p, scratch);
-        for (int o = 0; o < out; o++)
-            for (int k = 0; k < 9 * in; k++)
-                dkernel[k * out + o] += made[o * 9 * in + k];
-    }
+    real *made = few ? arena_allocate(scratch, (size_t)(3 * size), sizeof(real)) : dkernel;
+    Product p = {.lines = 3, .rows = taps, .columns = out, .segments = h, .inner = w, .a = image,
+                 .a_line = line, .a_row = 1, .a_segment = line, .a_inner = in, .b = dy,
+                 .b_segment = (ptrdiff_t)w * out, .b_inner = out, .start = dkernel, .c = dkernel,
+                 .c_line = size, .c_row = out};
+    if (few)
+        p = (Product){.lines = 3, .rows = out, .columns = taps, .segments = h, .inner = w, .a = dy,
+                      .a_row = 1, .a_segment = (ptrdiff_t)w * out, .a_inner = out, .b = image,
+                      .b_line = line, .b_segment = line, .b_inner = in, .c = made, .c_line = size,
+                      .c_row = taps};
+    product(&p, scratch);
+    for (int ky = 0; few && ky < 3; ky++, dkernel += size)
+        for (int o = 0; o < out; o++, made += taps)
+            for (int k = 0; k < taps; k++)
+                dkernel[k * out + o] += made[k];
     arena_release(scratch, mark);
 }
 
@@ -683,8 +672,8 @@ INLINE void of_u(const Norm *t, real f(real u, real v), const real *v, real *to)
 }
 
 /* to = p v + q w + r with images v and w, or added to what is there. to: NULL if nobody wants it */
-INLINE void combine(const Norm *t, const int added, const real *p, const real *v, const real *q, const real *w,
-                    const real *r, real *to) {
+INLINE void combine(const Norm *t, const int added, const real *p, const real *v, const real *q,
+                    const real *w, const real *r, real *to) {
     for (size_t at = 0; to && at < t->count; at += t->columns)
 #pragma omp simd
         for (int c = 0; c < t->columns; c++)
@@ -803,7 +792,7 @@ void group_norm_tangent_backward(const GroupNorm *n, const real *x, const real *
 
 /* ---- softmax ---- */
 
-/* The maximum and the sums below run in vector registers, in the same order whenever the same program runs. */
+/* The maximum and the sums run in vector registers, in the same order whenever the same program runs. */
 void softmax_rows(real *s, int rows, int columns) {
     for (int i = 0; i < rows; i++, s += columns) {
         real top = s[0], sum = 0;
@@ -868,8 +857,9 @@ double level_softmax(size_t count, const double *u, const unsigned char *k, doub
                      double *dprecision) {
     /* With d_c = u - x(c) and c* the nearest level,
      *     -log p(k) = h (d_k^2 - d_*^2) + log sum_c exp(-h (d_c^2 - d_*^2)),   h = precision / 2,
-     * and its derivatives are 2 h (E x(c) - x(k)) by u and d_k^2 - E d_c^2 by h, E under p(c). A level j steps
-     * from the nearest weighs at most exp(-h spacing^2 j (j - 1)): where that is nothing, it is left out. */
+     * and its derivatives are 2 h (E x(c) - x(k)) by u and d_k^2 - E d_c^2 by h, E under p(c). A level j
+     * steps from the nearest weighs at most exp(-h spacing^2 j (j - 1)): where that is nothing, it is left
+     * out. */
     const real h = (real)(precision / 2), spacing = (real)2 / LEVELS;
     double total = 0, by_h = 0;
     int reach = 1;
@@ -1001,8 +991,8 @@ INLINE void transform_square(Transform transform, const int from_size, const int
             transform(half[y][0] + n, LANES, to + y * t->y + n, t->x);
 }
 
-INLINE void transform_squares(Transform transform, const int from_size, const int to_size, int lines, int columns,
-                              int channels, const Squares *from, const Squares *to) {
+INLINE void transform_squares(Transform transform, const int from_size, const int to_size, int lines,
+                              int columns, int channels, const Squares *from, const Squares *to) {
     for (int i = 0; i < lines * columns; i++) {
         const real *f = from->data + i / columns * from->line + i % columns * from->column;
         real *t = to->data + i / columns * to->line + i % columns * to->column;
@@ -1040,7 +1030,6 @@ static int filtering_pays(int h, int w, int in, int out) {
     return in >= 16 && out >= 16 && h * w >= 196;
 }
 
-/* The whole of both convolutions: by the kernel if dkernel is given. */
 typedef struct {
     int lines, columns, at_once;   /* of tiles */
     Squares x, y, kernel;          /* planes */
@@ -1074,9 +1063,10 @@ void convolve3x3_fast(int h, int w, int in, int out, const real *x, const real *
         Squares tiles = image_tiles(image, width + 2, in);
         tiles.data += first * tiles.line;
         transform_squares(input_transform, REACH, REACH, lines, f.columns, in, &tiles, &f.x);
-        const Product p = {.lines = PLACES, .rows = lines * f.columns, .columns = out, .segments = 1, .inner = in,
-                           .a = f.x.data, .a_line = f.x.x, .a_row = in, .a_inner = 1, .b = f.kernel.data,
-                           .b_line = f.kernel.x, .b_inner = out, .c = f.y.data, .c_line = f.y.x, .c_row = out};
+        const Product p = {.lines = PLACES, .rows = lines * f.columns, .columns = out, .segments = 1,
+                           .inner = in, .a = f.x.data, .a_line = f.x.x, .a_row = in, .a_inner = 1,
+                           .b = f.kernel.data, .b_line = f.kernel.x, .b_inner = out, .c = f.y.data,
+                           .c_line = f.y.x, .c_row = out};
         product(&p, scratch);
         transform_squares(output_transform, REACH, TILE, lines, f.columns, out, &f.y, &made_tiles);
         for (int i = first * TILE; i < h && i < (first + lines) * TILE; i++)
@@ -1109,10 +1099,11 @@ void convolve3x3_by_kernel_fast(int h, int w, int in, int out, const real *x, co
         transform_squares(input_transform, REACH, REACH, lines, f.columns, in, &x_tiles, &f.x);
         transform_squares(output_transposed, TILE, REACH, lines, f.columns, out, &dy_tiles, &f.y);
         x_tiles.data += lines * x_tiles.line, dy_tiles.data += lines * dy_tiles.line;
-        const Product p = {.lines = PLACES, .rows = in, .columns = out, .segments = 1, .inner = lines * f.columns,
-                           .a = f.x.data, .a_line = f.x.x, .a_row = 1, .a_inner = in, .b = f.y.data,
-                           .b_line = f.y.x, .b_inner = out, .start = first ? f.kernel.data : NULL,
-                           .c = f.kernel.data, .c_line = f.kernel.x, .c_row = out};
+        const Product p = {.lines = PLACES, .rows = in, .columns = out, .segments = 1,
+                           .inner = lines * f.columns, .a = f.x.data, .a_line = f.x.x, .a_row = 1,
+                           .a_inner = in, .b = f.y.data, .b_line = f.y.x, .b_inner = out,
+                           .start = first ? f.kernel.data : NULL, .c = f.kernel.data,
+                           .c_line = f.kernel.x, .c_row = out};
         product(&p, scratch);
     }
     const Squares made = {arena_allocate(scratch, (size_t)9 * size, sizeof(real)), 0, 0, 3 * size, size};
