@@ -283,18 +283,21 @@ typedef struct {
     ptrdiff_t c_line, c_row;
 } Product;
 
-/* A product of one line whose R rows x N columns of sums stay in registers; `width` columns are stored. R and
- * N are constants where this is called, and each pair gets a copy of the loops. simd: else gcc takes such
- * short loops apart. */
-INLINE void block_product(const int R, const int N, const int width, const Product *p) {
+/* R rows x N columns of c, of which `width` are stored. R and N are constants where this is called, and each
+ * pair gets a copy of the loops with the sums in registers; simd, else gcc takes such short loops apart. The
+ * pointers lead to the block's own first elements. They are arguments, because clang keeps the sums in memory
+ * where they are members of what p points to. */
+INLINE void block_product(const int R, const int N, const int width, const Product *p, const real *a,
+                          const real *b, ptrdiff_t b_segment, ptrdiff_t b_inner, const real *bias,
+                          const real *start, real *c) {
     real sum[BLOCK_ROWS][2 * LANES];
     for (int r = 0; r < R; r++)
 #pragma omp simd
         for (int n = 0; n < N; n++)
             sum[r][n] = 0;
-    const ptrdiff_t a_row = p->a_row, a_inner = p->a_inner, b_inner = p->b_inner;
+    const ptrdiff_t a_row = p->a_row, a_inner = p->a_inner;
     for (int s = 0; s < p->segments; s++) {
-        const real *ak = p->a + s * p->a_segment, *bk = p->b + s * p->b_segment;
+        const real *ak = a + s * p->a_segment, *bk = b + s * b_segment;
         for (int k = 0; k < p->inner; k++, ak += a_inner, bk += b_inner)
             for (int r = 0; r < R; r++)
 #pragma omp simd
@@ -302,34 +305,35 @@ INLINE void block_product(const int R, const int N, const int width, const Produ
                     sum[r][n] += ak[r * a_row] * bk[n];
     }
     for (int r = 0; r < R; r++) {
-        if (p->bias)
+        if (bias)
 #pragma omp simd
             for (int n = 0; n < width; n++)
-                sum[r][n] += p->bias[n];
-        if (p->start)
+                sum[r][n] += bias[n];
+        if (start)
 #pragma omp simd
             for (int n = 0; n < width; n++)
-                sum[r][n] += p->start[r * p->c_row + n];
+                sum[r][n] += start[r * p->c_row + n];
 #pragma omp simd
         for (int n = 0; n < width; n++)
-            p->c[r * p->c_row + n] = sum[r][n];
+            c[r * p->c_row + n] = sum[r][n];
     }
 }
 
-/* Choose the copy of the loops. */
-static void block_of_constants(const Product *p) {
-#define CASE(R)                                         \
-    case R:                                             \
-        if (p->columns == 2 * LANES)                    \
-            block_product(R, 2 * LANES, 2 * LANES, p);  \
-        else if (p->columns == LANES)                   \
-            block_product(R, LANES, LANES, p);          \
-        else if (p->columns == LANES / 2)               \
-            block_product(R, LANES / 2, LANES / 2, p);  \
-        else                                            \
-            block_product(R, LANES, p->columns % LANES, p);    \
+/* R rows: choose the copy of the loops. */
+static void block_rows(int R, int width, const Product *p, const real *a, const real *b, ptrdiff_t b_segment,
+                       ptrdiff_t b_inner, const real *bias, const real *start, real *c) {
+#define CASE(r)                                                                                      \
+    case r:                                                                                          \
+        if (width == 2 * LANES)                                                                      \
+            block_product(r, 2 * LANES, 2 * LANES, p, a, b, b_segment, b_inner, bias, start, c);     \
+        else if (width == LANES)                                                                     \
+            block_product(r, LANES, LANES, p, a, b, b_segment, b_inner, bias, start, c);             \
+        else if (width == LANES / 2)                                                                 \
+            block_product(r, LANES / 2, LANES / 2, p, a, b, b_segment, b_inner, bias, start, c);     \
+        else                                                                                         \
+            block_product(r, LANES, width, p, a, b, b_segment, b_inner, bias, start, c);             \
         break;
-    switch (p->rows) {
+    switch (R) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if defined __AVX512F__
         CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
@@ -338,15 +342,12 @@ static void block_of_constants(const Product *p) {
 #undef CASE
 }
 
-/* b of a block becomes whole vectors in `copy`, zeros behind its columns. */
-static void copy_to_vectors(Product *p, real *copy) {
-    real *to = copy;
+/* b [segments, inner, width] in whole vectors, zeros behind its columns. */
+static void copy_to_vectors(const Product *p, int width, const real *b, real *copy) {
     for (int s = 0; s < p->segments; s++)
-        for (int k = 0; k < p->inner; k++, to += LANES)
+        for (int k = 0; k < p->inner; k++, copy += LANES)
             for (int n = 0; n < LANES; n++)
-                to[n] = n < p->columns ? p->b[s * p->b_segment + k * p->b_inner + n] : 0;
-    p->b = copy;
-    p->b_segment = p->inner * LANES, p->b_inner = LANES;
+                copy[n] = n < width ? b[s * p->b_segment + k * p->b_inner + n] : 0;
 }
 
 static void product(const Product *p, Arena *scratch) {
@@ -360,24 +361,18 @@ static void product(const Product *p, Arena *scratch) {
         const int partial = width < LANES && width != LANES / 2 && p->b_inner < j + LANES;
         const size_t copied = partial ? (size_t)p->segments * p->inner * LANES : 0;
         real *copy = arena_allocate(scratch, copied, sizeof(real));
-        Product block = *p;
-        block.columns = width;
-        block.bias = p->bias ? p->bias + j : NULL;
+        const ptrdiff_t b_segment = partial ? p->inner * LANES : p->b_segment;
+        const ptrdiff_t b_inner = partial ? LANES : p->b_inner;
         for (int line = 0; line < p->lines; line++) {
-            const real *a = p->a + line * p->a_line;
-            ptrdiff_t at = line * p->c_line + j;
-            if (line == 0 || p->b_line) {
-                block.b = p->b + line * p->b_line + j;
-                block.b_segment = p->b_segment, block.b_inner = p->b_inner;
-                if (partial)
-                    copy_to_vectors(&block, copy);
-            }
-            for (int i = 0; i < blocks; i++, a += block.rows * p->a_row, at += block.rows * p->c_row) {
-                block.rows = least + (i < higher);
-                block.a = a;
-                block.start = p->start ? p->start + at : NULL;
-                block.c = p->c + at;
-                block_of_constants(&block);
+            const real *b = p->b + line * p->b_line + j;
+            if (partial && (line == 0 || p->b_line))
+                copy_to_vectors(p, width, b, copy);
+            for (int block = 0, i = 0, height; block < blocks; block++, i += height) {
+                height = least + (block < higher);
+                const ptrdiff_t at = line * p->c_line + i * p->c_row + j;
+                block_rows(height, width, p, p->a + line * p->a_line + i * p->a_row, partial ? copy : b,
+                           b_segment, b_inner, p->bias ? p->bias + j : NULL, p->start ? p->start + at : NULL,
+                           p->c + at);
             }
         }
     }
