@@ -311,7 +311,7 @@ static void bench_kernel(const Job *job, const Kernel *k) {
 static void run_optimizer(void *context, int thread) {   /* it shares its work among the threads itself */
     Setup *s = context;
     (void)thread;
-    optimizer_step(&s->model, &s->optimizer, s->model.ema, s->workers.threads);   /* any gradient */
+    optimizer_step(&s->workers, &s->optimizer, s->model.ema);   /* any gradient */
 }
 
 /* Of each weight the gradient is read twice, first for its norm; w, m, v and the average are also written. */
