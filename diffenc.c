@@ -351,6 +351,11 @@ static void terms_of(LossTerms terms, double out[3]) {
     out[2] = number_of(terms.diffusion);
 }
 
+/* An example's share of the gradient of the mean over the batch. */
+static void differentiate(const Method *m, LossTerms terms, int batch) {
+    backward(bits_per_dimension(m, terms), 1.0 / batch);
+}
+
 typedef struct {
     const unsigned char *images;   /* [batch, d] */
     const Example *given;          /* NULL, or [batch]: these, instead of draws of time and noise */
@@ -388,7 +393,7 @@ static void training_example(Network *n, int i, void *context) {
         terms = objective(&m, example);
     terms_of(terms, b->terms[i]);
     terms.diffusion = affine(emphasis, terms.diffusion, 0);
-    backward(bits_per_dimension(&m, terms), 1.0 / b->batch);
+    differentiate(&m, terms, b->batch);
 }
 
 /* The mean of each term over a batch, in bits per dimension. */
@@ -442,7 +447,7 @@ static void given_example(Network *n, int i, void *context) {
     const Method m = method_begin(n);
     const LossTerms terms = objective(&m, b->given[i]);
     terms_of(terms, b->terms[i]);
-    backward(bits_per_dimension(&m, terms), 1.0 / b->batch);
+    differentiate(&m, terms, b->batch);
 }
 
 const real *batch_gradient(Workers *workers, const Example *examples, int batch, double (*terms)[3]) {
