@@ -351,7 +351,7 @@ void config_model_name(const Config *config, char name[32]);
 int config_check(const Config *config, Error *error);
 
 /* Levels of a U-Net of `blocks` blocks: halve the height up to `blocks` times, stop after the level that
- * leaves it odd or at most 8. */
+ * leaves it odd or at most 8; none where the height is 1. */
 int unet_levels(int blocks, int height);
 
 typedef enum { INIT_ZERO, INIT_ONE, INIT_LECUN, INIT_GAMMA_B, INIT_GAMMA_W } Initial;
