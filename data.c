@@ -120,12 +120,12 @@ static void *array_grow(Cursor *c, void *array, size_t count, size_t size) {
     return grown ? grown : array;
 }
 
-/* The CRC-32 of gzip and PNG. */
-static uint32_t crc_32(const unsigned char *data, size_t size) {
+/* The CRC-32 of gzip and PNG; `crc` is that of the bytes before, or 0. */
+static uint32_t crc_32(uint32_t crc, const unsigned char *data, size_t size) {
     static const uint32_t table[16] = {   /* for half a byte */
         0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4, 0x4db26158, 0x5005713c,
         0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c, 0x9b64c2b0, 0x86d3d2d4, 0xa00ae278, 0xbdbdf21c};
-    uint32_t crc = 0xffffffff;
+    crc = ~crc;
     for (size_t i = 0; i < 2 * size; i++)
         crc = table[(crc ^ data[i / 2] >> 4 * (i % 2)) & 15] ^ crc >> 4;
     return ~crc;
@@ -262,7 +262,7 @@ static void inflate_member(Cursor *c) {
         take_byte(c);
     for (unsigned text = NAME; text <= COMMENT; text *= 2)
         while ((flags & text) && take_byte(c)) { }
-    const uint64_t crc = crc_32(header, (size_t)(c->data + c->at - header)) & 0xffff;
+    const uint64_t crc = crc_32(0, header, (size_t)(c->data + c->at - header)) & 0xffff;
     require(c, !(flags & HEADER_CRC) || take_little_endian(c, 2) == crc, "has a header of a wrong CRC");
     c->member = c->out.size;
     for (unsigned last = 0; !last && !c->failed;) {
@@ -271,7 +271,7 @@ static void inflate_member(Cursor *c) {
     }
     c->bits = 0;
     const size_t size = c->out.size - c->member;
-    require(c, c->failed || take_little_endian(c, 4) == crc_32(c->out.data + c->member, size),
+    require(c, c->failed || take_little_endian(c, 4) == crc_32(0, c->out.data + c->member, size),
             "has a wrong CRC");
     require(c, take_little_endian(c, 4) == (size & 0xffffffff), "has a wrong length");
 }
@@ -375,54 +375,101 @@ int file_replace(const char *path, FileWriter write, const void *context, Error 
 
 /* ---- images ---- */
 
-typedef struct {
-    const unsigned char *pixels;
-    int height, width, channels, is_ppm;
-} Image;
-
 static void put_big_endian(FILE *stream, uint32_t value) {
     for (int shift = 24; shift >= 0; shift -= 8)
         putc((int)(value >> shift & 255), stream);
 }
 
-/* A chunk of a PNG: its type, 4 characters, and its data are chunk[size]. */
-static void put_chunk(FILE *stream, const char *chunk, size_t size) {
-    put_big_endian(stream, (uint32_t)size - 4);
-    fwrite(chunk, 1, size, stream);
-    put_big_endian(stream, crc_32((const unsigned char *)chunk, size));
-}
-
-/* A PNG without compression, since the pixels are few: each row is a deflate block of type "stored". */
-static int write_png(void *stream, const void *context) {
-    const Image *image = context;
-    const int row = image->width * image->channels, height = image->height, width = image->width;
-    uint32_t low = 1, high = 0;   /* Adler-32 (RFC 1950) of all rows, each with the 0 before it: no filter */
-    char header[18], *chunk = NULL;
-    size_t size = 0;
-    FILE *data = open_memstream(&chunk, &size);
-    if (!data)
-        return -1;
-    fputs("IDAT\x78\x01", data);
-    for (int y = 0; y < height; y++) {
-        const unsigned char *pixels = image->pixels + (size_t)y * (size_t)row;
-        const int length = row + 1, is_last = y == height - 1;
-        fprintf(data, "%c%c%c%c%c%c", is_last, length, length >> 8, ~length, ~length >> 8, 0);
-        fwrite(pixels, 1, (size_t)row, data);
-        for (int i = 0; i < length; i++) {
-            low = (low + (i > 0 ? pixels[i - 1] : 0)) % 65521;
-            high = (high + low) % 65521;
+/* Bits of a deflate stream, a code's highest one first. */
+static void put_code(Cursor *c, unsigned code, int length) {
+    while (length-- > 0) {
+        c->bits = (c->bits | (code >> length & 1) << 9) >> 1;
+        if (c->bits & 1) {   /* the 1 has come down from above: a byte is full */
+            put_byte(c, c->bits >> 1);
+            c->bits = 0x100;
         }
     }
-    put_big_endian(data, high << 16 | low);
-    const int status = fclose(data);
-    sprintf(header, "IHDR%c%c%c%c%c%c%c%c\x08%c%c%c%c", width >> 24, width >> 16, width >> 8, width,
-            height >> 24, height >> 16, height >> 8, height, image->channels == 3 ? 2 : 0, 0, 0, 0);
+}
+
+/* A symbol in the fixed code of inflate_block(): a byte, the end or a length. */
+static void put_symbol(Cursor *c, unsigned s) {
+    const unsigned code = s < 144 ? 0x30 + s : s < 256 ? 0x100 + s : s < 280 ? s - 256 : s - 88;
+    put_code(c, code, s < 144 ? 8 : s < 256 ? 9 : s < 280 ? 7 : 8);
+}
+
+/* A zlib stream (RFC 1950) of one block. Of what repeats only pixels like the one before are looked for, in
+ * runs whose length is a symbol alone: there is no better to be had of noise, and most else is black. */
+static void deflate(Cursor *c, const unsigned char *data, size_t size, unsigned pixel) {
+    uint32_t low = 1, high = 0;   /* Adler-32 */
+    c->bits = 0x100;
+    put_byte(c, 0x78);
+    put_byte(c, 0x01);
+    put_code(c, 6, 3);   /* the last block; it has the fixed code */
+    for (size_t at = 0, run; at < size; at += run) {
+        const size_t most = at < pixel ? 0 : size - at < 258 ? size - at : 258;
+        for (run = 0; run < most && data[at + run] == data[at + run - pixel];)
+            run++;
+        run = run < 3 ? 1 : run > 10 && run < 258 ? 10 : run;
+        put_symbol(c, run == 1 ? data[at] : run == 258 ? 285 : 254 + (unsigned)run);
+        put_code(c, pixel - 1, run == 1 ? 0 : 5);   /* the distance */
+    }
+    put_symbol(c, 256);
+    put_code(c, 0, 7);   /* to the end of a byte */
+    for (size_t i = 0; i < size; i++) {
+        low = (low + data[i]) % 65521;
+        high = (high + low) % 65521;
+    }
+    for (int shift = 24; shift >= 0; shift -= 8)
+        put_byte(c, (high << 16 | low) >> shift & 255);
+}
+
+/* A chunk of a PNG: length, type, numbers, bytes, CRC. */
+static void put_chunk(FILE *out, const char *type, size_t count, const uint32_t *numbers, const void *bytes,
+                      size_t size) {
+    unsigned char head[28];
+    memcpy(head, type, 4);
+    for (size_t i = 0; i < 4 * count; i++)
+        head[4 + i] = (unsigned char)(numbers[i / 4] >> 8 * (3 - i % 4));
+    put_big_endian(out, (uint32_t)(4 * count + size));
+    fwrite(head, 1, 4 + 4 * count, out);
+    fwrite(bytes, 1, size, out);
+    put_big_endian(out, crc_32(crc_32(0, head, 4 + 4 * count), bytes, size));
+}
+
+typedef struct {
+    const unsigned char *pixels;   /* [count, height, width, channels] */
+    int count, height, width, channels, is_ppm, delay;
+} Image;
+
+/* A PNG without filters of its rows; with a delay it is animated (https://www.w3.org/TR/png-3/). */
+static int write_png(void *stream, const void *context) {
+    const Image *image = context;
+    const uint32_t width = (uint32_t)image->width, height = (uint32_t)image->height;
+    const unsigned pixel = (unsigned)image->channels, colour = pixel == 3 ? 2 : 0;
+    const size_t row = 1 + (size_t)width * pixel;   /* it begins with the 0 of no filter */
+    unsigned char *rows = allocate_zeroed(height, row);
+    uint32_t sequence = 0;
+    Error error;
+    Cursor c = {.name = "png", .error = &error, .most = UINT64_MAX};
     fputs("\x89PNG\r\n\x1a\n", stream);
-    put_chunk(stream, header, 17);
-    put_chunk(stream, chunk, size);
-    put_chunk(stream, "IEND", 4);
-    free(chunk);
-    return status || ferror((FILE *)stream);
+    put_chunk(stream, "IHDR", 3, (uint32_t[]){width, height, 8 << 24 | colour << 16}, "", 1);
+    if (image->delay > 0)
+        put_chunk(stream, "acTL", 2, (uint32_t[]){(uint32_t)image->count, 0}, "", 0);
+    for (size_t frame = 0; frame < (size_t)image->count; frame++) {
+        for (size_t y = 0; y < height; y++)
+            memcpy(rows + y * row + 1, image->pixels + (frame * height + y) * (row - 1), row - 1);
+        c.out.size = 0;
+        deflate(&c, rows, height * row, pixel);
+        const uint32_t control[6] = {sequence++, width, height, 0, 0, (uint32_t)image->delay << 16 | 1000};
+        if (image->delay > 0)
+            put_chunk(stream, "fcTL", 6, control, "\0", 2);
+        put_chunk(stream, frame > 0 ? "fdAT" : "IDAT", frame > 0, &sequence, c.out.data, c.out.size);
+        sequence += frame > 0;
+    }
+    put_chunk(stream, "IEND", 0, NULL, "", 0);
+    free(c.out.data);
+    free(rows);
+    return c.failed || ferror((FILE *)stream);
 }
 
 static int write_netpbm(void *stream, const void *context) {
@@ -435,24 +482,50 @@ static int write_netpbm(void *stream, const void *context) {
     return ferror((FILE *)stream);
 }
 
+/* NumPy's format: a header of 128 bytes, the pixels. */
+static int write_npy(void *stream, const void *context) {
+    const Image *m = context;
+    char header[119];
+    snprintf(header, sizeof header, "{'descr': '|u1', 'fortran_order': False, 'shape': (%d, %d, %d, %d), }",
+             m->count, m->height, m->width, m->channels);
+    fprintf(stream, "\x93NUMPY\x01%c\x76%c%-117s\n", 0, 0, header);
+    fwrite(m->pixels, (size_t)m->height * (size_t)m->width * (size_t)m->channels, (size_t)m->count, stream);
+    return ferror((FILE *)stream);
+}
+
+static FileWriter image_writer(const char *path) {
+    const int is_png = has_extension(path, ".png") || has_extension(path, ".apng");
+    const int is_netpbm = has_extension(path, ".pgm") || has_extension(path, ".ppm");
+    return is_png ? write_png : is_netpbm ? write_netpbm : has_extension(path, ".npy") ? write_npy : NULL;
+}
+
 int image_path_check(const char *path, int channels, Error *error) {
     Cursor c = {.name = path, .error = error};
-    const int is_pgm = has_extension(path, ".pgm"), is_ppm = has_extension(path, ".ppm");
-    require(&c, is_pgm || is_ppm || has_extension(path, ".png"),
-            "unknown kind of image, expected a name that ends in .png, .pgm or .ppm");
-    require(&c, !is_pgm || channels == 1, "a .pgm holds grey images only, expected .png or .ppm for colour");
+    const FileWriter writer = image_writer(path);
+    require(&c, writer != NULL,
+            "unknown kind of image, expected a name that ends in .png, .apng, .pgm, .ppm or .npy");
+    require(&c, channels == 1 || !has_extension(path, ".pgm"),
+            "a .pgm holds grey images only, expected .png or .ppm for colour");
+    require(&c, channels != 2 || writer == write_npy, "images of two channels are written as .npy only");
     return c.failed;
+}
+
+int images_write(const char *path, const unsigned char *images, int count, int height, int width,
+                 int channels, int delay, Error *error) {
+    const Image image = {images, count, height, width, channels, has_extension(path, ".ppm"), delay};
+    const FileWriter writer = image_writer(path);
+    Cursor c = {.name = path, .error = error};
+    assert(count > 0 && height > 0 && width > 0 && channels > 0 && channels < 4);
+    require(&c, height * (width * 3.0 + 1) <= 1.9e9, "an image of %d x %d pixels is too large", width,
+            height);
+    require(&c, count == 1 || writer == write_npy || (writer == write_png && delay), "holds one image only");
+    return c.failed || image_path_check(path, channels, error) || file_replace(path, writer, &image, error)
+               ? -1 : 0;
 }
 
 int image_write(const char *path, const unsigned char *pixels, int height, int width, int channels,
                 Error *error) {
-    const Image image = {pixels, height, width, channels, has_extension(path, ".ppm")};
-    Cursor c = {.name = path, .error = error};
-    assert(height > 0 && width > 0 && (channels == 1 || channels == 3));
-    require(&c, (double)width * channels <= 65534 && (double)height * width * 3 <= 2e9,
-            "an image of %d x %d pixels is too large", width, height);
-    return c.failed || image_path_check(path, channels, error) ||
-           file_replace(path, has_extension(path, ".png") ? write_png : write_netpbm, &image, error) ? -1 : 0;
+    return images_write(path, pixels, 1, height, width, channels, 0, error);
 }
 
 unsigned char *image_grid(const unsigned char *images, int count, int columns, int height, int width,

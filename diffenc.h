@@ -594,10 +594,16 @@ int file_replace(const char *path, FileWriter write, const void *context, Error 
 
 /* ---- images ---- */
 
-/* pixels [height, width, channels], 1 or 3 channels, as .png, .pgm (1 channel) or .ppm: by the path's end. */
+/* pixels [height, width, channels], 1 or 3 channels, as .png, .pgm (1 channel), .ppm or .npy ([1, height,
+ * width, channels], any channels): by the path's end. */
 int image_write(const char *path, const unsigned char *pixels, int height, int width, int channels,
                 Error *error);
 int image_path_check(const char *path, int channels, Error *error);   /* before hours of work */
+
+/* The same of images [count, height, width, channels] as one .npy, or as the frames of one animated .apng or
+ * .png, `delay` milliseconds each, below 65536, over and over. */
+int images_write(const char *path, const unsigned char *images, int count, int height, int width,
+                 int channels, int delay, Error *error);
 
 /* `count` images in a grid of at most `columns`, 2 white pixels around each. free() the result. */
 unsigned char *image_grid(const unsigned char *images, int count, int columns, int height, int width,

@@ -412,47 +412,140 @@ static const unsigned char *next_chunk(const Bytes *file, size_t *at, const char
     return chunk + 8;
 }
 
-/* Read a PNG of stored blocks and compare its pixels. */
-static void check_png(const char *name, const unsigned char *pixels, int height, int width, int channels) {
+/* A zlib stream must hold this: it is read as gzip with the check sums of what is expected. */
+static void check_zlib(const unsigned char *data, size_t size, const unsigned char *expected, size_t length) {
+    uint32_t low = 1, high = 0, crc = crc_of(expected, length);
+    unsigned char *member = calloc(1, size + 12);
+    Bytes out;
+    memcpy(member, "\x1f\x8b\x08\0\0\0\0\0\0", 10);
+    memcpy(member + 10, data + 2, size - 6);
+    for (int b = 0; b < 4; b++) {
+        member[size + 4 + (size_t)b] = (unsigned char)(crc >> 8 * b);
+        member[size + 8 + (size_t)b] = (unsigned char)((uint32_t)length >> 8 * b);
+    }
+    for (size_t i = 0; i < length; i++) {
+        low = (low + expected[i]) % 65521;
+        high = (high + low) % 65521;
+    }
+    CHECK((data[0] * 256 + data[1]) % 31 == 0 && (data[0] & 15) == 8, "zlib header");
+    CHECK(big_endian(data + size - 4) == (high << 16 | low), "Adler-32");
+    ACCEPTED(gzip_inflate(member, size + 12, "zlib", SIZE_MAX, &out, &error));
+    CHECK(is_equal(out, expected, length), "other pixels");
+    free(out.data);
+    free(member);
+}
+
+/* Read a PNG, animated if there is a delay, and compare its pixels. Returns the size of the file. */
+static size_t check_png(const char *name, const unsigned char *pixels, int count, int height, int width,
+                        int channels, int delay) {
     Bytes file = read_file(name);
-    size_t at = 8, stride = (size_t)(width * channels) + 1, count = 0, length;
-    uint32_t low = 1, high = 0;
-    int last = 0, same = 1;
+    size_t at = 8, stride = (size_t)(width * channels) + 1, length, size = file.size;
+    uint32_t sequence = 0;
+    unsigned char *rows = calloc((size_t)height, stride);
     CHECK(file.size > 8 && memcmp(file.data, "\x89PNG\r\n\x1a\n", 8) == 0, "signature");
     const unsigned char *data = next_chunk(&file, &at, "IHDR", &length);
     CHECK(length == 13 && (int)big_endian(data) == width && (int)big_endian(data + 4) == height, "size");
     CHECK(memcmp(data + 8, channels == 3 ? "\x08\2\0\0" : "\x08\0\0\0", 5) == 0, "kind");
-    data = next_chunk(&file, &at, "IDAT", &length);
-    CHECK((data[0] * 256 + data[1]) % 31 == 0 && (data[0] & 15) == 8, "zlib header");
-    const unsigned char *block = data + 2, *end = data + length;
-    while (!last && block + 9 <= end) {
-        size_t size = block[1] | (size_t)block[2] << 8;
-        last = block[0];
-        CHECK((size ^ 0xffff) == (block[3] | (size_t)block[4] << 8), "block length");
-        for (block += 5; size > 0 && block < end; size--, count++) {
-            low = (low + *block) % 65521;
-            high = (high + low) % 65521;
-            if (*block++ != (count % stride == 0 ? 0 : *pixels++)) same = 0;
-        }
+    if (delay > 0) {
+        data = next_chunk(&file, &at, "acTL", &length);
+        CHECK(length == 8 && (int)big_endian(data) == count && big_endian(data + 4) == 0, "acTL");
     }
-    CHECK(last == 1 && block + 4 == end, "%s: the blocks do not fill their chunk", name);
-    CHECK(big_endian(end - 4) == (high << 16 | low), "Adler-32");
-    CHECK(same && count == stride * (size_t)height, "%s: other pixels", name);
+    for (int frame = 0; frame < count; frame++) {
+        for (int y = 0; y < height; y++, pixels += stride - 1)
+            memcpy(rows + (size_t)y * stride + 1, pixels, stride - 1);
+        if (delay > 0) {
+            data = next_chunk(&file, &at, "fcTL", &length);
+            CHECK(length == 26 && big_endian(data) == sequence++ && (int)big_endian(data + 4) == width &&
+                  (int)big_endian(data + 8) == height && big_endian(data + 12) + big_endian(data + 16) == 0 &&
+                  (int)big_endian(data + 20) == delay * 65536 + 1000 && data[24] + data[25] == 0, "fcTL");
+        }
+        data = next_chunk(&file, &at, frame > 0 ? "fdAT" : "IDAT", &length);
+        const size_t numbers = frame > 0 ? 4 : 0;
+        CHECK(frame == 0 || big_endian(data) == sequence++, "number of frame %d", frame);
+        check_zlib(data + numbers, length - numbers, rows, (size_t)height * stride);
+    }
     next_chunk(&file, &at, "IEND", &length);
     CHECK(length == 0 && at == file.size, "%s: no end", name);
+    free(rows);
+    free(file.data);
+    return size;
+}
+
+/* Digits that come out of noise, in 40 frames of 16: a megabyte must hold them. A program that no one here
+ * wrote reads the same frames. */
+static void test_animation(void) {
+    enum { FRAMES = 40, SIDE = 122 };
+    static unsigned char frames[FRAMES][SIDE * SIDE], images[16 * 784];
+    Dataset digits;
+    int height, width;
+    char command[2048], path[512];
+    dataset_open(&digits, "digits", SPLIT_TRAIN, 1, &error);
+    for (int f = 0; f < FRAMES; f++) {
+        const RandomStream stream = random_stream(1, RANDOM_CHECK, 0, (uint32_t)f);
+        for (uint32_t i = 0; i < 16; i++)
+            dataset_image(&digits, i, images + i * 784);
+        for (uint32_t p = 0; p < sizeof images; p++) {
+            const double noise = 256 * (random_uniform(stream, p) - 0.5), clean = (double)f / (FRAMES - 1);
+            const double mixed = clean * images[p] + (1 - clean) * (128 + noise);
+            images[p] = (unsigned char)fmin(fmax(mixed, 0), 255);
+        }
+        unsigned char *grid = image_grid(images, 16, 4, 28, 28, 1, &height, &width);
+        CHECK(height == SIDE && width == SIDE, "grid of %d x %d", height, width);
+        memcpy(frames[f], grid, sizeof frames[f]);
+        free(grid);
+    }
+    ACCEPTED(images_write(in_directory("a.apng"), frames[0], FRAMES, SIDE, SIDE, 1, 50, &error));
+    const size_t size = check_png("a.apng", frames[0], FRAMES, SIDE, SIDE, 1, 50);
+    CHECK(size < 650000, "40 frames of 16 digits take %d bytes", (int)size);
+    if (system("ffmpeg -version >/dev/null 2>&1") != 0) {
+        printf("skipped: an animation read by ffmpeg (there is none)\n");
+        return;
+    }
+    strcpy(path, in_directory("a.raw"));
+    snprintf(command, sizeof command, "ffmpeg -v error -nostdin -i %s -pix_fmt gray -f rawvideo %s",
+             in_directory("a.apng"), path);
+    CHECK(system(command) == 0, "ffmpeg does not read it");
+    Bytes raw = read_file("a.raw");
+    CHECK(is_equal(raw, frames, sizeof frames), "ffmpeg reads other frames, %d bytes", (int)raw.size);
+    free(raw.data);
+}
+
+static void test_npy(void) {
+    static const unsigned char pixels[2 * 1 * 3 * 2] = { 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 255 };
+    char expected[129];
+    ACCEPTED(images_write(in_directory("a.npy"), pixels, 2, 1, 3, 2, 0, &error));
+    Bytes file = read_file("a.npy");
+    snprintf(expected, sizeof expected, "..........%-117s\n",
+             "{'descr': '|u1', 'fortran_order': False, 'shape': (2, 1, 3, 2), }");
+    memcpy(expected, "\x93NUMPY\1\0\x76", 10);
+    CHECK(file.size == 128 + sizeof pixels && memcmp(file.data, expected, 128) == 0, "header");
+    CHECK(memcmp(file.data + 128, pixels, sizeof pixels) == 0, "pixels");
+    free(file.data);
+    ACCEPTED(image_write(in_directory("b.npy"), pixels, 4, 3, 1, &error));
+    file = read_file("b.npy");
+    CHECK(file.size == 140 && strstr((const char *)file.data + 10, "(1, 4, 3, 1)") != NULL, "one image");
     free(file.data);
 }
 
 static void test_images(void) {
-    enum { HEIGHT = 150, WIDTH = 160 };                  /* 72,150 bytes of PNG rows in colour: two blocks */
+    enum { HEIGHT = 150, WIDTH = 160 };
     static unsigned char pixels[HEIGHT * WIDTH * 3];
     for (size_t i = 0; i < sizeof pixels; i++) pixels[i] = (unsigned char)(i * i / 7);
     ACCEPTED(image_write(in_directory("a.png"), pixels, HEIGHT, WIDTH, 3, &error));
-    check_png("a.png", pixels, HEIGHT, WIDTH, 3);
+    check_png("a.png", pixels, 1, HEIGHT, WIDTH, 3, 0);
     ACCEPTED(image_write(in_directory("b.png"), pixels, HEIGHT, WIDTH, 1, &error));
-    check_png("b.png", pixels, HEIGHT, WIDTH, 1);
+    check_png("b.png", pixels, 1, HEIGHT, WIDTH, 1, 0);
     ACCEPTED(image_write(in_directory("c.png"), pixels, 257, 254, 1, &error));
-    check_png("c.png", pixels, 257, 254, 1);             /* exactly 65,535 bytes: one block, full */
+    check_png("c.png", pixels, 1, 257, 254, 1, 0);
+    for (int length = 0; length < 600; length++) {       /* runs of all lengths, in grey and in colour */
+        const int channels = length % 2 ? 1 : 3;
+        unsigned char runs[606];
+        for (int i = 0; i < 606; i++)
+            runs[i] = i < channels || i >= channels + length ? (unsigned char)(i * 37) : runs[i - channels];
+        ACCEPTED(image_write(in_directory("d.png"), runs, 2, 303 / channels, channels, &error));
+        const size_t size = check_png("d.png", runs, 1, 2, 303 / channels, channels, 0);
+        CHECK(length < 599 || size < 100, "%d bytes for what is even", (int)size);
+    }
 
     ACCEPTED(image_write(in_directory("a.pgm"), pixels, 2, 3, 1, &error));
     check_file("a.pgm", "P5\n3 2\n255\n", pixels, 6);
@@ -461,6 +554,12 @@ static void test_images(void) {
     ACCEPTED(image_write(in_directory("b.PPM"), (const unsigned char *)"\1\2", 1, 2, 1, &error));
     check_file("b.PPM", "P6\n2 1\n255\n", "\1\1\1\2\2\2", 6);
 
+    REFUSED(images_write(in_directory("x.png"), pixels, 2, 4, 4, 1, 0, &error), "x.png: holds one image");
+    REFUSED(images_write(in_directory("x.pgm"), pixels, 2, 4, 4, 1, 9, &error), "x.pgm: holds one image");
+    REFUSED(image_write(in_directory("x.png"), pixels, 4, 4, 2, &error), "x.png: images of two channels");
+    REFUSED(image_write(in_directory("x.png"), pixels, 30000, 30000, 1, &error), "is too large");
+    CHECK(image_path_check("x.npy", 2, &error) == 0 && image_path_check("x.apng", 3, &error) == 0, "%s",
+          error.text);
     CHECK(image_path_check("x.pgm", 1, &error) == 0 && image_path_check("x.png", 3, &error) == 0, "%s",
           error.text);
     REFUSED(image_path_check("x.pgm", 3, &error), "x.pgm: a .pgm holds grey images only");
@@ -1013,6 +1112,8 @@ int main(void) {
     test_printable();
     test_gzip();
     test_images();
+    test_animation();
+    test_npy();
     test_chart();
     test_idx();
     test_cifar();
