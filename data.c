@@ -796,6 +796,12 @@ static void digit_draw(uint64_t seed, Split split, uint32_t index, unsigned char
 
 enum { SIDE = 32, PLANE = SIDE * SIDE, RECORD = 1 + 3 * PLANE, MOST_RECORDS = 10000 };   /* CIFAR-10 */
 
+static const char *const file_names[2][8] = {   /* by split: MNIST's images and labels, then CIFAR-10 */
+    {"train-images-idx3-ubyte", "train-labels-idx1-ubyte", "data_batch_1.bin", "data_batch_2.bin",
+     "data_batch_3.bin", "data_batch_4.bin", "data_batch_5.bin"},
+    {"t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "test_batch.bin"},
+};
+
 /* An IDX header: big-endian magic number, count, height, width. Returns the bytes of pixels that it promises,
  * 0 where it is wrong. */
 static uint64_t idx_header(const Bytes *bytes, uint32_t header[4]) {
@@ -821,8 +827,25 @@ int idx_parse(Bytes *bytes, const char *name, Dataset *dataset, Error *error) {
     if (c.failed)
         return -1;
     memmove(bytes->data, bytes->data + 16, (size_t)promised);
-    *dataset = (Dataset){header[1], (int)header[2], (int)header[3], 1, bytes->data, dataset->split, 0};
+    *dataset = (Dataset){header[1], (int)header[2], (int)header[3], 1, bytes->data, .split = dataset->split};
     bytes->data = NULL;
+    return 0;
+}
+
+int idx_labels_parse(Bytes *bytes, const char *name, Dataset *dataset, Error *error) {
+    const uint32_t n = dataset->count;
+    const unsigned char header[8] = {0, 0, 8, 1, n >> 24, n >> 16 & 255, n >> 8 & 255, n & 255};
+    Cursor c = {.name = name, .error = error};
+    require(&c, bytes->size == 8 + (size_t)n && memcmp(bytes->data, header, 8) == 0,
+            "holds %zu bytes, expected an IDX file of %u labels for the images of %s", bytes->size,
+            (unsigned)n, file_names[dataset->split][0]);
+    if (c.failed)
+        return -1;
+    dataset->labels = memmove(bytes->data, bytes->data + 8, n);
+    bytes->data = NULL;
+    for (uint32_t i = 0; i < n; i++)
+        if (dataset->classes <= dataset->labels[i])
+            dataset->classes = dataset->labels[i] + 1;
     return 0;
 }
 
@@ -836,9 +859,14 @@ int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *e
         require(&c, bytes->data[i * RECORD] < 10, "image %zu has label %d, expected 0 to 9", i,
                 bytes->data[i * RECORD]);
     unsigned char *pixels = resize(&c, dataset->pixels, (had + count) * 3 * PLANE);
-    if (!pixels)
+    dataset->pixels = pixels ? pixels : dataset->pixels;
+    unsigned char *labels = resize(&c, dataset->labels, had + count);
+    if (!labels)
         return -1;
-    dataset->pixels = pixels;
+    dataset->labels = labels;
+    dataset->classes = 10;
+    for (size_t i = 0; i < count; i++)
+        labels[had + i] = bytes->data[i * RECORD];
     dataset->count = (uint32_t)(had + count);
     dataset->height = dataset->width = SIDE;
     dataset->channels = 3;
@@ -848,28 +876,14 @@ int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *e
     return 0;
 }
 
-/* Add the images of a file, reading hardly more of it than its header promises or a batch holds. */
-static int dataset_read(Dataset *dataset, const char *path, int is_mnist, Error *error) {
-    uint64_t most = (uint64_t)(MOST_RECORDS + 1) * RECORD;
-    uint32_t header[4] = {0};
-    Bytes bytes;
-    if (is_mnist) {
-        if (file_read(path, 16, &bytes, error))
-            return -1;
-        most = 16 + idx_header(&bytes, header) + 1;
-        free(bytes.data);
-    }
-    if (file_read(path, most, &bytes, error))
-        return -1;
-    const int status = is_mnist ? idx_parse(&bytes, path, dataset, error)
-                                : cifar_parse(&bytes, path, dataset, error);
-    free(bytes.data);
-    return status;
-}
-
-/* Add the images of DIRECTORY/NAME or DIRECTORY/NAME.gz. Where neither is there, nothing is added. */
-static int dataset_add(Dataset *dataset, const char *where, const char *name, int is_mnist, Error *error) {
+/* Add DIRECTORY/NAME or DIRECTORY/NAME.gz, the name of this kind in the list, reading hardly more than it may
+ * hold. Where neither is there, nothing is added. */
+static int dataset_add(Dataset *dataset, const char *where, int kind, Error *error) {
     char plain[PATH_MAX + 64], packed[PATH_MAX + 68];
+    const char *name = file_names[dataset->split][kind];
+    uint64_t most = kind == 1 ? 8 + (uint64_t)dataset->count + 1 : (uint64_t)(MOST_RECORDS + 1) * RECORD;
+    uint32_t header[4] = {0};
+    Bytes bytes = {NULL, 0};
     snprintf(plain, sizeof plain, "%s/%s", where, name);
     snprintf(packed, sizeof packed, "%s.gz", plain);
     const int is_plain = access(plain, F_OK) == 0 || errno != ENOENT, is_packed = access(packed, F_OK) == 0;
@@ -877,24 +891,35 @@ static int dataset_add(Dataset *dataset, const char *where, const char *name, in
         require(&(Cursor){.name = packed, .error = error}, 0, "is not read, since %s is there too", name);
         fprintf(stderr, "diffenc: %s\n", error->text);
     }
-    return is_plain || is_packed ? dataset_read(dataset, is_plain ? plain : packed, is_mnist, error) : 0;
+    if (!is_plain && !is_packed)
+        return 0;
+    const char *path = is_plain ? plain : packed;
+    if (kind == 0 && file_read(path, 16, &bytes, error) == 0)
+        most = 16 + idx_header(&bytes, header) + 1;
+    free(bytes.data);
+    if (file_read(path, most, &bytes, error))
+        return -1;
+    const int status = kind == 0   ? idx_parse(&bytes, path, dataset, error)
+                       : kind == 1 ? idx_labels_parse(&bytes, path, dataset, error)
+                                   : cifar_parse(&bytes, path, dataset, error);
+    free(bytes.data);
+    return status;
 }
 
 int dataset_open(Dataset *dataset, const char *where, Split split, uint64_t seed, Error *error) {
-    static const char *const names[2][7] = {   /* MNIST, then CIFAR-10 */
-        {"train-images-idx3-ubyte", "data_batch_1.bin", "data_batch_2.bin", "data_batch_3.bin",
-         "data_batch_4.bin", "data_batch_5.bin"}, {"t10k-images-idx3-ubyte", "test_batch.bin"},
-    };
-    const int is_test = split == SPLIT_TEST, is_digits = strcmp(where, "digits") == 0;
+    const int is_test = split == SPLIT_TEST;
+    const uint32_t count = is_test ? 10000 : 60000;
     Cursor c = {.name = where, .error = error};
     *dataset = (Dataset){.split = split};
-    if (is_digits)
-        *dataset = (Dataset){is_test ? 10000 : 60000, DIGIT_SIZE, DIGIT_SIZE, 1, NULL, split, seed};
-    require_call(&c, is_digits || access(where, F_OK) == 0);
-    for (int i = 0; names[is_test][i] && dataset->channels != 1 && !c.failed; i++)
-        c.failed = dataset_add(dataset, where, names[is_test][i], i == 0, error);
+    if (strcmp(where, "digits") == 0)
+        *dataset = (Dataset){count, DIGIT_SIZE, DIGIT_SIZE, 1, NULL, split, seed, NULL, 10};
+    const int is_built_in = dataset->count > 0;
+    require_call(&c, is_built_in || access(where, F_OK) == 0);
+    for (int i = 0; file_names[split][i] && !is_built_in && !c.failed; i++)
+        if (i == 0 || (i == 1) == (dataset->channels == 1))
+            c.failed = dataset_add(dataset, where, i, error);
     require(&c, dataset->count > 0, "holds neither %s (MNIST) nor %s (CIFAR-10), plain or with .gz",
-            names[is_test][0], is_test ? "test_batch.bin" : "data_batch_1.bin to ..5.bin");
+            file_names[split][0], is_test ? "test_batch.bin" : "data_batch_1.bin to ..5.bin");
     if (c.failed)
         dataset_close(dataset);
     return c.failed;
@@ -902,6 +927,7 @@ int dataset_open(Dataset *dataset, const char *where, Split split, uint64_t seed
 
 void dataset_close(Dataset *dataset) {
     free(dataset->pixels);
+    free(dataset->labels);
     *dataset = (Dataset){0};
 }
 
@@ -916,6 +942,12 @@ void dataset_image(const Dataset *dataset, uint32_t index, unsigned char *out) {
         memcpy(out, dataset->pixels + index * size, size);
     else
         digit_draw(dataset->seed, dataset->split, index, out);
+}
+
+int dataset_label(const Dataset *dataset, uint32_t index) {
+    assert(index < dataset->count);
+    const int digit = (int)(index % 10);   /* as digit_glyph() has it */
+    return dataset->labels ? dataset->labels[index] : dataset->classes > 0 ? digit : -1;
 }
 
 /* FNV-1a over little-endian words of 8 bytes. Without the shift, high bits would never reach low ones. */

@@ -627,31 +627,37 @@ void put_escaped(FILE *out, const char *text);
 typedef enum { SPLIT_TRAIN, SPLIT_TEST } Split;
 
 typedef struct {
-    uint32_t count;          /* images; digits: 60000 for training and 10000 for testing */
+    uint32_t count;          /* images; built in: 60000 for training and 10000 for testing */
     int height, width, channels;
     unsigned char *pixels;   /* [count, height, width, channels], or NULL: the built-in digits */
     Split split;
-    uint64_t seed;           /* of the built-in digits */
+    uint64_t seed;           /* of what is built in */
+    unsigned char *labels;   /* [count], below `classes`, or NULL: built in, or there are none */
+    int classes;             /* 0: there are no labels */
 } Dataset;
 
-/* Open `where`: the word "digits" (built in, drawn from `seed`), or a directory with MNIST or Fashion-MNIST
- * (train-images-idx3-ubyte, t10k-images-idx3-ubyte) or with those of CIFAR-10's data_batch_1.bin to
- * data_batch_5.bin, test_batch.bin that are there; MNIST comes first. All may be .gz; where both are, the
- * plain one is read, and a line on stderr says so. */
+/* Open `where`: the word "digits" (built in, drawn from `seed`), or a directory with MNIST or Fashion-MNIST (train-images-idx3-ubyte,
+ * t10k-images-idx3-ubyte; train-labels-idx1-ubyte, t10k-labels-idx1-ubyte where they are there) or with those
+ * of CIFAR-10's data_batch_1.bin to data_batch_5.bin, test_batch.bin that are there; MNIST comes first. All
+ * may be .gz; where both are, the plain one is read, and a line on stderr says so. */
 int dataset_open(Dataset *dataset, const char *where, Split split, uint64_t seed, Error *error);
 void dataset_close(Dataset *dataset);
 
-/* Copy image `index` to `out` [height, width, channels]. A digit is a function of (seed, split, index). */
+/* Copy image `index` to `out` [height, width, channels]. What is built in is a function of (seed, split,
+ * index). Its label, or -1 where there is none. */
 void dataset_image(const Dataset *dataset, uint32_t index, unsigned char *out);
+int dataset_label(const Dataset *dataset, uint32_t index);
 
-/* A hash of shape and pixels, or of split and seed of the built-in digits; the same on all machines. */
+/* A hash of shape and pixels, or of split and seed of what is built in; the same on all machines. */
 uint64_t dataset_digest(const Dataset *dataset);
 
 /* Index `position` in the order of an epoch: for each (seed, epoch) a permutation of 0..count-1. */
 uint32_t dataset_shuffle(uint64_t seed, uint32_t epoch, uint32_t position, uint32_t count);
 
-/* The images of an IDX file, which takes `bytes` over; of a CIFAR-10 batch, behind those already there. */
+/* The images of an IDX file; the labels of those images; images and labels of a CIFAR-10 batch, behind those
+ * already there. IDX takes `bytes` over. */
 int idx_parse(Bytes *bytes, const char *name, Dataset *dataset, Error *error);
+int idx_labels_parse(Bytes *bytes, const char *name, Dataset *dataset, Error *error);
 int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *error);
 
 /* ---- safetensors: https://github.com/huggingface/safetensors ---- */

@@ -632,6 +632,32 @@ static void test_chart(void) {
 
 /* ---- data sets ---- */
 
+static void test_idx_labels(void) {
+    static const unsigned char good[11] = { 0, 0, 8, 1, 0, 0, 0, 3, 4, 255, 0 };
+    static const struct { unsigned char place, value; size_t size; } bad[] = {
+        { 0, 0, 0 }, { 0, 0, 7 }, { 0, 0, 10 }, { 11, 0, 12 }, { 7, 2, 11 }, { 7, 4, 11 }, { 4, 1, 11 },
+        { 3, 3, 11 }, { 2, 9, 11 }, { 7, 2, 10 }, { 7, 4, 12 },
+    };
+    Dataset dataset = { .count = 3, .split = SPLIT_TEST };
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        unsigned char changed[12] = { 0 };
+        memcpy(changed, good, sizeof good);
+        changed[bad[i].place] = bad[i].value;
+        Bytes bytes = copy_of(changed, bad[i].size);
+        REFUSED(idx_labels_parse(&bytes, "x.idx", &dataset, &error),
+                "bytes, expected an IDX file of 3 labels for the images of t10k-images-idx3-ubyte");
+        CHECK(dataset.labels == NULL && dataset.classes == 0, "something is left");
+        free(bytes.data);
+    }
+    CHECK_MESSAGE("x.idx: holds 12 bytes");
+    Bytes bytes = copy_of(good, sizeof good);
+    ACCEPTED(idx_labels_parse(&bytes, "x.idx", &dataset, &error));
+    CHECK(bytes.data == NULL && dataset.classes == 256 && dataset_label(&dataset, 0) == 4 &&
+          dataset_label(&dataset, 1) == 255 && dataset_label(&dataset, 2) == 0, "labels");
+    leave_seed("idx", good, sizeof good);
+    dataset_close(&dataset);
+}
+
 static void test_idx(void) {
     static const unsigned char good[] = { 0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 3, 1, 2, 3, 4, 5, 6 };
     static const struct {
@@ -665,6 +691,7 @@ static void test_idx(void) {
     CHECK(bytes.data == NULL, "not taken over");
     dataset_close(&dataset);
     CHECK(dataset.pixels == NULL, "not closed");
+    test_idx_labels();
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
         bytes = copy_of(bad[i].data, bad[i].size);
         CHECK(idx_parse(&bytes, "x.idx", &dataset, &error) != 0, "accepted: %s", bad[i].message);
@@ -678,6 +705,7 @@ static void test_cifar(void) {
     static unsigned char batch[2 * RECORD], image[3072];
     Dataset dataset = { 0 };
     for (int i = 0; i < 2 * RECORD; i++) batch[i] = i % RECORD == 0 ? 9 : (unsigned char)(i * 31 / 7);
+    batch[RECORD] = 3;
     Bytes bytes = copy_of(batch, sizeof batch);
     ACCEPTED(cifar_parse(&bytes, "x.bin", &dataset, &error));
     CHECK(dataset.count == 2 && dataset.height == 32 && dataset.width == 32 && dataset.channels == 3,
@@ -688,6 +716,9 @@ static void test_cifar(void) {
         for (int c = 0; c < 3; c++) same &= image[3 * p + c] == batch[RECORD + 1 + 1024 * c + p];
     }
     CHECK(same, "planes are not turned into pixels");
+    ACCEPTED(cifar_parse(&bytes, "x.bin", &dataset, &error));
+    CHECK(dataset.count == 4 && dataset.classes == 10, "a second batch");
+    for (uint32_t i = 0; i < 4; i++) CHECK(dataset_label(&dataset, i) == (i % 2 ? 3 : 9), "label %d", (int)i);
     dataset_close(&dataset);
     leave_seed("cifar", batch, sizeof batch);
     bytes.size--;
@@ -704,12 +735,13 @@ static void test_cifar(void) {
     free(bytes.data);
 }
 
-/* The directory can be opened; pixel `at` of its images has this value. */
-static void check_open(Split split, uint32_t count, int channels, size_t at, int pixel) {
+/* The directory can be opened; pixel `at` of its images has this value, the last one this label. */
+static void check_open(Split split, uint32_t count, int channels, size_t at, int pixel, int label) {
     Dataset dataset;
     ACCEPTED(dataset_open(&dataset, directory, split, 0, &error));
     CHECK(dataset.count == count && dataset.split == split && dataset.channels == channels
           && dataset.pixels[at] == pixel, "other images");
+    CHECK(dataset_label(&dataset, count - 1) == label && !dataset.labels == (label < 0), "other labels");
     dataset_close(&dataset);
 }
 
@@ -726,16 +758,29 @@ static void test_open(void) {
     for (int i = 0; i < 2 * RECORD; i++) batch[i] = i % RECORD == 0 ? 1 : (unsigned char)(i / RECORD + 1);
     write_file("data_batch_2.bin", batch, 2 * RECORD);
     write_file("data_batch_5.bin", batch, RECORD);
-    check_open(SPLIT_TRAIN, 3, 3, 3072, 2);              /* batches are joined in their order */
-    check_open(SPLIT_TRAIN, 3, 3, 2 * 3072, 1);
+    check_open(SPLIT_TRAIN, 3, 3, 3072, 2, 1);           /* batches are joined in their order */
+    check_open(SPLIT_TRAIN, 3, 3, 2 * 3072, 1, 1);
     write_file("data_batch_4.bin", batch, RECORD - 1);
     REFUSED(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error), "/data_batch_4.bin: holds 3072 bytes");
     REFUSED(dataset_open(&dataset, directory, SPLIT_TEST, 0, &error),
             "holds neither t10k-images-idx3-ubyte (MNIST) nor test_batch.bin");
     write_file("test_batch.bin", batch, RECORD);
-    check_open(SPLIT_TEST, 1, 3, 0, 1);
+    check_open(SPLIT_TEST, 1, 3, 0, 1, 1);
     write_file("train-images-idx3-ubyte", idx, sizeof idx);
-    check_open(SPLIT_TRAIN, 1, 1, 1, 8);
+    check_open(SPLIT_TRAIN, 1, 1, 1, 8, -1);
+
+    /* Labels beside the images, plain or packed; absent ones are no error, others that are wrong are one. */
+    static const unsigned char labels[] = { 0, 0, 8, 1, 0, 0, 0, 1, 6 };
+    write_file("train-labels-idx1-ubyte", labels, sizeof labels);
+    check_open(SPLIT_TRAIN, 1, 1, 1, 8, 6);
+    write_file("train-labels-idx1-ubyte", labels, sizeof labels - 1);
+    REFUSED(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error), "/train-labels-idx1-ubyte: holds 8 "
+            "bytes, expected an IDX file of 1 labels for the images of train-images-idx3-ubyte");
+    CHECK(dataset.pixels == NULL && dataset.labels == NULL, "not closed");
+    unlink(in_directory("train-labels-idx1-ubyte"));
+    write_file("train-labels-idx1-ubyte.gz", gzip_stored, sizeof gzip_stored);
+    REFUSED(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error), "/train-labels-idx1-ubyte.gz: holds ");
+    unlink(in_directory("train-labels-idx1-ubyte.gz"));
     write_file("t10k-images-idx3-ubyte.gz", gzip_stored, sizeof gzip_stored);
     REFUSED(dataset_open(&dataset, directory, SPLIT_TEST, 0, &error),
             "/t10k-images-idx3-ubyte.gz: magic number 0x44696666, expected");
@@ -751,7 +796,7 @@ static void test_open(void) {
     for (int b = 0; b < 4; b++) packed[33 + b] = (unsigned char)(crc_of(idx, sizeof idx) >> 8 * b);
     packed[37] = sizeof idx;
     write_file("train-images-idx3-ubyte", packed, 41);
-    check_open(SPLIT_TRAIN, 1, 1, 1, 8);
+    check_open(SPLIT_TRAIN, 1, 1, 1, 8, -1);
     make_bomb(packed + 41, BOMB);
     write_file("train-images-idx3-ubyte", packed, 41 + BOMB);
     free(packed);
@@ -765,7 +810,7 @@ static void test_open(void) {
     write_file("train-images-idx3-ubyte.gz", gzip_stored, sizeof gzip_stored);
     const int terminal = dup(STDERR_FILENO);
     CHECK(freopen(in_directory("said"), "w", stderr) != NULL, "no stderr");
-    check_open(SPLIT_TRAIN, 1, 1, 1, 8);
+    check_open(SPLIT_TRAIN, 1, 1, 1, 8, -1);
     fflush(stderr);
     dup2(terminal, STDERR_FILENO);
     Bytes said = read_file("said");
@@ -783,16 +828,16 @@ static void test_digest(void) {
     Dataset sets[10];
     for (int i = 0; i < 6; i++)
         for (int p = 0; p < 24; p++) pixels[i][p] = (unsigned char)(p * 37);
-    for (int i = 0; i < 6; i++) sets[i] = (Dataset){ 2, 3, 4, 1, pixels[i], SPLIT_TRAIN, 5 };
+    for (int i = 0; i < 6; i++) sets[i] = (Dataset){ 2, 3, 4, 1, pixels[i], SPLIT_TRAIN, .seed = 5 };
     pixels[1][23] ^= 1;
     at = pixels[2];
     at[7] ^= 128, at[15] ^= 128;                         /* the highest bits of two words */
     memcpy(pixels[3], pixels[0] + 12, 12);
     memcpy(pixels[3] + 12, pixels[0], 12);               /* the images the other way round */
-    sets[4] = (Dataset){ 1, 3, 4, 1, pixels[4], SPLIT_TRAIN, 5 };
-    sets[5] = (Dataset){ 2, 4, 3, 1, pixels[5], SPLIT_TRAIN, 5 };
+    sets[4] = (Dataset){ 1, 3, 4, 1, pixels[4], SPLIT_TRAIN, .seed = 5 };
+    sets[5] = (Dataset){ 2, 4, 3, 1, pixels[5], SPLIT_TRAIN, .seed = 5 };
     for (int i = 6; i < 9; i++)
-        sets[i] = (Dataset){ 2, 3, 4, 1, NULL, i == 6 ? SPLIT_TEST : SPLIT_TRAIN, i == 8 ? 6 : 5 };
+        sets[i] = (Dataset){ 2, 3, 4, 1, NULL, i == 6 ? SPLIT_TEST : SPLIT_TRAIN, .seed = i == 8 ? 6 : 5 };
     for (int i = 0; i < 9; i++) {
         digests[i] = dataset_digest(&sets[i]);
         for (int j = 0; j < i; j++) CHECK(digests[i] != digests[j], "sets %d and %d have one digest", i, j);
@@ -829,6 +874,24 @@ static void test_digits(void) {
         dataset_image(&other, i, a);
         CHECK(memcmp(a, b, 784) != 0, "digit %u does not depend on the seed", (unsigned)i);
     }
+    /* The labels tell: a test digit is nearest to the mean of its own class far more often than not. */
+    static double mean[10][784];
+    int right = 0;
+    for (uint32_t i = 0; i < 2000; i++) {
+        dataset_image(&train, i, a);
+        for (int p = 0; p < 784; p++) mean[dataset_label(&train, i)][p] += a[p] / 200.0;
+    }
+    for (uint32_t i = 0; i < 500; i++) {
+        int nearest = 0;
+        double distance[10] = { 0 };
+        dataset_image(&test, i, a);
+        for (int k = 0; k < 10; k++) {
+            for (int p = 0; p < 784; p++) distance[k] += (a[p] - mean[k][p]) * (a[p] - mean[k][p]);
+            nearest = distance[k] < distance[nearest] ? k : nearest;
+        }
+        right += nearest == dataset_label(&test, i);
+    }
+    CHECK(right > 300 && train.classes == 10, "%d of 500 digits are like their class", right);
     dataset_close(&train);
 }
 
@@ -866,8 +929,9 @@ static void test_mnist(void) {
         Split split;
         uint32_t count;
         uint64_t sum, weighted, digest;  /* of all pixels; of pixel * (place % 251) of the first 100 images */
-    } known[2] = { { SPLIT_TRAIN, 60000, 1567298545, 317163866, 0x3aea0b5a31fc24b9 },
-                   { SPLIT_TEST, 10000, 264923200, 298271224, 0x959af0812824e46d } };
+        int labels[5];
+    } known[2] = { { SPLIT_TRAIN, 60000, 1567298545, 317163866, 0x3aea0b5a31fc24b9, { 5, 0, 4, 1, 9 } },
+                   { SPLIT_TEST, 10000, 264923200, 298271224, 0x959af0812824e46d, { 7, 2, 1, 0, 4 } } };
     const char *where = getenv("MNIST_DIR");
     if (where == NULL) printf("skipped: MNIST_DIR is not set\n");
     for (int i = 0; i < 2 && where != NULL; i++) {
@@ -884,6 +948,8 @@ static void test_mnist(void) {
         CHECK(dataset_digest(&dataset) == known[i].digest, "digest of MNIST");
         CHECK(SANITIZED || seconds_now() - start < 0.1, "a digest takes %.3f s", seconds_now() - start);
         CHECK(sum == known[i].sum && weighted == known[i].weighted, "pixels of MNIST");
+        for (uint32_t k = 0; k < 5 && dataset.labels; k++)
+            CHECK(dataset_label(&dataset, k) == known[i].labels[k], "label %d of MNIST", (int)k);
         dataset_close(&dataset);
     }
 }
