@@ -749,15 +749,14 @@ static Glyph digit_glyph(RandomStream stream, uint32_t index) {
     return g;
 }
 
-/* A white line with round ends and soft edges. Pixel (x, y) is centred on (x, y); it only brightens, so that
- * the joints of a long curve do not show. */
-static void draw_line(unsigned char *pixels, const double from[2], const double to[2], double radius) {
+void line_draw(unsigned char *canvas, int size, int channels, const double from[2], const double to[2],
+               double radius, const unsigned char *colour) {
     const double along_x = to[0] - from[0], along_y = to[1] - from[1];
     const double square = along_x * along_x + along_y * along_y;
     int first[2], end[2];
     for (int axis = 0; axis < 2; axis++) {
         first[axis] = (int)fmax(fmin(from[axis], to[axis]) - radius, 0);
-        end[axis] = (int)fmin(fmax(from[axis], to[axis]) + radius + 2, DIGIT_SIZE);
+        end[axis] = (int)fmin(fmax(from[axis], to[axis]) + radius + 2, size);
     }
     for (int y = first[1]; y < end[1]; y++)
         for (int x = first[0]; x < end[0]; x++) {
@@ -765,13 +764,15 @@ static void draw_line(unsigned char *pixels, const double from[2], const double 
             const double part = square > 0 ? fmin(fmax(along / square, 0), 1) : 0;
             const double across_x = x - from[0] - part * along_x, across_y = y - from[1] - part * along_y;
             const double cover = fmin(radius + 0.5 - sqrt(across_x * across_x + across_y * across_y), 1);
-            unsigned char *pixel = pixels + y * DIGIT_SIZE + x;
-            *pixel = (unsigned char)fmax(*pixel, (double)lround(255 * cover));
+            unsigned char *pixel = canvas + ((size_t)y * (size_t)size + (size_t)x) * (size_t)channels;
+            for (int c = 0; c < channels; c++)
+                pixel[c] = (unsigned char)fmax(pixel[c], (double)lround(colour[c] * cover));
         }
 }
 
 static void digit_draw(uint64_t seed, Split split, uint32_t index, unsigned char *out) {
     enum { PIECES = 5 };
+    const unsigned char white = 255;
     const Glyph g = digit_glyph(random_stream(seed, RANDOM_GLYPHS, (uint32_t)split, index), index);
     memset(out, 0, DIGIT_SIZE * DIGIT_SIZE);
     for (int i = 0; i + 1 < g.count; i++) {
@@ -786,9 +787,31 @@ static void digit_draw(uint64_t seed, Split split, uint32_t index, unsigned char
                 const double *p = g.at[axis];
                 to[axis] = a * p[before] + b * p[i] + c * p[i + 1] + d * p[after];
             }
-            draw_line(out, from, to, g.radius);
+            line_draw(out, DIGIT_SIZE, 1, from, to, g.radius, &white);
             memcpy(from, to, sizeof from);
         }
+    }
+}
+
+/* ---- built-in points ---- */
+
+/* A spiral of two and a half turns, as dense at its end as at its beginning, and a normal number each way. */
+static void swirl_point(uint64_t seed, Split split, uint32_t index, unsigned char *out) {
+    const RandomStream stream = random_stream(seed, RANDOM_GLYPHS, (uint32_t)split, index);
+    const double part = sqrt(random_uniform(stream, 0)), turn = 8 * atan(1);
+    const double away = 3 * sqrt(-2 * log(1 - random_uniform(stream, 1)));
+    for (int axis = 0; axis < 2; axis++) {
+        const double sideways = axis * turn / 4, along = cos(2.5 * turn * part - sideways);
+        const double at = 128 + 116 * part * along + away * cos(turn * random_uniform(stream, 2) - sideways);
+        out[axis] = (unsigned char)fmin(fmax(at, 0), 255);
+    }
+}
+
+void points_draw(unsigned char *canvas, int size, const unsigned char *points, int count,
+                 const unsigned char colour[3]) {
+    for (const unsigned char *p = points; p < points + 2 * (size_t)count; p += 2) {
+        const double at[2] = {(p[0] + 0.5) * size / 256 - 0.5, (p[1] + 0.5) * size / 256 - 0.5};
+        line_draw(canvas, size, 3, at, at, size / 400.0, colour);
     }
 }
 
@@ -913,6 +936,8 @@ int dataset_open(Dataset *dataset, const char *where, Split split, uint64_t seed
     *dataset = (Dataset){.split = split};
     if (strcmp(where, "digits") == 0)
         *dataset = (Dataset){count, DIGIT_SIZE, DIGIT_SIZE, 1, NULL, split, seed, NULL, 10};
+    if (strcmp(where, "swirl") == 0)
+        *dataset = (Dataset){count, 1, 1, 2, NULL, split, seed, NULL, 0};
     const int is_built_in = dataset->count > 0;
     require_call(&c, is_built_in || access(where, F_OK) == 0);
     for (int i = 0; file_names[split][i] && !is_built_in && !c.failed; i++)
@@ -941,7 +966,7 @@ void dataset_image(const Dataset *dataset, uint32_t index, unsigned char *out) {
     if (dataset->pixels)
         memcpy(out, dataset->pixels + index * size, size);
     else
-        digit_draw(dataset->seed, dataset->split, index, out);
+        (dataset->channels == 1 ? digit_draw : swirl_point)(dataset->seed, dataset->split, index, out);
 }
 
 int dataset_label(const Dataset *dataset, uint32_t index) {

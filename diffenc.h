@@ -89,7 +89,7 @@ typedef enum {
     RANDOM_DROPOUT,        /* dropout masks of the score network */
     RANDOM_SAMPLER,        /* z_1 and the noise of the ancestral sampler; step = the time step */
     RANDOM_PIXELS,         /* pixels drawn from p(k | z_0) */
-    RANDOM_GLYPHS,         /* the built-in digits; step = split, example = index */
+    RANDOM_GLYPHS,         /* built-in data; step = split, example = index */
     RANDOM_EVAL_TIME,      /* the one u of an evaluation */
     RANDOM_EVAL_NOISE,     /* eps of an evaluation; step = repetition */
     RANDOM_EVAL_NOISE_0,   /* eps_0 of an evaluation */
@@ -609,6 +609,16 @@ int images_write(const char *path, const unsigned char *images, int count, int h
 unsigned char *image_grid(const unsigned char *images, int count, int columns, int height, int width,
                           int channels, int *grid_height, int *grid_width);
 
+/* A line with round ends and soft edges, in pixels, on canvas [size, size, channels]: pixel (x, y) is centred
+ * on (x, y). It only brightens, so that the joints of a long curve do not show; so a canvas begins black. */
+void line_draw(unsigned char *canvas, int size, int channels, const double from[2], const double to[2],
+               double radius, const unsigned char *colour);
+
+/* points [count] (x, y) as dots on canvas [size, size, 3], which holds all from (0, 0) to (255, 255): the
+ * real x in -1..1 of a level is at pixel (x + 1)/2 size - 1/2. */
+void points_draw(unsigned char *canvas, int size, const unsigned char *points, int count,
+                 const unsigned char colour[3]);
+
 /* A chart as SVG, on its own or inside HTML, light or dark as the reader's system is. What is not finite is
  * left out; the beginning of a falling curve is cut off where its end would look flat. */
 typedef struct {
@@ -629,14 +639,15 @@ typedef enum { SPLIT_TRAIN, SPLIT_TEST } Split;
 typedef struct {
     uint32_t count;          /* images; built in: 60000 for training and 10000 for testing */
     int height, width, channels;
-    unsigned char *pixels;   /* [count, height, width, channels], or NULL: the built-in digits */
+    unsigned char *pixels;   /* [count, height, width, channels], or NULL: built in, digits or the swirl */
     Split split;
     uint64_t seed;           /* of what is built in */
     unsigned char *labels;   /* [count], below `classes`, or NULL: built in, or there are none */
     int classes;             /* 0: there are no labels */
 } Dataset;
 
-/* Open `where`: the word "digits" (built in, drawn from `seed`), or a directory with MNIST or Fashion-MNIST (train-images-idx3-ubyte,
+/* Open `where`: the word "digits" or "swirl" (built in, drawn from `seed`; points of a spiral, images of 1x1
+ * pixels with the channels x and y), or a directory with MNIST or Fashion-MNIST (train-images-idx3-ubyte,
  * t10k-images-idx3-ubyte; train-labels-idx1-ubyte, t10k-labels-idx1-ubyte where they are there) or with those
  * of CIFAR-10's data_batch_1.bin to data_batch_5.bin, test_batch.bin that are there; MNIST comes first. All
  * may be .gz; where both are, the plain one is read, and a line on stderr says so. */

@@ -527,6 +527,28 @@ static void test_npy(void) {
     free(file.data);
 }
 
+/* Dots and lines are where they should be, in their colour, and nothing else is lit. */
+static void test_points(void) {
+    enum { SIZE = 512 };
+    static unsigned char canvas[SIZE * SIZE * 3];
+    static const unsigned char points[4] = { 0, 255, 100, 50 }, colour[3] = { 255, 128, 0 };
+    const double from[2] = { 300, 20 }, to[2] = { 400, 120 };
+    points_draw(canvas, SIZE, points, 2, colour);
+    line_draw(canvas, SIZE, 3, from, to, 1, colour);
+    int lit = 0, outside = 0, other = 0;
+    for (int p = 0; p < SIZE * SIZE; p++) {
+        const unsigned char *pixel = canvas + (size_t)p * 3;
+        const int x = p % SIZE, y = p / SIZE;
+        const int is_dot = (x < 4 && y > 507) || (abs(x - 200) < 4 && abs(y - 100) < 4);
+        lit += pixel[0] > 0;
+        outside += pixel[0] > 0 && !is_dot && abs(x - 300 - (y - 20)) > 4;
+        other += pixel[2] != 0 || abs(2 * pixel[1] - pixel[0]) > 2;
+    }
+    CHECK(lit > 200 && lit < 600 && outside + other == 0, "%d lit, %d outside, %d in other colours", lit,
+          outside, other);
+    CHECK(canvas[(100 * SIZE + 200) * 3] == 255 && canvas[(70 * SIZE + 350) * 3] == 255, "not lit");
+}
+
 static void test_images(void) {
     enum { HEIGHT = 150, WIDTH = 160 };
     static unsigned char pixels[HEIGHT * WIDTH * 3];
@@ -895,6 +917,51 @@ static void test_digits(void) {
     dataset_close(&train);
 }
 
+/* Points lie on a spiral of 2.5 turns, spread about it by 3 and as many everywhere along it; they are not cut
+ * off at 0 and 255, and fill most of what there is. */
+static void test_swirl(void) {
+    enum { COUNT = 10000 };
+    Dataset train, test, other;
+    const double two_pi = 8 * atan(1), turn = 116 / 2.5;
+    double square = 0;
+    int counted = 0, low = 255, high = 0, edge = 0, same = 0, inner = 0;
+    ACCEPTED(dataset_open(&train, "swirl", SPLIT_TRAIN, 1, &error));
+    ACCEPTED(dataset_open(&test, "swirl", SPLIT_TEST, 1, &error));
+    ACCEPTED(dataset_open(&other, "swirl", SPLIT_TRAIN, 2, &error));
+    CHECK(train.count == 60000 && test.count == 10000 && train.height == 1 && train.width == 1 &&
+          train.channels == 2 && train.classes == 0 && dataset_label(&train, 7) == -1, "shape");
+    CHECK(dataset_digest(&train) != dataset_digest(&test) && dataset_digest(&train) != dataset_digest(&other),
+          "digests");
+    for (uint32_t i = 0; i < COUNT; i++) {
+        unsigned char p[2], again[2];
+        dataset_image(&train, i, p);
+        dataset_image(&train, i, again);
+        CHECK(memcmp(p, again, 2) == 0, "point %d is another the second time", (int)i);
+        dataset_image(&test, i, again);
+        same += memcmp(p, again, 2) == 0;
+        dataset_image(&other, i, again);
+        same += memcmp(p, again, 2) == 0;
+        for (int axis = 0; axis < 2; axis++) {
+            low = p[axis] < low ? p[axis] : low;
+            high = p[axis] > high ? p[axis] : high;
+            edge += p[axis] == 0 || p[axis] == 255;
+        }
+        const double x = p[0] - 127.5, y = p[1] - 127.5, r = sqrt(x * x + y * y);
+        const double first = turn * (atan2(y, x) / two_pi + (y < 0));
+        const double k = fmax(0, nearbyint((r - first) / turn));
+        inner += r < 58;
+        if (r > 20 && r < 100) {
+            square += (r - first - k * turn) * (r - first - k * turn);
+            counted++;
+        }
+    }
+    const double spread = sqrt(square / counted);
+    CHECK(spread > 2.7 && spread < 3.5, "spread %.3f", spread);
+    CHECK(low < 20 && high > 235 && edge < COUNT / 1000, "%d to %d, %d at the edge", low, high, edge);
+    CHECK(inner > 0.22 * COUNT && inner < 0.29 * COUNT, "%d in the inner half", inner);
+    CHECK(same < 20, "%d points do not depend on split or seed", same);
+}
+
 static void test_shuffle(void) {
     static const uint32_t counts[6] = { 1, 2, 3, 10, 100, 1000 };
     for (int k = 0; k < 6; k++) {
@@ -1180,10 +1247,12 @@ int main(void) {
     test_images();
     test_animation();
     test_npy();
+    test_points();
     test_chart();
     test_idx();
     test_cifar();
     test_digits();
+    test_swirl();
     test_shuffle();
     test_mnist();
     test_tensors();
