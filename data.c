@@ -884,9 +884,9 @@ int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *e
     unsigned char *pixels = resize(&c, dataset->pixels, (had + count) * 3 * PLANE);
     dataset->pixels = pixels ? pixels : dataset->pixels;
     unsigned char *labels = resize(&c, dataset->labels, had + count);
-    if (!labels)
+    dataset->labels = labels ? labels : dataset->labels;
+    if (!pixels || !labels)
         return -1;
-    dataset->labels = labels;
     dataset->classes = 10;
     for (size_t i = 0; i < count; i++)
         labels[had + i] = bytes->data[i * RECORD];

@@ -561,7 +561,7 @@ static void test_images(void) {
     check_png("c.png", pixels, 1, 257, 254, 1, 0);
     for (int length = 0; length < 600; length++) {       /* runs of all lengths, in grey and in colour */
         const int channels = length % 2 ? 1 : 3;
-        unsigned char runs[606];
+        unsigned char runs[606] = { 0 };
         for (int i = 0; i < 606; i++)
             runs[i] = i < channels || i >= channels + length ? (unsigned char)(i * 37) : runs[i - channels];
         ACCEPTED(image_write(in_directory("d.png"), runs, 2, 303 / channels, channels, &error));
