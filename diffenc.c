@@ -365,9 +365,11 @@ typedef struct {
     double u, emphasis, (*terms)[3];   /* [batch] */
 } Batch;
 
-/* The encoder costs most and learns slowest: one example in four trains it and has recon and latent, which
- * move nothing else. AdamW and Muon do not feel that its gradient is a quarter of the whole. Where the end
- * points of the schedule are learned, recon and latent move them, and no example goes without. */
+/* The encoder costs most and learns slowest: one example in four trains it, by the bound as it is with recon
+ * and latent, which move nothing else. AdamW and Muon do not feel that its gradient is a quarter of the whole.
+ * The others train the score network alone, with an emphasis on the noise where samples take shape, which the
+ * encoder must not see: it would learn to please it. Where the end points of the schedule are learned, every
+ * example trains all. */
 static int trains_encoder(const Batch *b, const Config *c, int i) {
     return c->schedule == SCHEDULE_LEARNED || b->batch < 4 || (b->step + (uint32_t)i) % 4 == 0;
 }
@@ -384,7 +386,6 @@ static void training_example(Network *n, int i, void *context) {
         .t = example_time(b->u, i, b->batch, m.config->timesteps),
         .eps = gaussian_image(&m, random_stream(b->seed, RANDOM_NOISE, b->step, index))->value,
         .eps_0 = gaussian_image(&m, random_stream(b->seed, RANDOM_NOISE_0, b->step, index))->value};
-    const double emphasis = 1 + b->emphasis * number_of(sigma_squared(gamma_at(&m, example.t)));
     LossTerms terms = {number(m.graph, 0), number(m.graph, 0), NULL};
     n->encoder_fixed = !trains_encoder(b, m.config, i);
     if (n->encoder_fixed)
@@ -392,7 +393,10 @@ static void training_example(Network *n, int i, void *context) {
     else
         terms = objective(&m, example);
     terms_of(terms, b->terms[i]);
-    terms.diffusion = affine(emphasis, terms.diffusion, 0);
+    if (n->encoder_fixed) {
+        const double sigma2 = number_of(sigma_squared(gamma_at(&m, example.t)));
+        terms.diffusion = affine(1 + b->emphasis * sigma2, terms.diffusion, 0);
+    }
     differentiate(&m, terms, b->batch);
 }
 
@@ -427,7 +431,7 @@ int training_step(Model *model, Workers *workers, const Optimizer *optimizer, co
                   int batch, uint64_t seed, StepReport *r, Error *error) {
     const uint32_t step = (uint32_t)model->step;
     Batch b = {.images = images, .batch = batch, .step = step, .seed = seed,
-               .emphasis = model->config.schedule == SCHEDULE_FIXED ? optimizer->emphasis : 0,
+               .emphasis = optimizer->emphasis,
                .u = random_uniform(random_stream(seed, RANDOM_TIME, step, 0), 0),
                .terms = workers_results(workers, (size_t)batch, sizeof *b.terms)};
     double mean[3];

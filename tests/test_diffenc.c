@@ -141,8 +141,8 @@ static void training_by_hand(Network *n, int i, void *context) {
     LossTerms l = objective(&m, b->example[i]);
     b->terms[i][0] = number_of(l.recon), b->terms[i][1] = number_of(l.latent);
     b->terms[i][2] = number_of(l.diffusion);
-    const double weight = 1 + b->emphasis / (1 + exp(-number_of(gamma_at(&m, b->example[i].t))));
-    l.diffusion = affine(weight, l.diffusion, 0);
+    const double sigma2 = 1 / (1 + exp(-number_of(gamma_at(&m, b->example[i].t))));
+    l.diffusion = affine(n->encoder_fixed ? 1 + b->emphasis * sigma2 : 1, l.diffusion, 0);
     backward(bits_per_dimension(&m, l), 1.0 / COUNT);
 }
 
@@ -159,7 +159,7 @@ static void test_training_step(const char *name, int timesteps, ScheduleKind sch
         double terms[COUNT][3], mean[4] = {0}, worst = 0;
         StepReport r;
         examples_of_step(&same, step, example, noise);
-        ByHand b = {&same, example, step, terms, schedule == SCHEDULE_FIXED ? o.emphasis : 0};
+        ByHand b = {&same, example, step, terms, o.emphasis};
         const real *gradient = workers_gradient(&same.workers, COUNT, training_by_hand, &b);
         const double norm = optimizer_step(&same.workers, &o, gradient);
         CHECK(training_step(&c.model, &c.workers, &o, c.images, COUNT, SEED, &r, &error) == 0, "%s", name);
