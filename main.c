@@ -652,7 +652,7 @@ static void mean_and_error(const double *x, int count, int stride, double result
 static void bound(Job *job, const unsigned char *images, int count, int repeats, uint64_t seed,
                   double result[4][2]) {
     double(*terms)[4] = arena_allocate(job->arena, (size_t)count, sizeof *terms);
-    evaluate(&job->workers, images, count, repeats, seed, terms);
+    evaluate(&job->workers, images, count, repeats, seed, terms, NULL);
     for (int term = 0; term < 4; term++)
         mean_and_error(&terms[0][term], count, 4, result[term]);
 }
