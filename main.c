@@ -101,23 +101,28 @@ typedef struct {
 typedef enum { LOAD_PARAMS, LOAD_EMA, LOAD_ALL } Load;
 
 typedef struct Command Command;
+typedef struct Evaluated Evaluated;
 typedef struct {
     /* Options; which command has which is said by OPTIONS. */
     int threads, steps, save_every, sample_every, sample_steps, eval_every, eval_limit, resume;
     int count, sampler, draw, split, limit, repeats, timesteps;
     uint64_t seed;
-    char out[TEXT_SIZE], ratio[TEXT_SIZE], batch[TEXT_SIZE];
+    char out[TEXT_SIZE], chart[TEXT_SIZE], csv[TEXT_SIZE]; /* files to be written */
+    char ratio[TEXT_SIZE], batch[TEXT_SIZE];
     char where[TEXT_SIZE]; /* of the data; "": as in training */
     Settings settings;
-    const char *checkpoint;
+    const char *checkpoint; /* the present one */
     const Command *command;
-    char **arguments; /* behind the command's name */
+    char **arguments;     /* behind the command's name; once they are parsed, checkpoints come first */
+    int checkpoint_count; /* so many */
     Arena *arena;
-    double need; /* bytes of memory, as far as known */
+    double need;       /* bytes of memory, as far as known */
+    double model_need; /* what the present model has of it */
     Model model;
     Workers workers;
     Dataset data;
     Error error;
+    Evaluated *evaluated; /* [checkpoint_count] */
     /* Of a training. */
     unsigned char *test;  /* [test_count] images */
     int test_count, lock; /* descriptor of OUT/.lock */
@@ -199,6 +204,8 @@ static const Option OPTIONS[] = {
     {"repeats", EVAL, INT, IN(repeats), 1, 1e6, "N", "draws of time and noise for each image"},
     {"timesteps", EVAL, INT, IN(timesteps), -1, 1e6, "T", "T; 0: continuous time; -1: as in training"},
     {"variance-ratio", EVAL, TEXT, IN(ratio), 0, 0, "W|optimal", "as for train, or the best at each t"},
+    {"chart", EVAL, TEXT, IN(chart), 0, 0, "FILE.svg", "the loss over t and lambda, the counterterm's error"},
+    {"csv", EVAL, TEXT, IN(csv), 0, 0, "FILE.csv", "the values, a line for each checkpoint"},
     {"count", SAMPLE, INT, IN(count), 1, 65536, "N", "images"},
     {"count", SHOW, INT, IN(count), 1, 64, "N", "test images, evenly over the split"},
     {"steps", TRAIN, INT, IN(steps), 0, 2e9, "N", "in total, resumed or not; 0: initial checkpoint only"},
@@ -227,16 +234,17 @@ static Settings settings_default(void) {
     return (Settings){config_default(), optimizer_default(), .batch = 64, .seed = 1, .data = "digits"};
 }
 
-static Job job_default(const Command *command, char **arguments) {
-    Job job = {.command = command, .arguments = arguments, .settings = settings_default()};
-    job.arena = arena_new();
-    job.threads = smaller(omp_get_max_threads(), MAX_THREADS);
-    job.save_every = 500, job.sample_steps = 100, job.eval_limit = 256;
-    job.split = SPLIT_TEST, job.repeats = 1, job.timesteps = -1, job.seed = 1;
-    job.count = command->taker == SHOW ? 4 : 64;
+static Job *job_new(const Command *command, char **arguments) {
+    Job *job = allocate_zeroed(1, sizeof *job);
+    job->command = command, job->arguments = arguments, job->settings = settings_default();
+    job->arena = arena_new();
+    job->threads = smaller(omp_get_max_threads(), MAX_THREADS);
+    job->save_every = 500, job->sample_steps = 100, job->eval_limit = 256;
+    job->split = SPLIT_TEST, job->repeats = 1, job->timesteps = -1, job->seed = 1;
+    job->count = command->taker == SHOW ? 4 : 64;
     if (command->taker == TRAIN) {
-        job.steps = 10000;
-        strcpy(job.out, "run");
+        job->steps = 10000;
+        strcpy(job->out, "run");
     }
     return job;
 }
@@ -357,7 +365,8 @@ static int option_apply(const Option *o, Job *job, const char *text) {
     return 0;
 }
 
-/* Parse the arguments of a command; all but `train` take a checkpoint. Returns 0, -1 or HELP. */
+/* Parse the arguments of a command; all but `train` take a checkpoint, `eval` several. Returns 0, -1 or
+ * HELP. */
 static int parse_options(Job *job) {
     const Command *command = job->command;
     Error *error = &job->error;
@@ -369,8 +378,9 @@ static int parse_options(Job *job) {
             print_help(job);
             return HELP;
         }
-        if (!is_option && command->taker != TRAIN && !job->checkpoint) {
-            job->checkpoint = text;
+        if (!is_option && command->taker != TRAIN && (!job->checkpoint || command->taker == EVAL)) {
+            job->arguments[job->checkpoint_count++] = *argument;
+            job->checkpoint = job->arguments[0];
             continue;
         }
         if (!o)
@@ -470,8 +480,8 @@ static int memory_check(Job *job, double more) {
                 ldexp(job->need, -20), ldexp(have, -20));
 }
 
-/* The same for the vectors of a model and one example's graph for each thread; in training also the gradient
- * slots, and the gradients in the graph. */
+/* The same for the vectors of a model, in place of the one before, and one example's graph for each thread;
+ * in training also the gradient slots, and the gradients in the graph; a chart takes a second pass. */
 static int model_memory_check(Job *job, size_t weights) {
     const int training = job->command->load != LOAD_EMA;
     Model m = {.config = job->settings.config};
@@ -480,10 +490,13 @@ static int model_memory_check(Job *job, size_t weights) {
     const Method method = method_begin(&n);
     const Example example = {NULL, 0.5, NULL, NULL};
     objective(&method, example);
-    const double graph = (training ? 1.5 : 1) * (double)n.graph.bytes * job->threads;
+    const double graphs = (training ? 1.5 : *job->chart ? 2 : 1) * job->threads;
+    job->need -= job->model_need;
+    job->model_need = graphs * (double)n.graph.bytes +
+                      (double)weights * sizeof(real) * (5 + (training ? GRADIENT_SLOTS : 0));
     arena_free(n.graph.arena);
     free(m.parameter);
-    return memory_check(job, (double)weights * sizeof(real) * (5 + (training ? GRADIENT_SLOTS : 0)) + graph);
+    return memory_check(job, job->model_need);
 }
 
 /* ---- checkpoints ---- */
@@ -596,6 +609,15 @@ static int file_take(Job *job, const char *path, int (*take)(Job *, const Tensor
 
 /* ---- data and pictures ---- */
 
+/* Whether the images of what is called `name` are those that the model is for. */
+static int shape_check(Job *job, const char *name, const Dataset *data) {
+    const Config *c = &job->settings.config;
+    if (data->height == c->height && data->width == c->width && data->channels == c->image_channels)
+        return 0;
+    return fail(&job->error, "%s: images are %dx%dx%d, the model is for %dx%dx%d", name, data->height,
+                data->width, data->channels, c->height, c->width, c->image_channels);
+}
+
 /* Open data for the model. Where there is none yet, it will be made for these data. */
 static int data_open(Job *job, const char *where, Split split, Dataset *data) {
     Config *c = &job->settings.config;
@@ -605,10 +627,7 @@ static int data_open(Job *job, const char *where, Split split, Dataset *data) {
                     job->resume ? "; --data says where the data are now" : "");
     if (!job->model.params && split == SPLIT_TRAIN)
         c->height = data->height, c->width = data->width, c->image_channels = data->channels;
-    if (data->height == c->height && data->width == c->width && data->channels == c->image_channels)
-        return 0;
-    return fail(&job->error, "%s: images are %dx%dx%d, the model is for %dx%dx%d", where, data->height,
-                data->width, data->channels, c->height, c->width, c->image_channels);
+    return shape_check(job, where, data);
 }
 
 /* How many images a limit leaves of the data; 0: all. */
@@ -634,27 +653,26 @@ static int grid_write(Job *job, const char *path, const unsigned char *images, i
     return status;
 }
 
-/* ---- the bound on images ---- */
+/* ---- means ---- */
 
-/* Mean and standard error of x[i * stride], i < count. */
-static void mean_and_error(const double *x, int count, int stride, double result[2]) {
+/* Mean and standard error of x[i * stride] - minus[i * stride], i < count; minus may be NULL. */
+static void mean_and_error(const double *x, const double *minus, int count, int stride, double result[2]) {
     double sum = 0, squares = 0;
     for (int i = 0; i < count; i++)
-        sum += x[(size_t)i * stride];
+        sum += x[(size_t)i * stride] - (minus ? minus[(size_t)i * stride] : 0);
     const double mean = sum / count;
-    for (int i = 0; i < count; i++)
-        squares += (x[(size_t)i * stride] - mean) * (x[(size_t)i * stride] - mean);
+    for (int i = 0; i < count; i++) {
+        const double gap = x[(size_t)i * stride] - (minus ? minus[(size_t)i * stride] : 0) - mean;
+        squares += gap * gap;
+    }
     result[0] = mean;
     result[1] = count > 1 ? sqrt(squares / (count - 1.0) / count) : 0;
 }
 
-/* For each of recon, latent, diffusion and total the mean and the standard error over the images. */
-static void bound(Job *job, const unsigned char *images, int count, int repeats, uint64_t seed,
-                  double result[4][2]) {
-    double(*terms)[4] = arena_allocate(job->arena, (size_t)count, sizeof *terms);
-    evaluate(&job->workers, images, count, repeats, seed, terms, NULL);
+/* The same for each of recon, latent, diffusion and total. */
+static void mean_by_term(double (*terms)[4], double (*minus)[4], int count, double result[4][2]) {
     for (int term = 0; term < 4; term++)
-        mean_and_error(&terms[0][term], count, 4, result[term]);
+        mean_and_error(&terms[0][term], minus ? &minus[0][term] : NULL, count, 4, result[term]);
 }
 
 /* ---- diffenc train: its directory ---- */
@@ -1001,8 +1019,10 @@ static int train_step(Job *job) {
         return stop_signal ? 0 : -1; /* a step in which a signal came is not taken */
     const unsigned long long step = job->model.step;
     if (due(step, job->eval_every)) {
-        double result[4][2];
-        bound(job, job->test, job->test_count, 1, s->seed, result);
+        double result[4][2], (*terms)[4];
+        terms = arena_allocate(job->arena, (size_t)job->test_count, sizeof *terms);
+        evaluate(&job->workers, job->test, job->test_count, 1, s->seed, terms, NULL);
+        mean_by_term(terms, NULL, job->test_count, result);
         if (!stop_signal) {
             snprintf(test, sizeof test, "%.6f,%.6f", result[3][0], result[3][1]);
             end_line(job);
@@ -1127,19 +1147,24 @@ static int train(Job *job) {
 
 /* ---- what the commands on a checkpoint have in common ---- */
 
-/* Whether a file can be made there is better known before minutes of work than after, and whether that would
+/* Whether files can be made there is better known before minutes of work than after, and whether that would
  * spoil an input. */
 static int output_check(Job *job, const char *input) {
-    char directory[TEXT_SIZE];
-    struct stat in, out;
-    snprintf(directory, sizeof directory, "%s", job->out);
-    char *slash = strrchr(directory, '/');
-    strcpy(slash ? slash + 1 : directory, ".");
-    if (access(directory, W_OK | X_OK))
-        return fail(&job->error, "%s: %s", job->out, strerror(errno));
-    if (stat(job->out, &out) == 0 && stat(input, &in) == 0 && out.st_dev == in.st_dev &&
-        out.st_ino == in.st_ino)
-        return fail(&job->error, "%s: is the same file as the input %s", job->out, input);
+    const char *const outputs[3] = {job->out, job->chart, job->csv};
+    for (int i = 0; i < 3; i++) {
+        char directory[TEXT_SIZE];
+        struct stat in, out;
+        if (!*outputs[i])
+            continue;
+        snprintf(directory, sizeof directory, "%s", outputs[i]);
+        char *slash = strrchr(directory, '/');
+        strcpy(slash ? slash + 1 : directory, ".");
+        if (access(directory, W_OK | X_OK))
+            return fail(&job->error, "%s: %s", outputs[i], strerror(errno));
+        if (stat(outputs[i], &out) == 0 && stat(input, &in) == 0 && out.st_dev == in.st_dev &&
+            out.st_ino == in.st_ino)
+            return fail(&job->error, "%s: is the same file as the input %s", outputs[i], input);
+    }
     return 0;
 }
 
@@ -1153,7 +1178,7 @@ static int job_data(Job *job, Split split) {
         strcpy(job->where, trained_on);
     if (data_open(job, job->where, split, &job->data))
         return -1;
-    DIR *listing = *job->out ? opendir(job->where) : NULL;
+    DIR *listing = opendir(job->where);
     int status = 0;
     for (struct dirent *entry; status == 0 && listing && (entry = readdir(listing)) != NULL;) {
         char path[TEXT_SIZE];
@@ -1179,6 +1204,179 @@ static int sample(Job *job) {
     return 0;
 }
 
+/* ---- diffenc eval: what is kept of a checkpoint, and what comes of comparing several ---- */
+
+enum { BINS = 32 }; /* of t in [0, 1], in a chart */
+
+struct Evaluated {
+    const char *path, *name; /* name: what may be printed of it */
+    const char *training;    /* all settings but the seed: the same in a group */
+    Settings settings;
+    double (*terms)[4];      /* [count] of the images */
+    double value[4][2];      /* their means and standard errors, in bits per dimension */
+    double difference[4][2]; /* the same of each image's difference to the first checkpoint */
+    double over_seeds[4][2]; /* the same over the seeds of a group, which its first one stands for */
+    int seeds;               /* of that group */
+    double by_time[DRAW_COLUMNS][BINS]; /* means of the draws with t in a bin */
+};
+
+/* What a checkpoint tells of its training, but for the seed and what the built-in digits make of it. */
+static const char *training_of(Job *job) {
+    char *text = arena_allocate(job->arena, OPTION_COUNT, TEXT_SIZE + 1), *end = text;
+    for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++)
+        if (o->takers & RECORD && strcmp(o->name, "seed") != 0 && strcmp(o->name, "data-digest") != 0) {
+            option_text(o, job, end);
+            end += strlen(end);
+            *end++ = '\n';
+        }
+    *end = 0;
+    return text;
+}
+
+static void mean_by_time(double (*draws)[DRAW_COLUMNS], size_t count, double mean[DRAW_COLUMNS][BINS]) {
+    double number[BINS] = {0};
+    for (size_t i = 0; i < count; i++) {
+        const int bin = smaller((int)(draws[i][DRAW_TIME] * BINS), BINS - 1);
+        number[bin]++;
+        for (int column = 0; column < DRAW_COLUMNS; column++)
+            mean[column][bin] += draws[i][column];
+    }
+    for (int i = 0; i < DRAW_COLUMNS * BINS; i++) /* 0 / 0 is NAN, which a chart leaves out */
+        mean[i / BINS][i % BINS] /= number[i % BINS];
+}
+
+/* The regularised incomplete beta function I_x(a, b), by 400 levels of its continued fraction, which settles
+ * quickly below the mean (a + 1)/(a + b + 2). [DLMF 8.17.22] */
+static double incomplete_beta(double a, double b, double x) {
+    double fraction = 1;
+    if (x > (a + 1) / (a + b + 2))
+        return 1 - incomplete_beta(b, a, 1 - x);
+    for (int level = 400; level >= 1; level--) {
+        const double m = level / 2;
+        const double factor = level % 2 ? -(a + m) * (a + b + m) : m * (b - m);
+        fraction = 1 + factor * x / ((a + level - 1) * (a + level)) / fraction;
+    }
+    return exp(lgamma(a + b) - lgamma(a) - lgamma(b) + a * log(x) + b * log1p(-x)) / (a * fraction);
+}
+
+/* Welch's t-test of two means with standard errors, by term. */
+static void print_welch(const Evaluated *a, const Evaluated *b) {
+    printf("Welch's t-test: %s minus %s\n", b->name, a->name);
+    for (int term = 0; term < 4; term++) {
+        const double *p = a->over_seeds[term], *q = b->over_seeds[term];
+        const double difference = q[0] - p[0], u = p[1] * p[1], v = q[1] * q[1], t = difference / sqrt(u + v);
+        const double freedom = (u + v) * (u + v) / (u * u / (a->seeds - 1) + v * v / (b->seeds - 1));
+        printf("%-10s %9.5f  ", TERMS[term], difference);
+        if (sqrt(u + v) > 1e-12 * (fabs(p[0]) + fabs(q[0]))) /* else rounding alone tells them apart */
+            printf("t %.4f, %.2f degrees of freedom, p %.4g\n", t, freedom,
+                   incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t)));
+        else
+            printf("no spread over the seeds\n");
+    }
+}
+
+static void print_row(double value[4][2], const char *name) {
+    for (int term = 0; term < 4; term++)
+        printf("%9.5f +- %.5f  ", value[term][0], value[term][1]);
+    printf("%s\n", name);
+}
+
+/* Whether `e` is of the group of `first`, with a seed that none before it has. */
+static int adds_seed(const Evaluated *first, const Evaluated *e) {
+    int adds = strcmp(first->training, e->training) == 0;
+    for (const Evaluated *k = first; k < e; k++)
+        adds &= k->settings.seed != e->settings.seed || strcmp(k->training, e->training) != 0;
+    return adds;
+}
+
+/* The groups of checkpoints that differ in nothing but the seed, and how far they lie apart. */
+static void print_groups(Job *job) {
+    Evaluated *const all = job->evaluated, *const end = all + job->checkpoint_count;
+    double(*values)[4] = arena_allocate(job->arena, (size_t)job->checkpoint_count, sizeof *values);
+    for (Evaluated *first = all; first < end; first++) {
+        for (const Evaluated *e = first; e < end; e++)
+            if (adds_seed(first, e)) {
+                for (int term = 0; term < 4; term++)
+                    values[first->seeds][term] = e->value[term][0];
+                first->seeds++;
+            }
+        for (const Evaluated *e = all; e < first; e++)
+            if (strcmp(first->training, e->training) == 0)
+                first->seeds = 0; /* that one stands for the group */
+        if (first->seeds < 2)
+            continue;
+        mean_by_term(values, NULL, first->seeds, first->over_seeds);
+        printf("mean over %d seeds with its standard error:\n", first->seeds);
+        print_row(first->over_seeds, first->name);
+        for (const Evaluated *other = all; other < first; other++)
+            if (other->seeds > 1)
+                print_welch(other, first);
+    }
+}
+
+static void print_comparison(Job *job) {
+    Evaluated *const all = job->evaluated;
+    for (int term = 0; term < 4; term++)
+        printf("    %-18s", TERMS[term]);
+    printf("checkpoint\n");
+    for (int i = 0; i < job->checkpoint_count; i++)
+        print_row(all[i].value, all[i].name);
+    printf("difference to %s with the standard error of the paired difference:\n", all->name);
+    for (int i = 1; i < job->checkpoint_count; i++)
+        print_row(all[i].difference, all[i].name);
+    print_groups(job);
+}
+
+static int write_csv(void *stream, const void *context) {
+    const Job *job = context;
+    fputs("checkpoint,recon,latent,diffusion,total,recon_error,latent_error,diffusion_error,total_error,"
+          "difference,difference_error,model,seed,step\n",
+          stream);
+    for (const Evaluated *e = job->evaluated; e < job->evaluated + job->checkpoint_count; e++) {
+        const char *quote = strpbrk(e->path, ",\"\r\n") ? "\"" : "";
+        char model[32];
+        fputs(quote, stream);
+        for (const char *at = e->path; *at; at++)
+            fprintf(stream, *at == '"' ? "%c%c" : "%c", *at, *at);
+        fputs(quote, stream);
+        for (int i = 0; i < 8; i++)
+            fprintf(stream, ",%.9g", e->value[i % 4][i / 4]);
+        config_model_name(&e->settings.config, model);
+        fprintf(stream, ",%.9g,%.9g,%s,%llu,%llu\n", e->difference[3][0], e->difference[3][1], model,
+                (unsigned long long)e->settings.seed, (unsigned long long)e->settings.step);
+    }
+    return ferror((FILE *)stream);
+}
+
+/* Three charts below one another, the last one without VDM, whose x does not move. */
+static int write_chart(void *stream, const void *context) {
+    static const char *const texts[3][3] = {
+        {"Diffusion loss over t", "t", "bits per dimension"},
+        {"Diffusion loss over lambda", "lambda", "bits per dimension and unit of lambda"},
+        {"Relative error of the counterterm", "t", "|| sigma_t^2 x^ - dx_t/dlambda || / || dx_t/dlambda ||"}};
+    static const int columns[3][2] = {
+        {DRAW_TIME, DRAW_LOSS}, {DRAW_LAMBDA, DRAW_LOSS_BY_LAMBDA}, {DRAW_TIME, DRAW_COUNTERTERM_ERROR}};
+    const Job *job = context;
+    const int n = job->checkpoint_count, height = 410 + 22 * n; /* chart_svg() has a line for each curve */
+    Curve *curves = allocate((size_t)n, sizeof *curves);
+    fprintf(stream, "<svg xmlns='http://www.w3.org/2000/svg' class='chart' viewBox='0 0 640 %d'>\n",
+            3 * height);
+    for (int i = 0; i < 3; i++) {
+        int count = 0;
+        for (const Evaluated *e = job->evaluated; e < job->evaluated + n; e++)
+            if (i < 2 || e->settings.config.kind != VDM)
+                curves[count++] =
+                    (Curve){e->path, e->by_time[columns[i][0]], e->by_time[columns[i][1]], NULL, BINS};
+        fprintf(stream, "<svg y='%d' width='640' height='%d'>\n", i * height, height);
+        if (count > 0)
+            chart_svg(stream, texts[i][0], texts[i][1], texts[i][2], curves, count);
+        fputs("</svg>\n", stream);
+    }
+    fputs("</svg>\n", stream);
+    free(curves);
+    return ferror((FILE *)stream);
+}
+
 /* ---- diffenc eval ---- */
 
 /* The bound with the best sigma_P^2 at each t beside that of sigma_Q. `others`: recon + latent. */
@@ -1187,7 +1385,7 @@ static void print_optimal_variance(const double *distance, int count, int timest
     printf("   t        w*       KL* (bpd)   KL at w = 1\n");
     for (int step = 0; step < timesteps; step++) {
         double mean[2];
-        mean_and_error(distance + (size_t)step * count, count, 1, mean);
+        mean_and_error(distance + (size_t)step * count, NULL, count, 1, mean);
         const double w = best_variance_ratio(mean[0], d), kl = -0.5 * log(w) / LOG_2,
                      kl_1 = 0.5 * mean[0] / d / LOG_2;
         plain += kl_1;
@@ -1201,8 +1399,9 @@ static void print_optimal_variance(const double *distance, int count, int timest
 }
 
 /* --timesteps and --variance-ratio (a number, "optimal" or "") into the configuration. */
-static int eval_config(Job *job, int optimal) {
+static int eval_config(Job *job) {
     Config *c = &job->settings.config;
+    const int optimal = strcmp(job->ratio, "optimal") == 0;
     if (job->timesteps >= 0)
         c->timesteps = job->timesteps;
     if (job->timesteps >= 0 || optimal)
@@ -1212,42 +1411,95 @@ static int eval_config(Job *job, int optimal) {
         return -1;
     if (optimal && c->timesteps == 0)
         return fail(&job->error, "variance-ratio optimal: in continuous time it is 1; give --timesteps");
+    if (optimal && job->checkpoint_count > 1)
+        return fail(&job->error, "variance-ratio optimal: takes one checkpoint at a time");
+    if (*job->csv && strcmp(job->csv, job->chart) == 0)
+        return fail(&job->error, "csv %s: is where the chart goes", job->csv);
     job->model.config = *c;
     return config_check(c, &job->error);
 }
 
+/* Begin with checkpoint `i`, in the place of another one. The first of all is there already. */
+static int eval_take(Job *job, int i) {
+    Evaluated *e = &job->evaluated[i];
+    e->path = job->arguments[i];
+    e->name = printable(e->path, arena_allocate(job->arena, TEXT_SIZE, 1), TEXT_SIZE);
+    if (job->checkpoint != e->path) {
+        workers_free(&job->workers);
+        model_free(&job->model);
+        job->checkpoint = e->path;
+        if (output_check(job, e->path) || file_take(job, e->path, checkpoint_take) ||
+            shape_check(job, e->path, &job->data))
+            return -1;
+        workers_start(job);
+    }
+    e->settings = job->settings;
+    e->training = training_of(job);
+    return eval_config(job) ? USAGE : OK;
+}
+
+/* Its bound, from the same draws of time and noise as that of all others. */
+static int eval_one(Job *job, int i, const unsigned char *images, int count, double (*draws)[DRAW_COLUMNS]) {
+    Evaluated *e = &job->evaluated[i];
+    e->terms = arena_allocate(job->arena, (size_t)count, sizeof *e->terms);
+    evaluate(&job->workers, images, count, job->repeats, job->seed, e->terms, draws);
+    if (stop_signal)
+        return result_check(job, e->path, 0);
+    mean_by_term(e->terms, NULL, count, e->value);
+    mean_by_term(e->terms, job->evaluated->terms, count, e->difference);
+    if (draws)
+        mean_by_time(draws, (size_t)count * (size_t)job->repeats, e->by_time);
+    return result_check(job, e->path, isfinite(e->value[3][0] + e->value[3][1]));
+}
+
 static int eval(Job *job) {
     const Config *c = &job->model.config;
-    const size_t d = image_size(c);
-    const int optimal = strcmp(job->ratio, "optimal") == 0;
-    if (eval_config(job, optimal))
-        return USAGE;
-    if (job_data(job, (Split)job->split))
-        return -1;
-    const int count = limited(&job->data, job->limit), T = optimal ? c->timesteps : 0;
+    const int n = job->checkpoint_count;
+    int status = job_data(job, (Split)job->split);
+    job->evaluated = arena_allocate(job->arena, (size_t)n, sizeof *job->evaluated);
+    memset(job->evaluated, 0, (size_t)n * sizeof *job->evaluated);
+    if (status || (status = eval_take(job, 0)))
+        return status;
+    const int count = limited(&job->data, job->limit);
+    const int T = strcmp(job->ratio, "optimal") == 0 ? c->timesteps : 0;
+    const size_t d = image_size(c), distances = (size_t)count * (size_t)T;
     /* Times and noise are drawn by the index of image and repetition. */
     if ((double)count * job->repeats > INT_MAX)
         return fail(&job->error, "%d images %d times: more draws than %d", count, job->repeats, INT_MAX);
-    if (memory_check(job, count * ((double)d + (T + 4.0) * sizeof(double))))
+    const size_t draw_count = *job->chart ? (size_t)count * (size_t)job->repeats : 0;
+    if (memory_check(job, count * ((double)d + (T + 4.0 * n) * sizeof(double)) +
+                              (double)draw_count * sizeof(double[DRAW_COLUMNS])))
         return -1;
-    const size_t distances = (size_t)count * (size_t)T;
-    double result[4][2], *distance = arena_allocate(job->arena, distances, sizeof *distance);
+    for (int i = 1; i < n; i++) /* what can be refused is, before minutes of work */
+        if ((status = eval_take(job, i)))
+            return status;
+    double *distance = arena_allocate(job->arena, distances, sizeof *distance), all = 0;
+    double(*draws)[DRAW_COLUMNS] = draw_count ? arena_allocate(job->arena, draw_count, sizeof *draws) : NULL;
     unsigned char *images = images_of(job, &job->data, count);
-    bound(job, images, count, job->repeats, job->seed, result);
-    if (T > 0 && !stop_signal)
+    for (int i = 0; i < n; i++)
+        if (eval_take(job, i) || eval_one(job, i, images, count, draws))
+            return -1;
+    if (T > 0)
         step_distances(&job->workers, images, count, job->seed, distance);
-    double all = result[3][0] + result[3][1];
-    for (size_t i = 0; i < distances; i++)
-        all += stop_signal ? 0 : distance[i];
+    for (size_t i = 0; i < distances && !stop_signal; i++)
+        all += distance[i];
     if (result_check(job, job->checkpoint, isfinite(all)))
         return -1;
-    printf("%d %s images of %s, step %llu, EMA weights, bits per dimension with standard error:\n", count,
-           job->split == SPLIT_TEST ? "test" : "training", job->where, (unsigned long long)job->model.step);
-    for (int term = 0; term < 4; term++)
-        printf("%-10s %9.5f +- %.5f\n", TERMS[term], result[term][0], result[term][1]);
+    printf("%d %s images of %s, ", count, job->split == SPLIT_TEST ? "test" : "training", job->where);
+    if (n == 1)
+        printf("step %llu, ", (unsigned long long)job->model.step);
+    printf("EMA weights, bits per dimension with standard error:\n");
+    if (n > 1)
+        print_comparison(job);
+    for (int term = 0; term < 4 && n == 1; term++)
+        printf("%-10s %9.5f +- %.5f\n", TERMS[term], job->evaluated->value[term][0],
+               job->evaluated->value[term][1]);
     if (T > 0)
-        print_optimal_variance(distance, count, T, (int)d, result[0][0] + result[1][0]);
-    return 0;
+        print_optimal_variance(distance, count, T, (int)d,
+                               job->evaluated->value[0][0] + job->evaluated->value[1][0]);
+    if (*job->csv && file_replace(job->csv, write_csv, job, &job->error))
+        return -1;
+    return *job->chart ? file_replace(job->chart, write_chart, job, &job->error) : 0;
 }
 
 /* ---- diffenc show ---- */
@@ -1392,8 +1644,8 @@ static const Command COMMANDS[] = {
     {"train", TRAIN, LOAD_ALL, train, NULL, "[options]", "train a model"},
     {"sample", SAMPLE, LOAD_EMA, sample, NULL, "CHECKPOINT --out FILE [options]",
      "draw images from a checkpoint"},
-    {"eval", EVAL, LOAD_EMA, eval, NULL, "CHECKPOINT [options]",
-     "the variational bound on a data set, by term"},
+    {"eval", EVAL, LOAD_EMA, eval, NULL, "CHECKPOINT... [options]",
+     "the variational bound on a data set, by term; checkpoints compared"},
     {"show", SHOW, LOAD_EMA, show, NULL, "CHECKPOINT --out FILE [options]",
      "the encoder at work: x_t, y and their change over t"},
     {"grad", GRAD, LOAD_PARAMS, grad, NULL, "CHECKPOINT --batch FILE --out FILE [options]",
@@ -1405,27 +1657,28 @@ enum { COMMAND_COUNT = sizeof COMMANDS / sizeof COMMANDS[0] };
 
 /* Run a command, say what went wrong, free everything. Returns the exit status. */
 static int run(const Command *command, char **arguments) {
-    Job job = job_default(command, arguments);
-    int status = parse_options(&job);
+    Job *job = job_new(command, arguments);
+    int status = parse_options(job);
     if (status < 0)
         status = USAGE;
-    if (status == OK && job.checkpoint) {   /* all but train begin with one */
-        const int spoils = *job.out && output_check(&job, job.checkpoint);
-        status = spoils ? -1 : file_take(&job, job.checkpoint, checkpoint_take);
+    if (status == OK && job->checkpoint) { /* all but train begin with one */
+        const int spoils = output_check(job, job->checkpoint);
+        status = spoils ? -1 : file_take(job, job->checkpoint, checkpoint_take);
         if (status == OK)
-            workers_start(&job);
+            workers_start(job);
     }
     if (status == OK)
-        status = command->run(&job);
-    end_line(&job);
+        status = command->run(job);
+    end_line(job);
     if (status != OK && status != HELP)
-        say(&job.error);
-    workers_free(&job.workers);
-    model_free(&job.model);
-    dataset_close(&job.data);
-    arena_free(job.arena);
-    if (job.log)
-        fclose(job.log);
+        say(&job->error);
+    workers_free(&job->workers);
+    model_free(&job->model);
+    dataset_close(&job->data);
+    arena_free(job->arena);
+    if (job->log)
+        fclose(job->log);
+    free(job);
     return status >= 0 ? status : stop_signal ? 128 + stop_signal : FAILURE;
 }
 

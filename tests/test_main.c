@@ -352,7 +352,7 @@ static void test_help(void) {
          "batch seed data dropout lr warmup weight-decay clip ema steps threads save-every sample-every "
          "sample-steps eval-every eval-limit out resume"},
         {"sample", "count steps seed pixels threads out"},
-        {"eval", "data split limit repeats timesteps variance-ratio seed threads"},
+        {"eval", "data split limit repeats timesteps variance-ratio seed threads chart csv"},
         {"show", "data count threads out"},
         {"grad", "batch out threads"},
         {"check", "seed"},
@@ -839,6 +839,9 @@ static void test_output_is_input(void) {
     refuse(1, "is the same file as the input", "$D sample $W/same --steps 1 --out $W/same.pgm");
     refuse(1, "is the same file as the input", "$D show $W/finite --data $W/read --out $W/read.png");
     refuse(1, "is the same file as the input", "$D grad $W/same --batch $W/good --out $W/same");
+    refuse(1, "is the same file as the input", "$D eval $W/good $W/same --csv $W/same.png");
+    refuse(1, "is the same file as the input", "$D eval $W/good $W/good $W/same --limit 1 --chart $W/same");
+    refuse(1, "is the same file as the input", "$D eval $W/finite --data $W/read --csv $W/read.png");
     refuse(1, "is the same file as the input",
            "cp $VB $W/batch.own; $D grad $V --batch $W/batch.own --out $W/../${W##*/}/batch.own");
     CHECK(same_files("same", "good") &&
@@ -1076,6 +1079,9 @@ static void test_wrong_usage(void) {
         {"variance-ratio 2: the bound diverges", "$D eval good --variance-ratio 2"},
         {"variance-ratio 'best'", "$D eval good --timesteps 4 --variance-ratio best"},
         {"variance-ratio 0", "$D eval good --timesteps 4 --variance-ratio 0"},
+        {"variance-ratio optimal: takes one checkpoint",
+         "$D eval good good --timesteps 4 --variance-ratio optimal"},
+        {"csv out: is where the chart goes", "$D eval good --chart out --csv out"},
         {"expected a checkpoint", "$D show"},
         {"--batch FILE", "$D grad good --out out"},
         {"unknown option", "$D check --quick"},
@@ -1154,6 +1160,10 @@ static void test_bad_checkpoints(void) {
         {"a .pgm holds grey images only", "$D sample colour --out out.pgm"},
         {"expected a name that ends in", "$D sample good --out out.jpg"},
         {"expected a name that ends in", "$D show good --out out"},
+        {"good: images are 12x8x1, the model is for 28x28x1", "$D eval finite finite good --data small"},
+        {"bad.dropped: holds no tensor 'ema", "$D eval good bad.dropped --limit 1 --csv out"},
+        {"No such file or directory", "$D eval good --chart none/out.svg"},
+        {"MiB of memory", "$D eval good --repeats 200000 --chart out"},
         {"No such file or directory", "$D grad good --batch no-such --out out"},
         {"bad.huge: ", "$D eval bad.huge --limit 1"},
     };
@@ -1285,8 +1295,9 @@ static void test_memory(void) {
 
 /* A model whose weights and averages are all 1e30: what comes out is not finite, and no file is left. */
 static void test_not_finite(void) {
-    static const char *const work[4] = {
+    static const char *const work[5] = {
         "sample mad --count 2 --steps 3 --out out.png", "eval mad --limit 2 --data small",
+        "eval finite mad --limit 2 --data small --csv out --chart out.svg",
         "show mad --count 2 --data small --out out.png", "grad mad --batch mad.batch --out out"};
     static real large[1 << 16], zero[1 << 16];
     TensorFile file = read_tensors("finite");
@@ -1299,7 +1310,7 @@ static void test_not_finite(void) {
     free(out);
     tensors_free(&file);
     write_batch("mad.batch", 2, 12, 8, 0.5, 1, NULL);
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 5; i++) {
         refuse(1, "is not finite", "$D %s", work[i]);
         CHECK(file_count("out*") == 0, "%s: leaves a file", work[i]);
     }
@@ -1378,6 +1389,125 @@ static void test_eval(void) {
     succeed("$D eval finite --data small --limit 2");
     succeed("$D eval finite --data small --limit 2 --timesteps 0");
     succeed("$D eval good --limit 2 --timesteps 3 --variance-ratio 0.5");
+}
+
+/* The numbers of a line that `eval --csv` wrote: four terms, their errors, the difference and its error. */
+static void csv_line(const char *name, int line, double value[10]) {
+    char text[TEXT];
+    read_text(name, text);
+    const char *at = text;
+    for (int i = 0; i <= line && at; i++)
+        at = strchr(at, '\n') ? strchr(at, '\n') + 1 : NULL;
+    for (int i = 0; i < 10; i++) {
+        at = at ? strchr(at, ',') : NULL;
+        value[i] = at ? strtod(++at, NULL) : NAN;
+    }
+    CHECK(isfinite(value[9]), "%s has no line %d: %s", name, line, text);
+}
+
+/* Two-sided p of Student's t by plain sums: with t = sqrt(freedom) tan(angle) the density is
+ * cos(angle)^(freedom - 1). */
+static double student_p(double t, double freedom) {
+    enum { STEPS = 200000 };
+    double inside = 0, all = 0;
+    for (int i = 0; i < STEPS; i++) {
+        const double angle = 2 * atan(1) * (i + 0.5) / STEPS, density = pow(cos(angle), freedom - 1);
+        all += density;
+        inside += angle < atan(fabs(t) / sqrt(freedom)) ? density : 0;
+    }
+    return 1 - inside / all;
+}
+
+static int is_xml(const char *name) {
+    return run("if command -v xmllint; then xmllint --noout %s\n"
+               "else ! command -v python3 || python3 -c 'import xml.dom.minidom as d; d.parse(\"%s\")'; fi",
+               name, name)
+               .status == 0;
+}
+
+/* Trainings of a few steps: three seeds of a DiffEnc, two of a VDM, two of the same at another rate, and a
+ * third seed of it at another step. */
+static void test_comparison(void) {
+    static const char *const ways[8] = {"a1 --seed 1",
+                                        "a2 --seed 2",
+                                        "a3 --seed 3",
+                                        "b1 --seed 1 --model vdm-1",
+                                        "b2 --seed 2 --model vdm-1",
+                                        "c1 --seed 1 --model vdm-1 --lr 0.01",
+                                        "c2 --seed 2 --model vdm-1 --lr 0.01",
+                                        "b3 --seed 3 --model vdm-1 --steps 3"};
+    double all[9][10], one[10];
+    for (int i = 0; i < 8; i++)
+        succeed("$D train $TINY --lr 0.03 --steps 4 --out c-%s && cp c-%.2s/checkpoint.safetensors %.2s",
+                ways[i], ways[i], ways[i]);
+    const Outcome o =
+        succeed("$D eval --csv all.csv a1 a2 --data=small a3 b1 b2 --repeats 2 c1 c2 b3 a1 --chart all.svg");
+    CHECK(strstr(o.out, "9 test images of small, EMA weights"), "%s", o.out);
+    for (int i = 0; i < 9; i++) {
+        csv_line("all.csv", i, all[i]);
+        succeed("$D eval %.2s --data small --repeats 2 --csv one.csv", i < 8 ? ways[i] : "a1");
+        csv_line("one.csv", 0, one);
+        CHECK(memcmp(all[i], one, 8 * sizeof *one) == 0,
+              "line %d of the table is not that of the checkpoint alone", i);
+        CHECK(fabs(all[i][8] - (all[i][3] - all[0][3])) < 1e-7, "line %d: the difference is %g", i,
+              all[i][8]);
+    }
+    CHECK(all[8][8] == 0 && all[8][9] == 0, "a checkpoint differs from itself by %g +- %g", all[8][8],
+          all[8][9]);
+    CHECK(run("grep -qx 'b3,.*,vdm-1,3,3' all.csv").status == 0, "the table lacks model, seed or step");
+
+    /* Of two images the error is half their distance, so paired errors are sums or differences of errors. */
+    succeed("$D eval a1 b1 --data small --limit 2 --csv 'two,\"2\".csv' && cp two* two.csv");
+    csv_line("two.csv", 0, all[7]);
+    csv_line("two.csv", 1, one);
+    CHECK(fabs(one[9] - fabs(one[7] - all[7][7])) < 1e-6 || fabs(one[9] - one[7] - all[7][7]) < 1e-6,
+          "errors of %g and %g, paired %g", all[7][7], one[7], one[9]);
+    CHECK(one[9] != hypot(one[7], all[7][7]) && one[9] > 0, "the error of the difference is not paired");
+    succeed("ln -s good 'go,\"o\"d' && $D eval 'go,\"o\"d' --limit 1 --csv one.csv && grep -q "
+            "'^\"go,\"\"o\"\"d\",' one.csv");
+
+    /* The groups: a of three seeds, b and c of two; a1 again and b3 of another step count for none. */
+    const char *at = o.out;
+    for (int i = 0; i < 3; i++) {
+        const int first = i == 0 ? 0 : 2 * i + 1, seeds = i == 0 ? 3 : 2;
+        double mean = 0, square = 0;
+        for (int k = first; k < first + seeds; k++)
+            mean += all[k][3] / seeds;
+        for (int k = first; k < first + seeds; k++)
+            square += (all[k][3] - mean) * (all[k][3] - mean);
+        all[i][4] = mean, all[i][5] = sqrt(square / (seeds - 1) / seeds);
+        char want[64];
+        snprintf(want, sizeof want, "%9.5f +- %.5f  %.1s1\n", all[i][4], all[i][5], &"abc"[i]);
+        at = strstr(at, "mean over ");
+        CHECK(at && strtol(at + 10, NULL, 10) == seeds && strstr(at, want), "group %d, expected %s in: %s", i,
+              want, o.out);
+        at = at ? at + 1 : o.out;
+    }
+    CHECK(!strstr(at, "mean over"), "more groups than three: %s", o.out);
+    for (int i = 0; i < 3; i++) {
+        static const int pair[3][2] = {{0, 1}, {0, 2}, {1, 2}};
+        static const char *const titles[3] = {"t-test: b1 minus a1", "t-test: c1 minus a1",
+                                              "t-test: c1 minus b1"};
+        const int p = pair[i][0], q = pair[i][1];
+        const double u = all[p][5] * all[p][5], v = all[q][5] * all[q][5],
+                     t = (all[q][4] - all[p][4]) / sqrt(u + v),
+                     freedom = (u + v) * (u + v) / (u * u / (p == 0 ? 2 : 1) + v * v);
+        at = strstr(o.out, titles[i]);
+        const char *total = at ? strstr(at, "\ntotal ") : NULL;
+        CHECK(total && fabs(number_behind(total, " t ") - t) < 1e-3 * fabs(t) + 1e-4 &&
+                  fabs(number_behind(total, ", ") - freedom) < 0.006 &&
+                  fabs(number_behind(total, ", p ") - student_p(t, freedom)) < 1e-3,
+              "%s: expected t %.4f, %.2f degrees, p %.4f: %s", titles[i], t, freedom, student_p(t, freedom),
+              o.out);
+    }
+    CHECK(at && strstr(at, "\nlatent       0.00000  no spread over the seeds\n"),
+          "a VDM's latent loss does not depend on its weights: %s", o.out);
+    CHECK(is_xml("all.svg") &&
+              run("test $(grep -c '>a1</text>' all.svg) = 6 && test $(grep -c '>b1</text>' all.svg) = 2")
+                      .status == 0,
+          "all.svg is no XML, or has not two charts of all and one of DiffEnc");
+    succeed("$D eval good --limit 3 --chart vdm.svg && ! grep -q counterterm vdm.svg");
+    CHECK(is_xml("vdm.svg"), "vdm.svg is no XML");
 }
 
 static void test_colour(void) {
@@ -1468,6 +1598,7 @@ int main(void) {
         {"images", test_images},
         {"show", test_show},
         {"eval", test_eval},
+        {"comparison", test_comparison},
         {"colour", test_colour},
         {"data", test_bad_data},
         {"checkpoints", test_bad_checkpoints},
