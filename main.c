@@ -108,7 +108,7 @@ typedef struct {
     int count, sampler, draw, split, limit, repeats, timesteps;
     uint64_t seed;
     char out[TEXT_SIZE], chart[TEXT_SIZE], csv[TEXT_SIZE]; /* files to be written */
-    char ratio[TEXT_SIZE], batch[TEXT_SIZE];
+    char ratio[TEXT_SIZE], batch[TEXT_SIZE], times[TEXT_SIZE];
     char where[TEXT_SIZE]; /* of the data; "": as in training */
     Settings settings;
     const char *checkpoint; /* the present one */
@@ -116,6 +116,7 @@ typedef struct {
     char **arguments;     /* behind the command's name; once they are parsed, checkpoints come first */
     int checkpoint_count; /* so many */
     Arena *arena;
+    double amplify;
     double need;       /* bytes of memory, as far as known */
     double model_need; /* what the present model has of it */
     Model model;
@@ -208,6 +209,8 @@ static const Option OPTIONS[] = {
     {"csv", EVAL, TEXT, IN(csv), 0, 0, "FILE.csv", "the values, a line for each checkpoint"},
     {"count", SAMPLE, INT, IN(count), 1, 65536, "N", "images"},
     {"count", SHOW, INT, IN(count), 1, 64, "N", "test images, evenly over the split"},
+    {"times", SHOW, TEXT, IN(times), 0, 0, "T,T,...", "ascending, from 0 to 1"},
+    {"amplify", SHOW, NUMBER, IN(amplify), 1e-3, 1e6, "X", "red and blue by this factor"},
     {"steps", TRAIN, INT, IN(steps), 0, 2e9, "N", "in total, resumed or not; 0: initial checkpoint only"},
     {"steps", SAMPLE, INT, IN(steps), 0, 1e6, "T", "0: the model's T, or 250 in continuous time"},
     {"seed", SAMPLE | EVAL, COUNT, IN(seed), 0, 0, "N", "the same seed, the same result"},
@@ -222,7 +225,7 @@ static const Option OPTIONS[] = {
     {"eval-limit", TRAIN, INT, IN(eval_limit), 1, 1e9, "N", "test images of such a bound"},
     {"out", TRAIN, TEXT, IN(out), 0, 0, "DIR", "where checkpoint, log.csv, report.html and samples go"},
     {"out", SAMPLE, TEXT, IN(out), 0, 0, "FILE", "a grid of the images: .png, .pgm or .ppm"},
-    {"out", SHOW, TEXT, IN(out), 0, 0, "FILE", "of each image x_t, y, dx_t/dlambda over t"},
+    {"out", SHOW, TEXT, IN(out), 0, 0, "FILE", "of each image x_t, y, (x_t - x_s)/(t - s) over t"},
     {"out", GRAD, TEXT, IN(out), 0, 0, "FILE", "loss.recon, .latent, .diffusion in nats, bpd, grad.NAME"},
     {"resume", TRAIN, INT, IN(resume), 0, 1, "", "go on where the checkpoint in --out stands"},
 };
@@ -241,7 +244,8 @@ static Job *job_new(const Command *command, char **arguments) {
     job->threads = smaller(omp_get_max_threads(), MAX_THREADS);
     job->save_every = 500, job->sample_steps = 100, job->eval_limit = 256;
     job->split = SPLIT_TEST, job->repeats = 1, job->timesteps = -1, job->seed = 1;
-    job->count = command->taker == SHOW ? 4 : 64;
+    job->count = command->taker == SHOW ? 4 : 64, job->amplify = 1;
+    strcpy(job->times, "0,0.125,0.25,0.375,0.5,0.625,0.75,0.875,1");
     if (command->taker == TRAIN) {
         job->steps = 10000;
         strcpy(job->out, "run");
@@ -644,11 +648,12 @@ static unsigned char *images_of(Job *job, const Dataset *data, int count) {
     return images;
 }
 
-static int grid_write(Job *job, const char *path, const unsigned char *images, int count, int columns) {
+static int grid_write(Job *job, const char *path, const unsigned char *images, int count, int columns,
+                      int channels) {
     const Config *c = &job->model.config;
     int h, w;
-    unsigned char *grid = image_grid(images, count, columns, c->height, c->width, c->image_channels, &h, &w);
-    const int status = image_write(path, grid, h, w, c->image_channels, &job->error);
+    unsigned char *grid = image_grid(images, count, columns, c->height, c->width, channels, &h, &w);
+    const int status = image_write(path, grid, h, w, channels, &job->error);
     free(grid);
     return status;
 }
@@ -974,7 +979,7 @@ static int sample_to(Job *job, const char *path, int count, int steps, uint64_t 
     const int status = sample_images(&job->workers, count, steps, job->sampler, seed, job->draw, images);
     if (result_check(job, path, status == 0) || (job->log && directory_check(job, &job->error)))
         return -1;
-    return grid_write(job, path, images, count, (int)ceil(sqrt(count)));
+    return grid_write(job, path, images, count, (int)ceil(sqrt(count)), job->model.config.image_channels);
 }
 
 /* A grid of a training. What goes wrong with it ends no training, and one that a signal ended is drawn again
@@ -1504,57 +1509,111 @@ static int eval(Job *job) {
 
 /* ---- diffenc show ---- */
 
-enum { SHOW_TIMES = 9, SHOW_ROWS = 3 };
+enum { MOST_TIMES = 64, SHOW_ROWS = 3 };
 
 typedef struct {
-    const Model *model;
-    unsigned char *images, *pictures; /* [count, SHOW_ROWS, SHOW_TIMES, d] */
-    unsigned char *broken;            /* [count]: something is not finite */
+    const Config *config;
+    const unsigned char *images;
+    double time[MOST_TIMES];
+    int times;
+    unsigned char *pictures; /* [count, SHOW_ROWS, times, height, width] of red, green, blue */
+    double *change;          /* [count, times, height, width]: (x_t - x_s)/(t - s), s the time before t; 0 */
+    unsigned char *broken;   /* [count]: something is not finite */
 } Show;
 
-/* Values in [-scale, scale] as grey levels; 1 if one is not finite. */
-static unsigned char to_pixels(const Tensor *a, double scale, unsigned char *out) {
+/* --times T,T,... */
+static int times_parse(Job *job, Show *s) {
+    for (char *at = job->times, *end;; at = end + 1) {
+        double *t = &s->time[s->times];
+        *t = strtod(at, &end);
+        const int good = end != at && *t >= 0 && *t <= 1 && (s->times == 0 || *t > t[-1]);
+        if (!good || ++s->times == MOST_TIMES || (*end && *end != ','))
+            return fail(&job->error, "times '%.40s': expected fewer than %d ascending numbers from 0 to 1",
+                        job->times, MOST_TIMES);
+        if (!*end)
+            return 0;
+    }
+}
+
+/* Values in [-1, 1] as pixels of three colours; 1 if one is not finite. */
+static unsigned char to_pixels(const Tensor *a, unsigned char *out) {
+    const size_t channels = (size_t)a->channels;
     unsigned char broken = 0;
-    for (size_t i = 0; i < element_count(a); i++) {
-        broken |= !isfinite(a->value[i]);
-        out[i] = (unsigned char)(broken ? 0 : nearest_level(a->value[i] / scale));
+    for (size_t i = 0; i < 3 * element_count(a) / channels; i++) {
+        const real value = a->value[i / 3 * channels + (i % 3 < channels ? i % 3 : 0)];
+        broken |= !isfinite(value);
+        out[i] = (unsigned char)(broken ? 0 : nearest_level(value));
     }
     return broken;
 }
 
-/* For one image, over t from 0 to 1: x_t, y, and dx_t/dlambda = sigma_t^2 (x_t - y + dy/dlambda). */
+/* For one image over t: x_t, y, and the change of x_t since the time before, summed over the channels. */
 static void show_example(Network *n, int i, void *context) {
     const Show *s = context;
-    const size_t d = image_size(&s->model->config);
+    const size_t d = image_size(s->config), area = d / (size_t)s->config->image_channels;
     n->graph.dropout = 0;
     s->broken[i] = 0;
-    for (int column = 0; column < SHOW_TIMES; column++) {
+    for (int column = 0; column < s->times; column++) {
         network_begin(n);
         const Method m = method_begin(n);
-        const double t = column / (SHOW_TIMES - 1.0);
-        const Encoded e = encode(&m, scale_pixels(&m, s->images + (size_t)i * d), t, 1);
-        unsigned char *out = s->pictures + ((size_t)i * SHOW_ROWS * SHOW_TIMES + column) * d;
-        s->broken[i] |= to_pixels(e.x_t, 1, out);
-        s->broken[i] |= to_pixels(e.y ? e.y : affine(0, e.x_t, 0), 1, out + SHOW_TIMES * d);
-        s->broken[i] |= to_pixels(exact_counterterm(&m, e, gamma_at(&m, t)), 0.25, out + 2 * SHOW_TIMES * d);
+        const double t = s->time[column], before = s->time[column > 0 ? column - 1 : 0];
+        Tensor *x = scale_pixels(&m, s->images + (size_t)i * d);
+        const Encoded e = encode(&m, x, t, 0), at_s = encode(&m, x, before, 0);
+        const size_t picture = (size_t)(i * s->times + column);
+        unsigned char *out = s->pictures + 3 * area * (picture + (size_t)(i * (SHOW_ROWS - 1) * s->times));
+        s->broken[i] |= to_pixels(e.x_t, out);
+        s->broken[i] |= to_pixels(e.y ? e.y : affine(0, e.x_t, 0), out + 3 * area * (size_t)s->times);
+        for (size_t k = 0; k < d; k++) {
+            const double change = (double)e.x_t->value[k] - (double)at_s.x_t->value[k];
+            s->change[picture * area + k * area / d] += column > 0 ? change / (t - before) : 0;
+        }
     }
+}
+
+/* The changes in blue, white and red. Returns the one that is all red. */
+static double draw_changes(const Show *s, int count, double amplify) {
+    const size_t row = (size_t)s->times * s->config->height * s->config->width;
+    double most = 1e-30;
+    for (size_t i = 0; i < (size_t)count * row; i++)
+        most = fmax(most, fabs(s->change[i]));
+    for (size_t i = 0; i < (size_t)count * row; i++) {
+        unsigned char *rgb = s->pictures + 3 * (i + (i / row + 1) * (SHOW_ROWS - 1) * row);
+        const double value = s->change[i] * amplify / most;
+        rgb[1] = (unsigned char)(255.5 - 255 * fmin(fabs(value), 1));
+        rgb[0] = value > 0 ? 255 : rgb[1];
+        rgb[2] = value < 0 ? 255 : rgb[1];
+    }
+    return most / amplify;
 }
 
 static int show(Job *job) {
     const Config *c = &job->model.config;
-    const size_t each = SHOW_ROWS * SHOW_TIMES * image_size(c);
-    if (image_path_check(job->out, c->image_channels, &job->error) || job_data(job, SPLIT_TEST) ||
-        memory_check(job, 3.0 * job->count * (double)each))
+    Show s = {.config = c};
+    if (times_parse(job, &s))
+        return USAGE;
+    const size_t pixels = (size_t)s.times * c->height * c->width, each = 3 * SHOW_ROWS * pixels;
+    if (image_path_check(job->out, 3, &job->error))
+        return -1;
+    if (c->kind == VDM)
+        return fail(&job->error, "%s: vdm-%d has no encoder to show: x_t = x", job->checkpoint,
+                    c->score_blocks);
+    if (job_data(job, SPLIT_TEST) ||
+        memory_check(job, job->count * (3.0 * (double)each + (double)pixels * sizeof(double))))
         return -1;
     const int count = limited(&job->data, job->count);
-    Show s = {&job->model, images_of(job, &job->data, count), arena_allocate(job->arena, (size_t)count, each),
-              arena_allocate(job->arena, (size_t)count, 1)};
+    s.images = images_of(job, &job->data, count);
+    s.pictures = arena_allocate(job->arena, (size_t)count, each);
+    s.change = arena_allocate(job->arena, (size_t)count, pixels * sizeof(double));
+    memset(s.change, 0, (size_t)count * pixels * sizeof(double));
+    s.broken = arena_allocate(job->arena, (size_t)count, 1);
     workers_run(&job->workers, job->model.ema, count, show_example, &s);
-    if (result_check(job, job->checkpoint, memchr(s.broken, 1, (size_t)count) == NULL) ||
-        grid_write(job, job->out, s.pictures, count * SHOW_ROWS * SHOW_TIMES, SHOW_TIMES))
+    if (result_check(job, job->checkpoint, stop_signal || memchr(s.broken, 1, (size_t)count) == NULL))
         return -1;
-    printf("%s: rows x_t, y, dx_t/dlambda (grey: 0, white: 0.25) of %d images, columns t = 0..1\n", job->out,
-           count);
+    const double scale = draw_changes(&s, count, job->amplify);
+    if (grid_write(job, job->out, s.pictures, count * SHOW_ROWS * s.times, s.times, 3))
+        return -1;
+    printf("%s: rows x_t, y, (x_t - x_s)/(t - s) of %d images, columns t = %s, blue -%.4g .. red +%.4g\n",
+           job->out, count, job->times, scale, scale);
     return 0;
 }
 

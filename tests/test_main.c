@@ -261,7 +261,7 @@ static void write_idx(const char *name, uint32_t magic, uint32_t count, uint32_t
 static void write_cifar(const char *name, int count) {
     unsigned char *bytes = allocate((size_t)count, 3073);
     for (int i = 0; i < count * 3073; i++)
-        bytes[i] = (unsigned char)(i % 3073 == 0 ? i / 3073 % 10 : (i % 32) * 8 + i / 3073);
+        bytes[i] = (unsigned char)(i % 3073 == 0 ? i / 3073 % 10 : i % 32 * 7 + (i % 3073 - 1) / 1024 * 10);
     write_file(name, bytes, (size_t)count * 3073);
     free(bytes);
 }
@@ -353,7 +353,7 @@ static void test_help(void) {
          "sample-steps eval-every eval-limit out resume"},
         {"sample", "count steps seed pixels threads out"},
         {"eval", "data split limit repeats timesteps variance-ratio seed threads chart csv"},
-        {"show", "data count threads out"},
+        {"show", "data count times amplify threads out"},
         {"grad", "batch out threads"},
         {"check", "seed"},
         {"bench", "threads"}};
@@ -867,6 +867,7 @@ static void test_stranger(void) {
               "%s: %s", files[i], o.error);
     }
     refuse(1, "give --data with a path of your own", "$D eval bad.where");
+    rewrite("finite", "bad.where", "data", "/no-such/place", NULL);
     refuse(1, "give --data with a path of your own", "$D show bad.where --out out.png");
     if (!SANITIZED) {
         const double start = seconds_now();
@@ -1083,6 +1084,11 @@ static void test_wrong_usage(void) {
          "$D eval good good --timesteps 4 --variance-ratio optimal"},
         {"csv out: is where the chart goes", "$D eval good --chart out --csv out"},
         {"expected a checkpoint", "$D show"},
+        {"times '0,2': expected fewer than 64 ascending", "$D show finite --times 0,2 --out out.png"},
+        {"times '0.5,0.5'", "$D show finite --times 0.5,0.5 --out out.png"},
+        {"times '0,,1'", "$D show finite --times 0,,1 --out out.png"},
+        {"times '0,1x'", "$D show finite --times 0,1x --out out.png"},
+        {"amplify '0'", "$D show finite --amplify 0 --out out.png"},
         {"--batch FILE", "$D grad good --out out"},
         {"unknown option", "$D check --quick"},
         {"unknown option", "$D bench --quick"},
@@ -1112,7 +1118,7 @@ static void test_bad_data(void) {
         {"images are 9x10x1, the model is for 28x28x1", "$D eval good --data odd --split train"},
         {"No such file or directory", "$D eval good --data no-such"},
         {"holds neither", "$D eval good --data odd"},
-        {"No such file or directory", "$D show good --data no-such --out out.png"},
+        {"No such file or directory", "$D show finite --data no-such --out out.png"},
     };
     static const unsigned char garbage[16] = {0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3, 7, 7, 7, 7, 7, 7};
     succeed("mkdir empty-directory empty short cut labels magic none-in-it promise gzip cifar-cut odd");
@@ -1160,6 +1166,8 @@ static void test_bad_checkpoints(void) {
         {"a .pgm holds grey images only", "$D sample colour --out out.pgm"},
         {"expected a name that ends in", "$D sample good --out out.jpg"},
         {"expected a name that ends in", "$D show good --out out"},
+        {"a .pgm holds grey images only", "$D show finite --out out.pgm"},
+        {"good: vdm-1 has no encoder to show", "$D show good --out out.png"},
         {"good: images are 12x8x1, the model is for 28x28x1", "$D eval finite finite good --data small"},
         {"bad.dropped: holds no tensor 'ema", "$D eval good bad.dropped --limit 1 --csv out"},
         {"No such file or directory", "$D eval good --chart none/out.svg"},
@@ -1347,21 +1355,50 @@ static void test_images(void) {
     CHECK(strstr(o.out, "1 images, 4 steps"), "a model of finite T takes T steps: %s", o.out);
 }
 
+/* Nine times across; two images of three rows each. What nt shows can be computed by hand: x_t = alpha_t^2 x,
+ * where the first pixel of the first image is black, -255/256. */
 static void test_show(void) {
-    static const char *const kinds[3] = {"vdm-1", "diffenc-1-nt", "diffenc-1-1"};
-    char before[32] = "";
-    for (int i = 0; i < 3; i++) {
-        char name[32], text[TEXT];
-        succeed("$D train $TINY --model %s --steps 1 --out show-%s", kinds[i], kinds[i]);
-        succeed("$D show show-%s/checkpoint.safetensors --data small --count 2 --out show%d.pgm", kinds[i],
-                i);
-        snprintf(name, sizeof name, "show%d.pgm", i);
-        read_text(name, text);
-        /* Nine times across; two images of three rows each. */
-        CHECK(strncmp(text, "P5\n92 86\n255\n", 13) == 0, "%s begins with %.20s", name, text);
-        CHECK(!*before || !same_files(name, before), "%s and %s are the same picture", name, before);
-        memcpy(before, name, sizeof before);
+    static const char *const kinds[2] = {"diffenc-1-nt", "diffenc-1-1"};
+    char text[TEXT];
+    double steepest = 0, before = 1;
+    int at = 0;
+    for (int column = 0; column < 9; column++) {
+        const double alpha_squared = 1 / (1 + exp(-13.3 + 18.3 * column / 8)),
+                     change = 8 * (before - alpha_squared);
+        if (change > steepest)
+            steepest = change, at = column;
+        before = alpha_squared;
     }
+    for (int i = 1; i >= 0; i--) {
+        succeed("$D train $TINY --model %s --steps 1 --out show-%s", kinds[i], kinds[i]);
+        const Outcome o = succeed(
+            "$D show show-%s/checkpoint.safetensors --data small --count 2 --out show%d.ppm", kinds[i], i);
+        snprintf(text, sizeof text, "show%d.ppm", i);
+        read_text(text, text);
+        CHECK(strncmp(text, "P6\n92 86\n255\n", 13) == 0, "show%d.ppm begins with %.20s", i, text);
+        if (i == 0)
+            CHECK(fabs(number_behind(o.out, ", blue -") / (steepest * 255 / 256) - 1) < 1e-3 &&
+                      number_behind(o.out, ", blue -") == number_behind(o.out, " .. red +"),
+                  "expected a scale of %g: %s", steepest * 255 / 256, o.out);
+    }
+    CHECK(!same_files("show0.ppm", "show1.ppm"), "nt and DiffEnc are the same picture");
+    /* The first pixel of a picture: x_t at t = 0, y = 0, and its change, which is white at first. */
+    static const unsigned char want[4][3] = {{0, 0, 0}, {128, 128, 128}, {255, 255, 255}, {255, 0, 0}};
+    for (int i = 0; i < 4; i++) {
+        const int row = 2 + 14 * (i < 2 ? i : 2), column = 2 + 10 * (i < 3 ? 0 : at);
+        const unsigned char *rgb = (const unsigned char *)text + 13 + 3 * (row * 92 + column);
+        CHECK(memcmp(rgb, want[i], 3) == 0, "pixel %d of nt is %d, %d, %d", i, rgb[0], rgb[1], rgb[2]);
+    }
+    const Outcome o = succeed("$D show finite --data small --count 2 --times 0.25,1 --out show.ppm"),
+                  amplified = succeed(
+                      "$D show finite --data small --count 2 --times=0.25,1 --amplify 4 --out show4.ppm");
+    read_text("show.ppm", text);
+    CHECK(strncmp(text, "P6\n22 86\n255\n", 13) == 0, "two times across: %.20s", text);
+    CHECK(strstr(o.out, "columns t = 0.25,1,") && !same_files("show.ppm", "show4.ppm") &&
+              fabs(number_behind(amplified.out, "red +") * 4 / number_behind(o.out, "red +") - 1) < 1e-3,
+          "amplified by 4: %s%s", o.out, amplified.out);
+    succeed("$D show finite --data small --count 2 --times 0.25,1 --threads 3 --out show4.ppm");
+    CHECK(same_files("show.ppm", "show4.ppm"), "3 threads show another picture");
 }
 
 static void test_eval(void) {
@@ -1522,6 +1559,11 @@ static void test_colour(void) {
     const Outcome o = succeed("$D eval colours/checkpoint.safetensors --data cifar");
     CHECK(strstr(o.out, "3 test images of "), "%s", o.out);
     succeed("cp colours/checkpoint.safetensors colour");
+    succeed("$D show colour --data cifar --times 0 --count 1 --out colour.ppm");
+    read_text("colour.ppm", text);
+    CHECK(memcmp(text, "P6\n36 104\n255\n", 14) == 0 &&
+              memcmp(text + 14 + 3 * (2 * 36 + 2), "\7\21\33", 3) == 0,
+          "x_t at t = 0 is not in the colours of x");
 }
 
 static void test_mnist(void) {
