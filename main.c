@@ -1222,6 +1222,7 @@ struct Evaluated {
     double difference[4][2]; /* the same of each image's difference to the first checkpoint */
     double over_seeds[4][2]; /* the same over the seeds of a group, which its first one stands for */
     int seeds;               /* of that group */
+    const Evaluated *group;  /* its first one, or NULL */
     double by_time[DRAW_COLUMNS][BINS]; /* means of the draws with t in a bin */
 };
 
@@ -1286,28 +1287,31 @@ static void print_row(double value[4][2], const char *name) {
     printf("%s\n", name);
 }
 
-/* Whether `e` is of the group of `first`, with a seed that none before it has. */
-static int adds_seed(const Evaluated *first, const Evaluated *e) {
-    int adds = strcmp(first->training, e->training) == 0;
-    for (const Evaluated *k = first; k < e; k++)
-        adds &= k->settings.seed != e->settings.seed || strcmp(k->training, e->training) != 0;
-    return adds;
-}
-
-/* The groups of checkpoints that differ in nothing but the seed, and how far they lie apart. */
-static void print_groups(Job *job) {
+/* Each checkpoint, its difference to the first one, and the groups of those that differ in nothing but the
+ * seed, where the same seed counts once. */
+static void print_comparison(Job *job) {
     Evaluated *const all = job->evaluated, *const end = all + job->checkpoint_count;
     double(*values)[4] = arena_allocate(job->arena, (size_t)job->checkpoint_count, sizeof *values);
+    for (int term = 0; term < 4; term++)
+        printf("    %-18s", TERMS[term]);
+    printf("checkpoint\n");
+    for (Evaluated *e = all; e < end; e++)
+        print_row(e->value, e->name);
+    printf("difference to %s with the standard error of the paired difference:\n", all->name);
+    for (Evaluated *e = all + 1; e < end; e++)
+        print_row(e->difference, e->name);
     for (Evaluated *first = all; first < end; first++) {
-        for (const Evaluated *e = first; e < end; e++)
-            if (adds_seed(first, e)) {
-                for (int term = 0; term < 4; term++)
-                    values[first->seeds][term] = e->value[term][0];
-                first->seeds++;
-            }
-        for (const Evaluated *e = all; e < first; e++)
-            if (strcmp(first->training, e->training) == 0)
-                first->seeds = 0; /* that one stands for the group */
+        for (Evaluated *e = first; e < end; e++) {
+            int is_new = 1;
+            if (e->group || strcmp(first->training, e->training) != 0)
+                continue;
+            e->group = first;
+            for (const Evaluated *k = first; k < e; k++)
+                is_new &= k->group != first || k->settings.seed != e->settings.seed;
+            for (int term = 0; term < 4; term++)
+                values[first->seeds][term] = e->value[term][0];
+            first->seeds += is_new;
+        }
         if (first->seeds < 2)
             continue;
         mean_by_term(values, NULL, first->seeds, first->over_seeds);
@@ -1317,19 +1321,6 @@ static void print_groups(Job *job) {
             if (other->seeds > 1)
                 print_welch(other, first);
     }
-}
-
-static void print_comparison(Job *job) {
-    Evaluated *const all = job->evaluated;
-    for (int term = 0; term < 4; term++)
-        printf("    %-18s", TERMS[term]);
-    printf("checkpoint\n");
-    for (int i = 0; i < job->checkpoint_count; i++)
-        print_row(all[i].value, all[i].name);
-    printf("difference to %s with the standard error of the paired difference:\n", all->name);
-    for (int i = 1; i < job->checkpoint_count; i++)
-        print_row(all[i].difference, all[i].name);
-    print_groups(job);
 }
 
 static int write_csv(void *stream, const void *context) {

@@ -1473,24 +1473,26 @@ static void test_comparison(void) {
                                         "c1 --seed 1 --model vdm-1 --lr 0.01",
                                         "c2 --seed 2 --model vdm-1 --lr 0.01",
                                         "b3 --seed 3 --model vdm-1 --steps 3"};
-    double all[9][10], one[10];
+    double all[10][10], one[10];
     for (int i = 0; i < 8; i++)
         succeed("$D train $TINY --lr 0.03 --steps 4 --out c-%s && cp c-%.2s/checkpoint.safetensors %.2s",
                 ways[i], ways[i], ways[i]);
-    const Outcome o =
-        succeed("$D eval --csv all.csv a1 a2 --data=small a3 b1 b2 --repeats 2 c1 c2 b3 a1 --chart all.svg");
+    const Outcome o = succeed(
+        "$D eval --csv all.csv a1 a2 --data=small a3 b1 b2 --repeats 2 c1 c2 b3 a2 a1 --chart all.svg");
     CHECK(strstr(o.out, "9 test images of small, EMA weights"), "%s", o.out);
-    for (int i = 0; i < 9; i++) {
+    for (int i = 0; i < 10; i++) {
         csv_line("all.csv", i, all[i]);
-        succeed("$D eval %.2s --data small --repeats 2 --csv one.csv", i < 8 ? ways[i] : "a1");
+        succeed("$D eval %.2s --data small --repeats 2 --csv one.csv", i < 8    ? ways[i]
+                                                                       : i == 8 ? "a2"
+                                                                                : "a1");
         csv_line("one.csv", 0, one);
         CHECK(memcmp(all[i], one, 8 * sizeof *one) == 0,
               "line %d of the table is not that of the checkpoint alone", i);
         CHECK(fabs(all[i][8] - (all[i][3] - all[0][3])) < 1e-7, "line %d: the difference is %g", i,
               all[i][8]);
     }
-    CHECK(all[8][8] == 0 && all[8][9] == 0, "a checkpoint differs from itself by %g +- %g", all[8][8],
-          all[8][9]);
+    CHECK(all[9][8] == 0 && all[9][9] == 0, "a checkpoint differs from itself by %g +- %g", all[9][8],
+          all[9][9]);
     CHECK(run("grep -qx 'b3,.*,vdm-1,3,3' all.csv").status == 0, "the table lacks model, seed or step");
 
     /* Of two images the error is half their distance, so paired errors are sums or differences of errors. */
@@ -1503,7 +1505,7 @@ static void test_comparison(void) {
     succeed("ln -s good 'go,\"o\"d' && $D eval 'go,\"o\"d' --limit 1 --csv one.csv && grep -q "
             "'^\"go,\"\"o\"\"d\",' one.csv");
 
-    /* The groups: a of three seeds, b and c of two; a1 again and b3 of another step count for none. */
+    /* The groups: a of three seeds, b and c of two; a1 and a2 again and b3 of another step count for none. */
     const char *at = o.out;
     for (int i = 0; i < 3; i++) {
         const int first = i == 0 ? 0 : 2 * i + 1, seeds = i == 0 ? 3 : 2;
