@@ -170,6 +170,15 @@ mutant 'evaluation: the repetitions of an image at the same time' diffenc.c \
 mutant 'training step: the gradient of the sum over the batch' diffenc.c \
     'backward(bits_per_dimension(m, terms), 1.0 / batch);' \
     'backward(bits_per_dimension(m, terms), 1.0); (void)batch;'
+mutant 'training step: recon and latent summed instead of averaged' diffenc.c \
+    'mean[term] /= count;' \
+    'mean[term] /= b->batch;'
+mutant 'training step: other examples train the encoder too' diffenc.c \
+    'n->encoder_fixed = !trains_encoder(b, m.config, i);' \
+    'n->encoder_fixed = 0;'
+mutant 'training step: emphasis by sigma_t' diffenc.c \
+    'b->emphasis * number_of(sigma_squared(' \
+    'b->emphasis * number_of(sigma_of('
 mutant 'training step: the same noise at every step' diffenc.c \
     'random_stream(b->seed, RANDOM_NOISE, b->step, index)' \
     'random_stream(b->seed, RANDOM_NOISE, 0, index)'
@@ -267,11 +276,11 @@ mutant 'filtering: a term missing in G^T' tensor.c \
     'even2 - even + u[5 * step];' \
     'even2 - even;'
 mutant 'filtering: the gradient of the last tiles alone' tensor.c \
-    '.start = first ? k : NULL}' \
-    '.start = NULL}'
+    '.start = first ? f.kernel.data : NULL,' \
+    '.start = NULL,'
 mutant 'filtering: no bias' tensor.c \
-    '(bias ? bias[n] : 0) + (start' \
-    '0 * (bias ? bias[n] : 0) + (start'
+    'from[c] + (bias ? bias[c] : 0)' \
+    'from[c] + 0 * (bias ? bias[c] : 0)'
 
 # ---- group normalisation ----
 
@@ -279,17 +288,17 @@ mutant 'group norm: gradient without mean(g xhat)' tensor.c \
     'j.slope[c] = -t->rstd[c] * t->rstd[c] * j.mean_xhat[c];' \
     'j.slope[c] = 0;'
 mutant 'group norm: gradient without mean(g)' tensor.c \
-    'j.offset[c] = -t->rstd[c] * j.offset[c] - j.slope[c] * t->mean[c];' \
+    'j.offset[c] = -t->rstd[c] * j.mean[c] - j.slope[c] * t->mean[c];' \
     'j.offset[c] = -j.slope[c] * t->mean[c];'
 mutant 'group norm: a term missing in the gradient of the tangent' tensor.c \
-    '+ t->of_du_dot.mean_xhat[c + j] * t->xhat_dot[at + j]);' \
-    '+ 0 * t->of_du_dot.mean_xhat[c + j] * t->xhat_dot[at + j]);'
+    '+ b * of_x_dot.slope[c];' \
+    ';'
 mutant 'group norm: no curvature of swish in the gradient of the tangent' tensor.c \
-    'dy_dot * swish_curve(u, s) * t->n->scale[c + j] * xhat_dot' \
-    '0 * swish_curve(u, s) * t->n->scale[c + j] * xhat_dot'
+    'of_u(&t, times_curve, du, du);' \
+    'memset(du, 0, t.count * sizeof(real));'
 mutant 'group norm: no dropout in the gradient of the tangent' tensor.c \
-    'const real dy_dot = t->dy[at + j] * (dropout ? t->n->dropout_factor[at + j] : 1);' \
-    'const real dy_dot = t->dy[at + j]; (void)dropout;'
+    'multiply(t.count, n->dropout_factor, du);' \
+    ';'
 
 # ---- networks ----
 
@@ -317,6 +326,12 @@ mutant 'gradient: as many slots as threads' nn.c \
 mutant 'time: seen in 1000 radians, not cycles' nn.c \
     '1000 / 6.283185307179586 * exp' \
     '1000 * exp'
+mutant 'Muon: the momentum itself, not a step ahead' nn.c \
+    'u[j] = momentum * m[j] + (1 - momentum) * g[j];' \
+    'u[j] = m[j];'
+mutant 'the encoder learns at the full rate' nn.c \
+    'p->in_encoder ? rate * o->encoder_rate : rate' \
+    'rate'
 mutant 'AdamW: the schedule decays' nn.c \
     'p->decays = rank > 1 || initial == INIT_ONE;' \
     'p->decays = initial != INIT_ZERO;'
