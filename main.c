@@ -1232,9 +1232,10 @@ static int sample(Job *job) {
 enum { BINS = 32 }; /* of t in [0, 1], in a chart */
 
 struct Evaluated {
-    const char *path, *name; /* name: what may be printed of it */
-    const char *training;    /* all settings but the seed: the same in a group */
+    const char *path;
+    char name[TEXT_SIZE]; /* what may be printed of the path */
     Settings settings;
+    char training[OPTION_COUNT][TEXT_SIZE]; /* what a group has in common: all settings but the seed */
     double (*terms)[4];      /* [count] of the images */
     double value[4][2];      /* their means and standard errors, in bits per dimension */
     double difference[4][2]; /* the same of each image's difference to the first checkpoint */
@@ -1243,19 +1244,6 @@ struct Evaluated {
     const Evaluated *group;  /* its first one, or NULL */
     double by_time[DRAW_COLUMNS][BINS]; /* means of the draws with t in a bin */
 };
-
-/* What a checkpoint tells of its training, but for the seed and what the built-in digits make of it. */
-static const char *training_of(Job *job) {
-    char *text = arena_allocate(job->arena, OPTION_COUNT, TEXT_SIZE + 1), *end = text;
-    for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++)
-        if (o->takers & RECORD && strcmp(o->name, "seed") != 0 && strcmp(o->name, "data-digest") != 0) {
-            option_text(o, job, end);
-            end += strlen(end);
-            *end++ = '\n';
-        }
-    *end = 0;
-    return text;
-}
 
 static void mean_by_time(double (*draws)[DRAW_COLUMNS], size_t count, double mean[DRAW_COLUMNS][BINS]) {
     double number[BINS] = {0};
@@ -1321,7 +1309,7 @@ static void print_comparison(Job *job) {
     for (Evaluated *first = all; first < end; first++) {
         for (Evaluated *e = first; e < end; e++) {
             int is_new = 1;
-            if (e->group || strcmp(first->training, e->training) != 0)
+            if (e->group || memcmp(first->training, e->training, sizeof e->training) != 0)
                 continue;
             e->group = first;
             for (const Evaluated *k = first; k < e; k++)
@@ -1437,7 +1425,7 @@ static int eval_config(Job *job) {
 static int eval_take(Job *job, int i) {
     Evaluated *e = &job->evaluated[i];
     e->path = job->arguments[i];
-    e->name = printable(e->path, arena_allocate(job->arena, TEXT_SIZE, 1), TEXT_SIZE);
+    printable(e->path, e->name, sizeof e->name);
     if (job->checkpoint != e->path) {
         workers_free(&job->workers);
         model_free(&job->model);
@@ -1448,7 +1436,13 @@ static int eval_take(Job *job, int i) {
         workers_start(job);
     }
     e->settings = job->settings;
-    e->training = training_of(job);
+    for (int k = 0; k < OPTION_COUNT; k++) { /* the seed makes the digits, too */
+        char text[TEXT_SIZE] = "";
+        if (OPTIONS[k].takers & RECORD && strcmp(OPTIONS[k].name, "seed") != 0 &&
+            strcmp(OPTIONS[k].name, "data-digest") != 0)
+            option_text(&OPTIONS[k], job, text);
+        strcpy(e->training[k], text);
+    }
     return eval_config(job) ? USAGE : OK;
 }
 
