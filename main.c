@@ -211,7 +211,8 @@ static const Option OPTIONS[] = {
     {"chart", EVAL, TEXT, IN(chart), 0, 0, "FILE.svg", "the loss over t and lambda, the counterterm's error"},
     {"csv", EVAL, TEXT, IN(csv), 0, 0, "FILE.csv", "the values, a line for each checkpoint"},
     {"count", SAMPLE, INT, IN(count), 1, 65536, "N", "images"},
-    {"count", SHOW, INT, IN(count), 1, 64, "N", "test images, evenly over the split"},
+    {"count", SHOW, INT, IN(count), 0, 64, "N",
+     "test images, evenly over the split; 0: one of each class, or 4"},
     {"times", SHOW, TEXT, IN(times), 0, 0, "T,T,...", "ascending, from 0 to 1"},
     {"amplify", SHOW, NUMBER, IN(amplify), 1e-3, 1e6, "X", "red and blue by this factor"},
     {"steps", TRAIN, INT, IN(steps), 0, 2e9, "N", "in total, resumed or not; 0: initial checkpoint only"},
@@ -262,7 +263,7 @@ static Job *job_new(const Command *command, char **arguments) {
     job->threads = smaller(omp_get_max_threads(), MAX_THREADS);
     job->save_every = 500, job->sample_steps = 100, job->eval_limit = 256;
     job->split = SPLIT_TEST, job->repeats = 1, job->timesteps = -1, job->seed = 1;
-    job->count = command->taker == SHOW ? 4 : 64, job->amplify = 1;
+    job->count = command->taker == SHOW ? 0 : 64, job->amplify = 1;
     strcpy(job->times, "0,0.125,0.25,0.375,0.5,0.625,0.75,0.875,1");
     if (command->taker == TRAIN) {
         job->steps = 10000;
@@ -1600,11 +1601,21 @@ static int show(Job *job) {
     if (c->kind == VDM)
         return fail(&job->error, "%s: vdm-%d has no encoder to show: x_t = x", job->checkpoint,
                     c->score_blocks);
-    if (job_data(job, SPLIT_TEST) ||
-        memory_check(job, job->count * (3.0 * (double)each + (double)pixels * sizeof(double))))
+    if (job_data(job, SPLIT_TEST))
         return -1;
-    const int count = limited(&job->data, job->count);
-    s.images = images_of(job, &job->data, count);
+    const int classes = job->count ? 0 : smaller(job->data.classes, 64);
+    const int count = limited(&job->data, job->count ? job->count : classes ? classes : 4);
+    if (memory_check(job, count * (3.0 * (double)each + (double)pixels * sizeof(double))))
+        return -1;
+    unsigned char *images = images_of(job, &job->data, count);
+    for (int class = 0; class < smaller(classes, count); class ++) { /* the first one of each */
+        uint32_t i = 0;
+        while (i < job->data.count && dataset_label(&job->data, i) != class)
+            i++;
+        if (i < job->data.count)
+            dataset_image(&job->data, i, images + (size_t) class * image_size(c));
+    }
+    s.images = images;
     s.pictures = arena_allocate(job->arena, (size_t)count, each);
     s.change = arena_allocate(job->arena, (size_t)count, pixels * sizeof(double));
     memset(s.change, 0, (size_t)count * pixels * sizeof(double));

@@ -1389,9 +1389,18 @@ static void test_show(void) {
         const unsigned char *rgb = (const unsigned char *)text + 13 + 3 * (row * 92 + column);
         CHECK(memcmp(rgb, want[i], 3) == 0, "pixel %d of nt is %d, %d, %d", i, rgb[0], rgb[1], rgb[2]);
     }
-    const Outcome o = succeed("$D show finite --data small --count 2 --times 0.25,1 --out show.ppm"),
-                  amplified = succeed(
-                      "$D show finite --data small --count 2 --times=0.25,1 --amplify 4 --out show4.ppm");
+    Outcome o = succeed("$D show finite --data small --out show.ppm");
+    CHECK(strstr(o.out, " of 4 images"), "four where there are no labels: %s", o.out);
+    /* Nine images of three classes: the first of class 0 is image 3, which begins with 3 * 96 * 7 mod 256. */
+    succeed("cp -r small labelled");
+    write_file("labelled/t10k-labels-idx1-ubyte", "\0\0\10\1\0\0\0\11\2\2\1\0\0\1\0\0\0", 17);
+    o = succeed("$D show finite --data labelled --times 0 --out show.ppm");
+    read_text("show.ppm", text);
+    CHECK(strstr(o.out, " of 3 images") && memcmp(text + 14 + 3 * (2 * 12 + 2), "\340\340\340", 3) == 0,
+          "one of each class: %s", o.out);
+    o = succeed("$D show finite --data small --count 2 --times 0.25,1 --out show.ppm");
+    const Outcome amplified =
+        succeed("$D show finite --data small --count 2 --times=0.25,1 --amplify 4 --out show4.ppm");
     read_text("show.ppm", text);
     CHECK(strncmp(text, "P6\n22 86\n255\n", 13) == 0, "two times across: %.20s", text);
     CHECK(strstr(o.out, "columns t = 0.25,1,") && !same_files("show.ppm", "show4.ppm") &&
