@@ -1265,8 +1265,7 @@ static double incomplete_beta(double a, double b, double x) {
     if (x > (a + 1) / (a + b + 2))
         return 1 - incomplete_beta(b, a, 1 - x);
     for (int level = 400; level >= 1; level--) {
-        const double m = level / 2;
-        const double factor = level % 2 ? -(a + m) * (a + b + m) : m * (b - m);
+        const double m = floor(level / 2.0), factor = level % 2 ? -(a + m) * (a + b + m) : m * (b - m);
         fraction = 1 + factor * x / ((a + level - 1) * (a + level)) / fraction;
     }
     return exp(lgamma(a + b) - lgamma(a) - lgamma(b) + a * log(x) + b * log1p(-x)) / (a * fraction);
@@ -1563,10 +1562,10 @@ static void show_example(Network *n, int i, void *context) {
         const double t = s->time[column], before = s->time[column > 0 ? column - 1 : 0];
         Tensor *x = scale_pixels(&m, s->images + (size_t)i * d);
         const Encoded e = encode(&m, x, t, 0), at_s = encode(&m, x, before, 0);
-        const size_t picture = (size_t)(i * s->times + column);
-        unsigned char *out = s->pictures + 3 * area * (picture + (size_t)(i * (SHOW_ROWS - 1) * s->times));
+        const size_t times = (size_t)s->times, picture = (size_t)i * times + (size_t)column;
+        unsigned char *out = s->pictures + 3 * area * (picture + (size_t)i * (SHOW_ROWS - 1) * times);
         s->broken[i] |= to_pixels(e.x_t, out);
-        s->broken[i] |= to_pixels(e.y ? e.y : affine(0, e.x_t, 0), out + 3 * area * (size_t)s->times);
+        s->broken[i] |= to_pixels(e.y ? e.y : affine(0, e.x_t, 0), out + 3 * area * times);
         for (size_t k = 0; k < d; k++) {
             const double change = (double)e.x_t->value[k] - (double)at_s.x_t->value[k];
             s->change[picture * area + k * area / d] += column > 0 ? change / (t - before) : 0;

@@ -737,7 +737,8 @@ static void test_report_html(void) {
  * closed pipe. */
 static void test_stops_anywhere(void) {
     static const char *const work[3] = {
-        "exec $D sample good --count 4 --steps 1000000 --out out.png", "exec $D eval good --repeats 10000",
+        "exec $D sample good --count 4 --steps 1000000 --out out.png",
+        "exec $D eval good good --limit 10 --repeats 100000 --csv out.csv --chart out.svg",
         "exec $D eval good --timesteps 10000 --variance-ratio optimal --limit 1000"};
     succeed("$D train $TINY --batch 100000 --steps 0 --out slow");
     pid_t child = begin("slow", "exec $D train --resume --steps 2 --out slow");
