@@ -246,28 +246,30 @@ Tensor *latent_loss(const Method *m, Tensor *x_1) {
 
 /* ---- the objective ---- */
 
-/* -log p(x) <= recon + latent + diffusion, estimated at one t and one eps. [VDM (11)] */
+/* L_T = T E_i KL_i, or L_inf, estimated at one t and one eps. */
+static Tensor *diffusion_loss(const Method *m, Tensor *x, Example e) {
+    const Config *c = m->config;
+    Tensor *eps = constant(m->graph, c->height, c->width, c->image_channels, e.eps);
+    if (c->timesteps > 0) {
+        Tensor *distance = distance_at(m, x, eps, fmax(e.t - 1.0 / c->timesteps, 0), e.t);
+        return affine(c->timesteps, step_kl(m, distance, c->variance_ratio), 0);
+    }
+    Tensor *gamma_t = gamma_at(m, e.t);
+    const Encoded at_t = encode(m, x, e.t, 1);
+    const Predicted p = predict(m, diffuse(at_t.x_t, gamma_t, eps), e.t);
+    return continuous_loss(m, continuous_residual(m, at_t, p, gamma_t, eps), gamma_t);
+}
+
+/* -log p(x) <= recon + latent + diffusion. [VDM (11)] */
 LossTerms objective(const Method *m, Example e) {
     const Config *c = m->config;
-    const int h = c->height, w = c->width, channels = c->image_channels;
     Tensor *x = scale_pixels(m, e.k);
-    Tensor *eps = constant(m->graph, h, w, channels, e.eps),
-           *eps_0 = constant(m->graph, h, w, channels, e.eps_0);
-    Tensor *gamma_t = gamma_at(m, e.t);
-    LossTerms terms;
-
+    Tensor *eps_0 = constant(m->graph, c->height, c->width, c->image_channels, e.eps_0);
     const Encoded at_0 = encode(m, x, 0, 0), at_1 = encode(m, x, 1, 0);
+    LossTerms terms;
     terms.recon = reconstruction_loss(m, e.k, at_0.x_t, eps_0);
     terms.latent = latent_loss(m, at_1.x_t);
-
-    if (c->timesteps > 0) {   /* L_T = T E_i KL_i */
-        Tensor *distance = distance_at(m, x, eps, fmax(e.t - 1.0 / c->timesteps, 0), e.t);
-        terms.diffusion = affine(c->timesteps, step_kl(m, distance, c->variance_ratio), 0);
-    } else {
-        const Encoded at_t = encode(m, x, e.t, 1);
-        const Predicted p = predict(m, diffuse(at_t.x_t, gamma_t, eps), e.t);
-        terms.diffusion = continuous_loss(m, continuous_residual(m, at_t, p, gamma_t, eps), gamma_t);
-    }
+    terms.diffusion = diffusion_loss(m, x, e);
     return terms;
 }
 
@@ -349,21 +351,21 @@ static void terms_of(LossTerms terms, double out[3]) {
     out[2] = number_of(terms.diffusion);
 }
 
-/* One example's loss terms, and its share of the gradient of the mean over the batch. */
-static void differentiate_example(const Method *m, Example example, int batch, double terms_out[3]) {
-    const LossTerms terms = objective(m, example);
-    terms_of(terms, terms_out);
-    backward(bits_per_dimension(m, terms), 1.0 / batch);
-}
-
 typedef struct {
     const unsigned char *images;   /* [batch, d] */
     const Example *given;          /* NULL, or [batch]: these, instead of draws of time and noise */
     int batch;
     uint32_t step;
     uint64_t seed;
-    double u, (*terms)[3];         /* [batch] */
+    double u, emphasis, (*terms)[3];   /* [batch] */
 } Batch;
+
+/* The encoder costs most and learns slowest: one example in four trains it and has recon and latent, which
+ * move nothing else. AdamW and Muon do not feel that its gradient is a quarter of the whole. Where the end
+ * points of the schedule are learned, recon and latent move them, and no example goes without. */
+static int trains_encoder(const Batch *b, const Config *c, int i) {
+    return c->schedule == SCHEDULE_LEARNED || b->batch < 4 || (b->step + (uint32_t)i) % 4 == 0;
+}
 
 /* Times, noise, objective, gradient. */
 static void training_example(Network *n, int i, void *context) {
@@ -377,16 +379,28 @@ static void training_example(Network *n, int i, void *context) {
         .t = example_time(b->u, i, b->batch, m.config->timesteps),
         .eps = gaussian_image(&m, random_stream(b->seed, RANDOM_NOISE, b->step, index))->value,
         .eps_0 = gaussian_image(&m, random_stream(b->seed, RANDOM_NOISE_0, b->step, index))->value};
-    differentiate_example(&m, example, b->batch, b->terms[i]);
+    const double emphasis = 1 + b->emphasis * number_of(sigma_squared(gamma_at(&m, example.t)));
+    LossTerms terms = {number(m.graph, 0), number(m.graph, 0), NULL};
+    n->encoder_fixed = !trains_encoder(b, m.config, i);
+    if (n->encoder_fixed)
+        terms.diffusion = diffusion_loss(&m, scale_pixels(&m, example.k), example);
+    else
+        terms = objective(&m, example);
+    terms_of(terms, b->terms[i]);
+    terms.diffusion = affine(emphasis, terms.diffusion, 0);
+    backward(bits_per_dimension(&m, terms), 1.0 / b->batch);
 }
 
 /* The mean of each term over a batch, in bits per dimension. */
-static void mean_terms(const Config *c, int batch, double (*terms)[3], double mean[3]) {
+static void mean_terms(const Config *c, const Batch *b, double mean[3]) {
     const double per_bit = 1 / (c->height * c->width * c->image_channels * log(2));
     for (int term = 0; term < 3; term++) {
+        int count = 0;
         mean[term] = 0;
-        for (int i = 0; i < batch; i++)
-            mean[term] += terms[i][term] * per_bit / batch;
+        for (int i = 0; i < b->batch; i++)
+            if (term == 2 || trains_encoder(b, c, i))
+                mean[term] += b->terms[i][term] * per_bit, count++;
+        mean[term] /= count;
     }
 }
 
@@ -408,16 +422,17 @@ int training_step(Model *model, Workers *workers, const Optimizer *optimizer, co
                   int batch, uint64_t seed, StepReport *r, Error *error) {
     const uint32_t step = (uint32_t)model->step;
     Batch b = {.images = images, .batch = batch, .step = step, .seed = seed,
+               .emphasis = model->config.schedule == SCHEDULE_FIXED ? optimizer->emphasis : 0,
                .u = random_uniform(random_stream(seed, RANDOM_TIME, step, 0), 0),
                .terms = workers_results(workers, (size_t)batch, sizeof *b.terms)};
     double mean[3];
     const real *gradient = workers_gradient(workers, batch, training_example, &b);
     if (!gradient)
         return fail(error, "step %llu: stopped", (unsigned long long)model->step + 1);
-    mean_terms(&model->config, batch, b.terms, mean);
+    mean_terms(&model->config, &b, mean);
     *r = (StepReport){mean[0], mean[1], mean[2], mean[0] + mean[1] + mean[2], NAN};
     if (isfinite(r->total))
-        r->gradient_norm = optimizer_step(model, optimizer, gradient, workers->threads);
+        r->gradient_norm = optimizer_step(workers, optimizer, gradient);
     return isfinite(r->gradient_norm) ? 0 : diverged(model, mean, gradient, error);
 }
 
@@ -425,7 +440,9 @@ static void given_example(Network *n, int i, void *context) {
     const Batch *b = context;
     n->graph.dropout = 0;
     const Method m = method_begin(n);
-    differentiate_example(&m, b->given[i], b->batch, b->terms[i]);
+    const LossTerms terms = objective(&m, b->given[i]);
+    terms_of(terms, b->terms[i]);
+    backward(bits_per_dimension(&m, terms), 1.0 / b->batch);
 }
 
 const real *batch_gradient(Workers *workers, const Example *examples, int batch, double (*terms)[3]) {

@@ -362,7 +362,8 @@ typedef struct {
     int64_t shape[4];
     int taps, in, out;                 /* the same as a tensor: [taps, in, out] */
     Initial initial;
-    int decays;                        /* by AdamW's weight decay */
+    int decays;                        /* by weight decay */
+    int in_encoder;
     size_t offset, count;              /* where it lies in the vectors of the model */
 } Parameter;
 
@@ -374,7 +375,7 @@ typedef struct {
     size_t weight_count;
     real *params;                      /* the weights in training */
     real *ema;                         /* their moving average: what is evaluated and sampled from */
-    real *adam_m, *adam_v;             /* AdamW's moments */
+    real *adam_m, *adam_v;             /* AdamW's moments; Muon's momentum stands in the first */
     uint64_t step;                     /* training steps taken */
 } Model;
 
@@ -395,7 +396,8 @@ typedef struct {
     real *gradient;                    /* NULL: no gradients wanted */
     Tensor **leaf;                     /* [parameter_count] */
     int next;                          /* where to look first for the next parameter */
-    int declaring, plain_sums;
+    int declaring, plain_sums, in_encoder;
+    int encoder_fixed;                 /* no gradient by the encoder's weights in this example */
     char scope[40];                    /* "score.down.0." */
     const volatile sig_atomic_t *stop;
 } Network;
@@ -448,6 +450,9 @@ const real *workers_gradient(Workers *workers, int count, ExampleWork work, void
 
 typedef struct {
     double learning_rate;              /* 2e-4 */
+    double encoder_rate;               /* the encoder's weights learn at this share of it; 1 */
+    double emphasis;                   /* the diffusion loss trains times 1 + emphasis sigma_t^2; 0 */
+    int muon;                          /* kernels by Muon instead of AdamW; 0 */
     int warmup;                        /* steps of linear warm-up; 0: none */
     double cooldown, steps;            /* over this last fraction of `steps` the rate falls to zero */
     double beta1, beta2, epsilon;      /* 0.9, 0.99, 1e-8 */
@@ -458,9 +463,9 @@ typedef struct {
 
 Optimizer optimizer_default(void);
 
-/* One step of AdamW and of the moving average; step is counted up. Returns the norm of the gradient before
- * clipping. If that is not finite nothing is changed. */
-double optimizer_step(Model *model, const Optimizer *optimizer, const real *gradient, int threads);
+/* One step of the workers' model and of the moving average; step is counted up. Returns the norm of the
+ * gradient before clipping, which Muon does not feel. If that is not finite nothing is changed. */
+double optimizer_step(Workers *workers, const Optimizer *optimizer, const real *gradient);
 
 /* The parameter with the largest gradient, or the first whose gradient is not finite; *norm is that
  * gradient's. */

@@ -191,6 +191,7 @@ static void declare(Network *n, const char *name, int rank, int taps, int in, in
     p->taps = taps, p->in = in, p->out = out;
     p->initial = initial;
     p->decays = rank > 1 || initial == INIT_ONE;   /* kernels and scales; no bias, nothing of the schedule */
+    p->in_encoder = n->in_encoder;
     p->count = (size_t)taps * in * out;
     p->offset = m->weight_count;
     m->weight_count += p->count;
@@ -227,7 +228,8 @@ static Tensor *take(Network *n, const char *name, int rank, int taps, int in, in
     if (!n->leaf[index])
         n->leaf[index] = parameter(&n->graph, taps, in, out, n->weights + p->offset,
                                    n->transposed && rank > 1 ? n->transposed + p->offset : NULL,
-                                   n->gradient ? n->gradient + p->offset : NULL);
+                                   n->gradient && !(n->in_encoder && n->encoder_fixed) ? n->gradient + p->offset
+                                                                                      : NULL);
     return n->leaf[index];
 }
 
@@ -387,8 +389,10 @@ Tensor *score_network(Network *n, Tensor *z, Tensor *t) {
 Tensor *encoder_network(Network *n, Tensor *x, Tensor *t, int plain_sums) {
     const Config *c = &n->model->config;
     n->plain_sums = plain_sums;
+    n->in_encoder = 1;
     Tensor *y = image_network(n, "encoder", RANDOM_ENCODER_DROPOUT, NET_UNET, c->encoder_blocks,
                               c->encoder_channels, x, t, x->channels, NULL);
+    n->in_encoder = 0;
     return hyperbolic_tangent(y);
 }
 
@@ -613,6 +617,7 @@ const real *workers_gradient(Workers *w, int count, ExampleWork work, void *cont
         memset(n->gradient, 0, w->model->weight_count * sizeof(real));
         for (int example = slot; example < count && !workers_stopped(w); example += slots) {
             network_begin(n);
+            n->encoder_fixed = 0;
             work(n, example, context);
         }
     }
@@ -623,13 +628,75 @@ const real *workers_gradient(Workers *w, int count, ExampleWork work, void *cont
 /* ---- training ---- */
 
 Optimizer optimizer_default(void) {
-    Optimizer o = {.learning_rate = 2e-4, .beta1 = 0.9, .beta2 = 0.99, .epsilon = 1e-8, .weight_decay = 0.01,
-                   .ema = 0.9999};
+    Optimizer o = {.learning_rate = 2e-4, .encoder_rate = 1, .beta1 = 0.9, .beta2 = 0.99, .epsilon = 1e-8,
+                   .weight_decay = 0.01, .ema = 0.9999};
     return o;
 }
 
-double optimizer_step(Model *m, const Optimizer *o, const real *gradient, int threads) {
-    (void)threads;
+/* AdamW: u [count], the step at rate 1. m / (1 - beta1^step) and v / (1 - beta2^step) undo the moments' start
+ * at zero. */
+static void adam_update(const Optimizer *o, double step, size_t count, const real *restrict g, real clip,
+                        real *restrict m, real *restrict v, real *restrict u) {
+    const real b1 = (real)o->beta1, b2 = (real)o->beta2, epsilon = (real)o->epsilon;
+    const real m_scale = (real)(1 / (1 - pow(o->beta1, step))),
+               v_scale = (real)(1 / (1 - pow(o->beta2, step)));
+    for (size_t j = 0; j < count; j++) {
+        const real gj = g[j] * clip;
+        m[j] = b1 * m[j] + (1 - b1) * gj;
+        v[j] = b2 * v[j] + (1 - b2) * gj * gj;
+        u[j] = m_scale * m[j] / ((real)sqrt(v_scale * v[j]) + epsilon);
+    }
+}
+
+/* x [rows, columns], rows >= columns, with all singular values near 1. Of x / ||x||, whose singular values
+ * are at most 1, each round makes x (c_0 I + c_1 a + c_2 a^2), a = x^T x: it multiplies small ones by 3.4 and
+ * keeps the rest between 0.7 and 1.2. */
+static void orthogonalise(int rows, int columns, real *x, Arena *scratch) {
+    enum { ROUNDS = 5 };
+    static const real c[3] = {(real)3.4445, (real)-4.775, (real)2.0315};
+    const size_t count = (size_t)rows * columns, square = (size_t)columns * columns;
+    const real scale = (real)(1 / (sqrt(dot(x, x, count)) + 1e-30));
+    real *a = arena_allocate(scratch, square, sizeof *a), *b = arena_allocate(scratch, square, sizeof *b);
+    real *next = arena_allocate(scratch, count, sizeof *next);
+    for (size_t i = 0; i < count; i++)
+        x[i] *= scale;
+    for (int round = 0; round < ROUNDS; round++) {
+        memset(a, 0, square * sizeof *a);
+        matrix_product_transposed(rows, columns, columns, x, x, a, scratch);
+        matrix_product(columns, columns, columns, a, a, NULL, NULL, b, scratch);
+        for (size_t i = 0; i < square; i++)
+            b[i] = c[2] * b[i] + c[1] * a[i] + (i % ((size_t)columns + 1) == 0 ? c[0] : 0);
+        matrix_product(rows, columns, columns, x, b, NULL, NULL, next, scratch);
+        memcpy(x, next, count * sizeof *x);
+    }
+}
+
+/* Muon (Jordan and others, 2024) for a kernel as a matrix [taps in, out]: u is its momentum made orthogonal,
+ * so that rare directions move as far as frequent ones, times what makes its elements as large as AdamW's
+ * steps are. */
+static void muon_update(const Parameter *p, const real *restrict g, real *restrict m, real *restrict u,
+                        Arena *scratch) {
+    const real momentum = (real)0.95;
+    const int rows = p->taps * p->in, columns = p->out;
+    for (size_t j = 0; j < p->count; j++) {
+        m[j] = momentum * m[j] + (1 - momentum) * g[j];
+        u[j] = momentum * m[j] + (1 - momentum) * g[j];
+    }
+    if (rows >= columns) {
+        orthogonalise(rows, columns, u, scratch);
+    } else {
+        real *turned = arena_allocate(scratch, p->count, sizeof *turned);
+        transpose(u, rows, columns, turned);
+        orthogonalise(columns, rows, turned, scratch);
+        transpose(turned, columns, rows, u);
+    }
+    const real size = (real)(0.2 * sqrt(rows > columns ? rows : columns));
+    for (size_t j = 0; j < p->count; j++)
+        u[j] *= size;
+}
+
+double optimizer_step(Workers *workers, const Optimizer *o, const real *gradient) {
+    Model *m = workers->model;
     /* AdamW squares the gradient: an overflow there would stay in adam_v for good. In double, squared once
      * more. */
     const double largest = sizeof(real) == sizeof(float) ? 1e19 : 1e75;
@@ -641,25 +708,26 @@ double optimizer_step(Model *m, const Optimizer *o, const real *gradient, int th
     const double up = o->warmup > 0 ? step / o->warmup : 1;
     const double down = o->cooldown > 0 ? (o->steps - step + 1) / (o->cooldown * o->steps) : 1;
     const double rate = o->learning_rate * fmax(fmin(fmin(up, down), 1), 0);
-    const double average = (1 + step) / (10 + step) < o->ema ? (1 + step) / (10 + step) : o->ema;
-    const real b1 = (real)o->beta1, b2 = (real)o->beta2, epsilon = (real)o->epsilon, keep = (real)average;
-    /* m / (1 - beta1^step) and v / (1 - beta2^step) undo the moments' start at zero. */
-    const real m_scale = (real)(1 / (1 - pow(o->beta1, step))),
-               v_scale = (real)(1 / (1 - pow(o->beta2, step)));
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    const real keep = (real)fmin((1 + step) / (10 + step), o->ema);
+#pragma omp parallel for num_threads(workers->threads) schedule(dynamic, 1)
     for (int i = 0; i < m->parameter_count; i++) {
         const Parameter *p = &m->parameter[i];
-        const real decay = (real)(p->decays ? rate * o->weight_decay : 0);
-        const real *restrict g = gradient + p->offset;
+        Arena *scratch = network_of_thread(workers)->graph.arena;
+        const ArenaMark mark = arena_mark(scratch);
+        real *restrict u = arena_allocate(scratch, p->count, sizeof *u);
+        const real *g = gradient + p->offset;
+        if (o->muon && p->rank > 1)
+            muon_update(p, g, m->adam_m + p->offset, u, scratch);
+        else
+            adam_update(o, step, p->count, g, clip, m->adam_m + p->offset, m->adam_v + p->offset, u);
+        const real own_rate = (real)(p->in_encoder ? rate * o->encoder_rate : rate);
+        const real decay = p->decays ? own_rate * (real)o->weight_decay : 0;
         real *restrict w = m->params + p->offset, *restrict ema = m->ema + p->offset;
-        real *restrict m1 = m->adam_m + p->offset, *restrict m2 = m->adam_v + p->offset;
         for (size_t j = 0; j < p->count; j++) {
-            const real gj = g[j] * clip;
-            m1[j] = b1 * m1[j] + (1 - b1) * gj;
-            m2[j] = b2 * m2[j] + (1 - b2) * gj * gj;
-            w[j] -= decay * w[j] + (real)rate * (m_scale * m1[j]) / ((real)sqrt(v_scale * m2[j]) + epsilon);
+            w[j] -= decay * w[j] + own_rate * u[j];
             ema[j] = keep * ema[j] + (1 - keep) * w[j];
         }
+        arena_release(scratch, mark);
     }
     return norm;
 }

@@ -265,28 +265,31 @@ INLINE real fast_exp(real x) {
 
 /* ---- matrix products ---- */
 
-/* The one loop under every convolution and matrix product, forward and backward:
+/* The one loop under every convolution and matrix product, forward and backward. For each line
  *
- *     c[i][j] = bias[j] + start[i][j] + sum over s < segments, k < inner of  a(s, i, k) b(s, k, j)
+ *     c(i, j) = bias[j] + start(i, j) + sum over s < segments, k < inner of  a(s, i, k) b(s, k, j)
  *
- * b [segments, inner, columns] and c [lines, rows, columns] are contiguous. Row i = line*rows + r of `a`
- * begins at a + line*a_line + r*a_row, and its element (s, k) lies s*a_segment + k*a_inner further on. Rows
- * of `a` may overlap: that makes a 3x3 convolution of an image with a border of zeros a plain product. */
+ * Line l begins at a + l*a_line, its row i lies i*a_row further on, and of that the element (s, k)
+ * s*a_segment + k*a_inner; b and c likewise. Rows of `a` or b may overlap: that makes a 3x3 convolution of an
+ * image with a border of zeros a plain product. */
 typedef struct {
     int lines, rows, columns, segments, inner;
-    const real *a;
+    const real *a, *b;
     ptrdiff_t a_line, a_row, a_segment, a_inner;
-    const real *b;
+    ptrdiff_t b_line, b_segment, b_inner;
     const real *bias;    /* [columns], or NULL */
     const real *start;   /* laid out like c, or NULL; c itself: add to c */
     real *c;
+    ptrdiff_t c_line, c_row;
 } Product;
 
-/* One block of c: R rows x N columns, of which `width` are stored. R and N are constants where this is
- * called, and each pair gets a copy of the loops with the sums in registers. a, b, bias, start and c point to
- * the block's own first element. */
-INLINE void block_product(const int R, const int N, int width, const Product *p, const real *a, const real *b,
-                          ptrdiff_t b_row, const real *bias, const real *start, real *c) {
+/* R rows x N columns of c, of which `width` are stored. R and N are constants where this is called, and each
+ * pair gets a copy of the loops with the sums in registers; simd, else gcc takes such short loops apart. The
+ * pointers lead to the block's own first elements. They are arguments, because clang keeps the sums in memory
+ * where they are members of what p points to. */
+INLINE void block_product(const int R, const int N, const int width, const Product *p, const real *a,
+                          const real *b, ptrdiff_t b_segment, ptrdiff_t b_inner, const real *bias,
+                          const real *start, real *c) {
     real sum[BLOCK_ROWS][2 * LANES];
     for (int r = 0; r < R; r++)
 #pragma omp simd
@@ -294,36 +297,41 @@ INLINE void block_product(const int R, const int N, int width, const Product *p,
             sum[r][n] = 0;
     const ptrdiff_t a_row = p->a_row, a_inner = p->a_inner;
     for (int s = 0; s < p->segments; s++) {
-        const real *ak = a + s * p->a_segment, *bk = b + (ptrdiff_t)s * p->inner * b_row;
-        for (int k = 0; k < p->inner; k++, ak += a_inner, bk += b_row)
-            for (int r = 0; r < R; r++)   /* simd: else gcc takes so short a loop apart */
+        const real *ak = a + s * p->a_segment, *bk = b + s * b_segment;
+        for (int k = 0; k < p->inner; k++, ak += a_inner, bk += b_inner)
+            for (int r = 0; r < R; r++)
 #pragma omp simd
                 for (int n = 0; n < N; n++)
                     sum[r][n] += ak[r * a_row] * bk[n];
     }
     for (int r = 0; r < R; r++) {
         if (bias)
+#pragma omp simd
             for (int n = 0; n < width; n++)
                 sum[r][n] += bias[n];
         if (start)
+#pragma omp simd
             for (int n = 0; n < width; n++)
-                sum[r][n] += start[r * (ptrdiff_t)p->columns + n];
+                sum[r][n] += start[r * p->c_row + n];
+#pragma omp simd
         for (int n = 0; n < width; n++)
-            c[r * (ptrdiff_t)p->columns + n] = sum[r][n];
+            c[r * p->c_row + n] = sum[r][n];
     }
 }
 
-/* R rows: choose the copy of the loop. Fewer than LANES columns are computed as a whole vector. */
-static void block_rows(int R, int width, const Product *p, const real *a, const real *b, ptrdiff_t b_row,
-                       const real *bias, const real *start, real *c) {
-#define CASE(r)                                                                          \
-    case r:                                                                              \
-        if (width == 2 * LANES)                                                          \
-            block_product(r, 2 * LANES, 2 * LANES, p, a, b, b_row, bias, start, c);      \
-        else if (width == LANES)                                                         \
-            block_product(r, LANES, LANES, p, a, b, b_row, bias, start, c);              \
-        else                                                                             \
-            block_product(r, LANES, width, p, a, b, b_row, bias, start, c);              \
+/* R rows: choose the copy of the loops. */
+static void block_rows(int R, int width, const Product *p, const real *a, const real *b, ptrdiff_t b_segment,
+                       ptrdiff_t b_inner, const real *bias, const real *start, real *c) {
+#define CASE(r)                                                                                      \
+    case r:                                                                                          \
+        if (width == 2 * LANES)                                                                      \
+            block_product(r, 2 * LANES, 2 * LANES, p, a, b, b_segment, b_inner, bias, start, c);     \
+        else if (width == LANES)                                                                     \
+            block_product(r, LANES, LANES, p, a, b, b_segment, b_inner, bias, start, c);             \
+        else if (width == LANES / 2)                                                                 \
+            block_product(r, LANES / 2, LANES / 2, p, a, b, b_segment, b_inner, bias, start, c);     \
+        else                                                                                         \
+            block_product(r, LANES, width, p, a, b, b_segment, b_inner, bias, start, c);             \
         break;
     switch (R) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
@@ -334,6 +342,14 @@ static void block_rows(int R, int width, const Product *p, const real *a, const 
 #undef CASE
 }
 
+/* b [segments, inner, width] in whole vectors, zeros behind its columns. */
+static void copy_to_vectors(const Product *p, int width, const real *b, real *copy) {
+    for (int s = 0; s < p->segments; s++)
+        for (int k = 0; k < p->inner; k++, copy += LANES)
+            for (int n = 0; n < LANES; n++)
+                copy[n] = n < width ? b[s * p->b_segment + k * p->b_inner + n] : 0;
+}
+
 static void product(const Product *p, Arena *scratch) {
     const int blocks = (p->rows + BLOCK_ROWS - 1) / BLOCK_ROWS; /* nearly equal in height: 28 = 10 + 9 + 9 */
     const int least = p->rows / blocks, higher = p->rows % blocks;
@@ -341,24 +357,24 @@ static void product(const Product *p, Arena *scratch) {
     for (int j = 0, width; j < p->columns; j += width) {
         const int left = p->columns - j;
         width = left >= 2 * LANES ? 2 * LANES : left >= LANES ? LANES : left;
-        const real *b = p->b + j;
-        ptrdiff_t b_row = p->columns;
-        if (width < LANES) {   /* the last columns: a copy of them in whole vectors, zeros behind */
-            const ptrdiff_t count = (ptrdiff_t)p->segments * p->inner;
-            real *copy = arena_allocate(scratch, (size_t)count * LANES, sizeof(real));
-            for (ptrdiff_t k = 0; k < count; k++)
-                for (int n = 0; n < LANES; n++)
-                    copy[k * LANES + n] = n < width ? b[k * b_row + n] : 0;
-            b = copy;
-            b_row = LANES;
-        }
-        for (int line = 0; line < p->lines; line++)
+        /* The last columns need a copy, unless rows of b are known to go on. */
+        const int partial = width < LANES && width != LANES / 2 && p->b_inner < j + LANES;
+        const size_t copied = partial ? (size_t)p->segments * p->inner * LANES : 0;
+        real *copy = arena_allocate(scratch, copied, sizeof(real));
+        const ptrdiff_t b_segment = partial ? p->inner * LANES : p->b_segment;
+        const ptrdiff_t b_inner = partial ? LANES : p->b_inner;
+        for (int line = 0; line < p->lines; line++) {
+            const real *b = p->b + line * p->b_line + j;
+            if (partial && (line == 0 || p->b_line))
+                copy_to_vectors(p, width, b, copy);
             for (int block = 0, i = 0, height; block < blocks; block++, i += height) {
                 height = least + (block < higher);
-                const ptrdiff_t at = ((ptrdiff_t)line * p->rows + i) * p->columns + j;
-                block_rows(height, width, p, p->a + line * p->a_line + i * p->a_row, b, b_row,
-                           p->bias ? p->bias + j : NULL, p->start ? p->start + at : NULL, p->c + at);
+                const ptrdiff_t at = line * p->c_line + i * p->c_row + j;
+                block_rows(height, width, p, p->a + line * p->a_line + i * p->a_row, partial ? copy : b,
+                           b_segment, b_inner, p->bias ? p->bias + j : NULL, p->start ? p->start + at : NULL,
+                           p->c + at);
             }
+        }
     }
     arena_release(scratch, mark);
 }
@@ -366,14 +382,16 @@ static void product(const Product *p, Arena *scratch) {
 void matrix_product(int rows, int inner, int columns, const real *a, const real *b, const real *bias,
                     const real *start, real *c, Arena *scratch) {
     const Product p = {.lines = 1, .rows = rows, .columns = columns, .segments = 1, .inner = inner,
-                       .a = a, .a_row = inner, .a_inner = 1, .b = b, .bias = bias, .start = start, .c = c};
+                       .a = a, .a_row = inner, .a_inner = 1, .b = b, .b_inner = columns, .bias = bias,
+                       .start = start, .c = c, .c_row = columns};
     product(&p, scratch);
 }
 
 void matrix_product_transposed(int rows, int inner, int columns, const real *a, const real *b, real *c,
                                Arena *scratch) {
     const Product p = {.lines = 1, .rows = inner, .columns = columns, .segments = 1, .inner = rows,
-                       .a = a, .a_row = 1, .a_inner = inner, .b = b, .start = c, .c = c};
+                       .a = a, .a_row = 1, .a_inner = inner, .b = b, .b_inner = columns, .start = c,
+                       .c = c, .c_row = columns};
     product(&p, scratch);
 }
 
@@ -402,29 +420,75 @@ static real *in_zeros(int h, int w, int c, const real *x, int border, int rows, 
     return image;
 }
 
+/* Few outputs would leave most of a vector empty. Some neighbours of a line are then computed as one pixel
+ * with `group` times as many outputs, by a kernel [3, 2 + group, in] of whole vectors, where each of them
+ * finds the nine taps of its own among zeros. */
+static int pixels_in_group(int w, int out) {
+    int group = 1;
+    for (int size = 2; size * out <= LANES; size++)
+        group = w % size == 0 ? size : group;
+    return group;
+}
+
+static real *widened_kernel(int group, int in, int out, const real *kernel, Arena *scratch) {
+    const size_t count = (size_t)3 * (2 + group) * in * LANES;
+    real *wide = arena_allocate(scratch, count, sizeof(real));
+    memset(wide, 0, count * sizeof(real));
+    for (int tap = 0; tap < 9; tap++)
+        for (int c = 0; c < in; c++, kernel += out)
+            for (int pixel = 0; pixel < group; pixel++) {
+                real *to = wide + (((size_t)tap / 3 * (2 + group) + tap % 3 + pixel) * in + c) * LANES;
+                for (int o = 0; o < out; o++)
+                    to[pixel * out + o] = kernel[o];
+            }
+    return wide;
+}
+
 /* y[i][j][o] = sum over ky, kx, c of image[i+ky][j+kx][c] kernel[ky][kx][c][o], where `image` is x with a
- * border one wide. A segment is one line of the kernel: the 3*in inputs under it are contiguous. */
+ * border one wide. The rows are a column of pixels, and a segment is one line of the kernel: the 3*in inputs
+ * under it are contiguous. */
 void convolve3x3(int h, int w, int in, int out, const real *x, const real *kernel, const real *bias,
                  const real *start, real *y, Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
-    const ptrdiff_t line = (ptrdiff_t)(w + 2) * in;
-    const Product p = {.lines = h, .rows = w, .columns = out, .segments = 3, .inner = 3 * in,
-                       .a = in_zeros(h, w, in, x, 1, h + 2, w + 2, scratch), .a_line = line, .a_row = in,
-                       .a_segment = line, .a_inner = 1, .b = kernel, .bias = bias, .start = start, .c = y};
+    const int group = pixels_in_group(w, out), inner = (2 + group) * in, columns = group * out;
+    const ptrdiff_t line = (ptrdiff_t)(w + 2) * in, b_inner = group > 1 ? LANES : out;
+    real *all_bias = arena_allocate(scratch, (size_t)columns, sizeof(real));
+    for (int i = 0; bias && i < columns; i++)
+        all_bias[i] = bias[i % out];
+    const Product p = {.lines = w / group, .rows = h, .columns = columns, .segments = 3, .inner = inner,
+                       .a = in_zeros(h, w, in, x, 1, h + 2, w + 2, scratch), .a_line = group * in,
+                       .a_row = line, .a_segment = line, .a_inner = 1,
+                       .b = group > 1 ? widened_kernel(group, in, out, kernel, scratch) : kernel,
+                       .b_segment = inner * b_inner, .b_inner = b_inner, .bias = bias ? all_bias : NULL,
+                       .start = start, .c = y, .c_line = columns, .c_row = (ptrdiff_t)w * out};
     product(&p, scratch);
     arena_release(scratch, mark);
 }
 
 /* dkernel[ky][kx][c][o] += sum over i, j of image[i+ky][j+kx][c] dy[i][j][o]: a line is one ky, a row one
- * (kx, c), and a segment of the sum one line of the image. */
+ * (kx, c), and a segment of the sum one line of the image. Where the outputs are few, they are the rows, and
+ * (kx, c) the columns, which fill vectors. */
 void convolve3x3_by_kernel(int h, int w, int in, int out, const real *x, const real *dy, real *dkernel,
                            Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
-    const ptrdiff_t line = (ptrdiff_t)(w + 2) * in;
-    const Product p = {.lines = 3, .rows = 3 * in, .columns = out, .segments = h, .inner = w,
-                       .a = in_zeros(h, w, in, x, 1, h + 2, w + 2, scratch), .a_line = line, .a_row = 1,
-                       .a_segment = line, .a_inner = in, .b = dy, .start = dkernel, .c = dkernel};
+    const int few = out < LANES, taps = 3 * in;
+    const ptrdiff_t line = (ptrdiff_t)(w + 2) * in, size = (ptrdiff_t)taps * out;
+    const real *image = in_zeros(h, w, in, x, 1, h + 2, w + 2, scratch);
+    real *made = few ? arena_allocate(scratch, (size_t)(3 * size), sizeof(real)) : dkernel;
+    Product p = {.lines = 3, .rows = taps, .columns = out, .segments = h, .inner = w, .a = image,
+                 .a_line = line, .a_row = 1, .a_segment = line, .a_inner = in, .b = dy,
+                 .b_segment = (ptrdiff_t)w * out, .b_inner = out, .start = dkernel, .c = dkernel,
+                 .c_line = size, .c_row = out};
+    if (few)
+        p = (Product){.lines = 3, .rows = out, .columns = taps, .segments = h, .inner = w, .a = dy,
+                      .a_row = 1, .a_segment = (ptrdiff_t)w * out, .a_inner = out, .b = image,
+                      .b_line = line, .b_segment = line, .b_inner = in, .c = made, .c_line = size,
+                      .c_row = taps};
     product(&p, scratch);
+    for (int ky = 0; few && ky < 3; ky++, dkernel += size)
+        for (int o = 0; o < out; o++, made += taps)
+            for (int k = 0; k < taps; k++)
+                dkernel[k * out + o] += made[k];
     arena_release(scratch, mark);
 }
 
@@ -437,70 +501,83 @@ void flip_kernel(int taps, int in, int out, const real *kernel, real *flipped) {
 
 static const double GROUP_NORM_EPS = 1e-6;
 
-static real *per_channel(const GroupNorm *n, Arena *scratch) {
-    assert(n->groups > 0 && n->channels > 0 && n->channels % n->groups == 0);
-    return arena_allocate(scratch, (size_t)n->channels, sizeof(real));
+/* An image as the loops see it: as many positions make a row as give it at least LONG_ROW columns, if their
+ * number can be halved so often. Then few channels fill vectors too, and the sums over the rows run in so
+ * many columns side by side that none waits for itself. Arrays [columns] hold what belongs to a channel,
+ * again for each position of a row. */
+enum { LONG_ROW = 4 * LANES };
+typedef struct {
+    const GroupNorm *n;
+    const real *x;
+    int rows, columns;
+    size_t count;
+    real *mean, *rstd;          /* [columns], of the channel's group */
+    real *gain, *offset;        /* [columns]: u = scale xhat + bias = gain x + offset */
+    real *scale, *zero, *one;   /* [columns] */
+    Arena *scratch;
+} Norm;
+
+static real *per_column(const Norm *t) {
+    return arena_allocate(t->scratch, (size_t)t->columns, sizeof(real));
 }
 
-/* Channels c .. c+N-1 of R rows of the sums below, which are read and written once for all of these rows. */
-INLINE void add_rows(const int R, const int N, int c, size_t row, const real *u, const real *u_shift,
-                     const real *w, const real *w_shift, real *sum, real *sum_product) {
-#pragma omp simd
-    for (int j = c; j < c + N; j++) {
-        real s = 0, p = 0;
-        for (int r = 0; r < R; r++) {
-            const real d = u[r * row + j] - u_shift[j];
-            s += d;
-            p += d * (w[r * row + j] - w_shift[j]);
-        }
-        sum[j] += s;
-        sum_product[j] += p;
-    }
+/* What was found out for each channel holds in the further columns of the row as well. */
+static real *repeated(const Norm *t, real *array) {
+    const int channels = t->n->channels;
+    for (int c = channels; c < t->columns; c += channels)
+        memcpy(array + c, array, channels * sizeof(real));
+    return array;
 }
 
 /* Per channel, over all positions: sum of u - u_shift and sum_product of (u - u_shift)(w - w_shift). */
-static void channel_sums(const GroupNorm *n, const real *u, const real *u_shift, const real *w,
-                         const real *w_shift, real *sum, real *sum_product) {
-    enum { ROWS = 8 };
-    const int C = n->channels, whole = C - C % LANES;
-    int i = 0;
-    memset(sum, 0, C * sizeof(real));
-    memset(sum_product, 0, C * sizeof(real));
-    for (; i + ROWS <= n->positions; i += ROWS, u += ROWS * C, w += ROWS * C) {
-        for (int c = 0; c < whole; c += LANES)
-            add_rows(ROWS, LANES, c, C, u, u_shift, w, w_shift, sum, sum_product);
-        add_rows(ROWS, C - whole, whole, C, u, u_shift, w, w_shift, sum, sum_product);
-    }
-    for (; i < n->positions; i++, u += C, w += C)
-        add_rows(1, C, 0, C, u, u_shift, w, w_shift, sum, sum_product);
+static void channel_sums(const Norm *t, const real *u, const real *u_shift, const real *w,
+                         const real *w_shift, real *restrict sum, real *restrict sum_product) {
+    const int columns = t->columns, channels = t->n->channels;
+    memset(sum, 0, columns * sizeof(real));
+    memset(sum_product, 0, columns * sizeof(real));
+    for (int i = 0; i < t->rows; i++, u += columns, w += columns)
+#pragma omp simd
+        for (int c = 0; c < columns; c++) {
+            const real d = u[c] - u_shift[c];
+            sum[c] += d;
+            sum_product[c] += d * (w[c] - w_shift[c]);
+        }
+    for (int first = channels; first < columns; first += channels)
+        for (int c = 0; c < channels; c++) {
+            sum[c] += sum[first + c];
+            sum_product[c] += sum_product[first + c];
+        }
 }
 
-/* mean[c] = the mean, over the group of channel c, of what has these sums per channel, times their
+/* [columns]: the mean, over the group of the channel, of what has these sums per channel, times their
  * weights. */
-static void group_means(const GroupNorm *n, const real *weight, const real *sum, real *mean) {
-    const int width = n->channels / n->groups;
-    for (int first = 0; first < n->channels; first += width) {
+static real *group_means(const Norm *t, const real *weight, const real *sum) {
+    const int width = t->n->channels / t->n->groups;
+    real *mean = per_column(t);
+    for (int first = 0; first < t->n->channels; first += width) {
         double total = 0;
         for (int c = first; c < first + width; c++)
             total += (double)weight[c] * (double)sum[c];
         for (int c = first; c < first + width; c++)
-            mean[c] = (real)(total / ((double)n->positions * width));
+            mean[c] = (real)(total / ((double)t->n->positions * width));
     }
+    return repeated(t, mean);
 }
 
 /* Mean and variance in one pass over the distances to a number close to the mean, so that no digits are lost
  * in the difference of large sums. That number is the mean of a few positions, because a single one could be
  * an outlier. */
-static void group_statistics(const GroupNorm *n, const real *x, Arena *scratch) {
+static void group_statistics(const Norm *t) {
     enum { SAMPLES = 16 };
+    const GroupNorm *n = t->n;
     const int C = n->channels, width = C / n->groups;
     const double count = (double)n->positions * width;
-    real *sum = per_channel(n, scratch), *squares = per_channel(n, scratch), *near = per_channel(n, scratch);
+    real *sum = per_column(t), *squares = per_column(t), *near = per_column(t);
     memset(near, 0, C * sizeof(real));
     for (size_t s = 0; s < SAMPLES; s++)
         for (int c = 0; c < C; c++)
-            near[c] += x[s * n->positions / SAMPLES * C + c] / SAMPLES;
-    channel_sums(n, x, near, x, near, sum, squares);
+            near[c] += t->x[s * n->positions / SAMPLES * C + c] / SAMPLES;
+    channel_sums(t, t->x, repeated(t, near), t->x, near, sum, squares);
     for (int g = 0; g < n->groups; g++) {
         double mean = 0, variance = 0;
         for (int c = g * width; c < (g + 1) * width; c++)
@@ -515,126 +592,114 @@ static void group_statistics(const GroupNorm *n, const real *x, Arena *scratch) 
     }
 }
 
+static Norm norm_of(const GroupNorm *n, const real *x, int with_statistics, Arena *scratch) {
+    assert(n->groups > 0 && n->channels > 0 && n->channels % n->groups == 0);
+    Norm t = {.n = n, .x = x, .rows = n->positions, .columns = n->channels, .scratch = scratch,
+              .count = (size_t)n->positions * n->channels};
+    for (; t.columns < LONG_ROW && t.rows % 2 == 0; t.rows /= 2)
+        t.columns *= 2;
+    if (with_statistics)
+        group_statistics(&t);
+    t.mean = per_column(&t), t.rstd = per_column(&t), t.gain = per_column(&t), t.offset = per_column(&t);
+    t.scale = per_column(&t), t.zero = per_column(&t), t.one = per_column(&t);
+    for (int c = 0, width = n->channels / n->groups; c < n->channels; c++) {
+        t.mean[c] = n->mean[c / width];
+        t.rstd[c] = n->rstd[c / width];
+        t.scale[c] = n->scale[c];
+        t.gain[c] = t.rstd[c] * t.scale[c];
+        t.offset[c] = n->bias[c] - t.mean[c] * t.gain[c];
+        t.zero[c] = 0;
+        t.one[c] = 1;
+    }
+    real *const arrays[] = {t.mean, t.rstd, t.scale, t.gain, t.offset, t.zero, t.one};
+    for (int i = 0; i < 7; i++)
+        repeated(&t, arrays[i]);
+    return t;
+}
+
 /* The derivative of xhat by x, a symmetric linear map: it takes tangents forward and gradients back. Means
  * are over the group.
  *
  *     J v = rstd (v - mean(v) - xhat mean(xhat v)) = rstd v + slope x + offset */
 typedef struct {
-    real *slope, *offset;    /* for a given v, which is J's argument times `weight` */
-    real *sum, *sum_xhat;    /* over the positions, of v and of xhat v */
-    real *mean_xhat;         /* mean(xhat weight v) */
+    real *slope, *offset;        /* [columns], for J's argument v times `weight` */
+    real *sum, *sum_xhat;        /* [channels], over the positions, of v and of xhat v */
+    real *mean, *mean_xhat;      /* [columns], of weight v and of xhat weight v */
 } Jacobian;
 
-/* What the loops read and write: arrays [channels] of scratch memory, and images. */
-typedef struct {
-    const GroupNorm *n;
-    real *mean, *rstd;                     /* of the channel's group */
-    real *gain, *offset;                   /* u = scale xhat + bias = gain x + offset */
-    real *zero, *one;
-    const real *x, *x_dot, *dy;            /* dy: or dy_dot */
-    real *y, *xhat_dot, *du, *du_dot, *dx, *dx_dot;
-    Jacobian of_x_dot, of_du, of_du_dot;
-} Norm;
-
-static Norm norm_of(const GroupNorm *n, const real *x, Arena *scratch) {
-    const Norm t = {.n = n, .x = x, .mean = per_channel(n, scratch), .rstd = per_channel(n, scratch),
-                    .gain = per_channel(n, scratch), .offset = per_channel(n, scratch),
-                    .zero = per_channel(n, scratch), .one = per_channel(n, scratch)};
-    for (int c = 0, width = n->channels / n->groups; c < n->channels; c++) {
-        t.mean[c] = n->mean[c / width];
-        t.rstd[c] = n->rstd[c / width];
-        t.gain[c] = t.rstd[c] * n->scale[c];
-        t.offset[c] = n->bias[c] - t.mean[c] * t.gain[c];
-        t.zero[c] = 0;
-        t.one[c] = 1;
-    }
-    return t;
-}
-
-static Jacobian jacobian(const Norm *t, const real *weight, const real *v, Arena *scratch) {
-    const Jacobian j = {per_channel(t->n, scratch), per_channel(t->n, scratch), per_channel(t->n, scratch),
-                        per_channel(t->n, scratch), per_channel(t->n, scratch)};
-    channel_sums(t->n, v, t->zero, t->x, t->mean, j.sum, j.sum_xhat);
+static Jacobian jacobian(const Norm *t, const real *weight, const real *v) {
+    Jacobian j = {per_column(t), per_column(t), per_column(t), per_column(t), NULL, NULL};
+    channel_sums(t, v, t->zero, t->x, t->mean, j.sum, j.sum_xhat);
     for (int c = 0; c < t->n->channels; c++)
         j.sum_xhat[c] *= t->rstd[c];
-    group_means(t->n, weight, j.sum, j.offset);
-    group_means(t->n, weight, j.sum_xhat, j.mean_xhat);
-    for (int c = 0; c < t->n->channels; c++) {
+    j.mean = group_means(t, weight, j.sum);
+    j.mean_xhat = group_means(t, weight, j.sum_xhat);
+    for (int c = 0; c < t->columns; c++) {
         j.slope[c] = -t->rstd[c] * t->rstd[c] * j.mean_xhat[c];
-        j.offset[c] = -t->rstd[c] * j.offset[c] - j.slope[c] * t->mean[c];
+        j.offset[c] = -t->rstd[c] * j.mean[c] - j.slope[c] * t->mean[c];
     }
     return j;
 }
 
-/* A loop over N channels, from channel c and element `at` of the image on. N, swish and dropout are constants
- * where it is called, so that it runs in vector registers and without branches. */
-typedef void ChannelLoop(int N, int swish, int dropout, int c, size_t at, const Norm *t);
-
-INLINE void each_position(ChannelLoop loop, const int swish, const int dropout, const Norm *t) {
-    const int channels = t->n->channels, rest = channels % LANES, whole = channels - rest;
-    const size_t end = (size_t)t->n->positions * channels;
-    for (size_t at = 0; at < end; at += channels)
-        for (int c = 0; c < whole; c += LANES)
-            loop(LANES, swish, dropout, c, at + c, t);
-    for (size_t at = whole; rest && at < end; at += channels)
-        loop(rest, swish, dropout, whole, at, t);
-}
-
-INLINE void each_position_as_asked(ChannelLoop loop, const Norm *t) {
-    if (t->n->swish && t->n->dropout_factor)
-        each_position(loop, 1, 1, t);
-    else if (t->n->swish)
-        each_position(loop, 1, 0, t);
-    else
-        each_position(loop, 0, t->n->dropout_factor != NULL, t);
-}
-
-/* swish(u) = u s and its derivatives, s = sigmoid(u). */
+/* swish(u) = u s and its derivatives, s = sigmoid(u), times v. */
 INLINE real sigmoid(real u) {
     return 1 / (1 + fast_exp(-u));
 }
-INLINE real swish_slope(real u, real s) {
-    return s * (1 + u * (1 - s));
+INLINE real swish_of_u(real u, real v) {
+    (void)v;
+    return u * sigmoid(u);
 }
-INLINE real swish_curve(real u, real s) {
-    return s * (1 - s) * (2 + u * (1 - 2 * s));
+INLINE real times_slope(real u, real v) {
+    const real s = sigmoid(u);
+    return v * s * (1 + u * (1 - s));
+}
+INLINE real times_curve(real u, real v) {
+    const real s = sigmoid(u);
+    return v * s * (1 - s) * (2 + u * (1 - 2 * s));
 }
 
-/* y = factor swish(u) */
-static inline void forward(int N, int swish, int dropout, int c, size_t at, const Norm *t) {
+/* to = f(u, v) of images u and v. f is a constant where this is called. */
+INLINE void of_u(const Norm *t, real f(real u, real v), const real *v, real *to) {
+    for (size_t at = 0; at < t->count; at += t->columns)
 #pragma omp simd
-    for (int j = 0; j < N; j++) {
-        const real u = t->x[at + j] * t->gain[c + j] + t->offset[c + j];
-        t->y[at + j] = (swish ? u * sigmoid(u) : u) * (dropout ? t->n->dropout_factor[at + j] : 1);
-    }
+        for (int c = 0; c < t->columns; c++)
+            to[at + c] = f(t->gain[c] * t->x[at + c] + t->offset[c], v[at + c]);
+}
+
+/* to = p v + q w + r with images v and w, or added to what is there. to: NULL if nobody wants it */
+INLINE void combine(const Norm *t, const int added, const real *p, const real *v, const real *q,
+                    const real *w, const real *r, real *to) {
+    for (size_t at = 0; to && at < t->count; at += t->columns)
+#pragma omp simd
+        for (int c = 0; c < t->columns; c++)
+            to[at + c] = p[c] * v[at + c] + q[c] * w[at + c] + r[c] + (added ? to[at + c] : 0);
+}
+
+static void multiply(size_t count, const real *factor, real *to) {
+    for (size_t i = 0; factor && i < count; i++)
+        to[i] *= factor[i];
 }
 
 void group_norm(const GroupNorm *n, const real *x, real *y, Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
-    group_statistics(n, x, scratch);
-    Norm t = norm_of(n, x, scratch);
-    t.y = y;
-    each_position_as_asked(forward, &t);
+    const Norm t = norm_of(n, x, 1, scratch);
+    if (n->swish)
+        of_u(&t, swish_of_u, x, y);
+    else
+        combine(&t, 0, t.gain, x, t.zero, x, t.offset, y);
+    multiply(t.count, n->dropout_factor, y);
     arena_release(scratch, mark);
 }
 
-/* du = dy factor swish'(u) */
-static inline void back_to_u(int N, int swish, int dropout, int c, size_t at, const Norm *t) {
-#pragma omp simd
-    for (int j = 0; j < N; j++) {
-        const real u = t->x[at + j] * t->gain[c + j] + t->offset[c + j];
-        const real dy = t->dy[at + j] * (dropout ? t->n->dropout_factor[at + j] : 1);
-        t->du[at + j] = swish ? dy * swish_slope(u, sigmoid(u)) : dy;
-    }
-}
-
-/* dx += J (scale du) */
-static inline void back_to_x(int N, int swish, int dropout, int c, size_t at, const Norm *t) {
-    (void)swish, (void)dropout;
-#pragma omp simd
-    for (int j = 0; j < N; j++)
-        t->dx[at + j] += t->gain[c + j] * t->du[at + j] + t->of_du.slope[c + j] * t->x[at + j]
-                         + t->of_du.offset[c + j];
+/* du = dy factor swish'(u), in scratch memory */
+static real *back_to_u(const Norm *t, const real *dy) {
+    real *du = arena_allocate(t->scratch, t->count, sizeof(real));
+    if (t->n->swish)
+        of_u(t, times_slope, dy, du);
+    else
+        memcpy(du, dy, t->count * sizeof(real));
+    multiply(t->count, t->n->dropout_factor, du);
+    return du;
 }
 
 /* sum += a + b, each [channels] */
@@ -643,127 +708,92 @@ static void add_sums(const GroupNorm *n, const real *a, const real *b, real *sum
         sum[c] += a[c] + b[c];
 }
 
+/* dx += J (scale du) */
 void group_norm_backward(const GroupNorm *n, const real *x, const real *dy, real *dx, real *dscale,
                          real *dbias, Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
-    Norm t = norm_of(n, x, scratch);
-    t.dy = dy, t.dx = dx;
-    t.du = arena_allocate(scratch, (size_t)n->positions * n->channels, sizeof(real));
-    each_position_as_asked(back_to_u, &t);
-    t.of_du = jacobian(&t, n->scale, t.du, scratch);
-    add_sums(n, t.of_du.sum_xhat, t.zero, dscale);
-    add_sums(n, t.of_du.sum, t.zero, dbias);
-    if (dx)
-        each_position(back_to_x, 0, 0, &t);
+    const Norm t = norm_of(n, x, 0, scratch);
+    const real *du = back_to_u(&t, dy);
+    const Jacobian of_du = jacobian(&t, t.scale, du);
+    add_sums(n, of_du.sum_xhat, t.zero, dscale);
+    add_sums(n, of_du.sum, t.zero, dbias);
+    combine(&t, 1, t.gain, du, of_du.slope, x, of_du.offset, dx);
     arena_release(scratch, mark);
 }
 
-/* y_dot = factor swish'(u) u_dot, u_dot = scale J x_dot */
-static inline void tangent(int N, int swish, int dropout, int c, size_t at, const Norm *t) {
-#pragma omp simd
-    for (int j = 0; j < N; j++) {
-        const real x = t->x[at + j], u = x * t->gain[c + j] + t->offset[c + j];
-        const real u_dot = t->gain[c + j] * t->x_dot[at + j]
-                           + t->n->scale[c + j] * (t->of_x_dot.slope[c + j] * x + t->of_x_dot.offset[c + j]);
-        t->y[at + j] = (dropout ? t->n->dropout_factor[at + j] : 1)
-                       * (swish ? swish_slope(u, sigmoid(u)) * u_dot : u_dot);
+/* u_dot = scale J x_dot */
+static void make_u_dot(const Norm *t, const Jacobian *of_x_dot, const real *x_dot, real *u_dot) {
+    real *slope = per_column(t), *offset = per_column(t);
+    for (int c = 0; c < t->columns; c++) {
+        slope[c] = t->scale[c] * of_x_dot->slope[c];
+        offset[c] = t->scale[c] * of_x_dot->offset[c];
     }
+    combine(t, 0, t->gain, x_dot, slope, t->x, offset, u_dot);
 }
 
+/* y_dot = factor swish'(u) u_dot */
 void group_norm_tangent(const GroupNorm *n, const real *x, const real *x_dot, real *y_dot, Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
-    Norm t = norm_of(n, x, scratch);
-    t.x_dot = x_dot, t.y = y_dot;
-    t.of_x_dot = jacobian(&t, t.one, x_dot, scratch);
-    each_position_as_asked(tangent, &t);
+    const Norm t = norm_of(n, x, 0, scratch);
+    const Jacobian of_x_dot = jacobian(&t, t.one, x_dot);
+    make_u_dot(&t, &of_x_dot, x_dot, y_dot);
+    if (n->swish)
+        of_u(&t, times_slope, y_dot, y_dot);
+    multiply(t.count, n->dropout_factor, y_dot);
     arena_release(scratch, mark);
 }
 
-/* xhat_dot = J x_dot, and what flows back to u and to u_dot = scale xhat_dot */
-static inline void tangent_back_to_u(int N, int swish, int dropout, int c, size_t at, const Norm *t) {
-#pragma omp simd
-    for (int j = 0; j < N; j++) {
-        const real x = t->x[at + j], u = x * t->gain[c + j] + t->offset[c + j], s = swish ? sigmoid(u) : 0;
-        const real dy_dot = t->dy[at + j] * (dropout ? t->n->dropout_factor[at + j] : 1);
-        const real xhat_dot = t->rstd[c + j] * t->x_dot[at + j] + t->of_x_dot.slope[c + j] * x
-                              + t->of_x_dot.offset[c + j];
-        t->xhat_dot[at + j] = xhat_dot;
-        t->du[at + j] = swish ? dy_dot * swish_curve(u, s) * t->n->scale[c + j] * xhat_dot : 0;
-        t->du_dot[at + j] = swish ? dy_dot * swish_slope(u, s) : dy_dot;
-    }
-}
-
-/* With g = scale du_dot, and because d xhat = J dx and d rstd = -rstd^2 mean(xhat dx),
+/* What flows back to u and to u_dot is du = dy_dot factor swish''(u) u_dot and du_dot = dy_dot factor
+ * swish'(u). With g = scale du_dot and xhat_dot = J x_dot, and because d xhat = J dx and d rstd = -rstd^2
+ * mean(xhat dx),
  *
  *     dx_dot += J g
- *     dx     += J (scale du) - rstd [xhat mean(g xhat_dot) + mean(xhat x_dot) J g + mean(xhat g) xhat_dot]
- *
- * where the bracket's first term has been added to the slope and offset of J (scale du). */
-static inline void tangent_back_to_x(int N, int swish, int dropout, int c, size_t at, const Norm *t) {
-    (void)swish, (void)dropout;
-#pragma omp simd
-    for (int j = 0; j < N; j++) {
-        const real x = t->x[at + j], gain = t->gain[c + j];
-        const real Jg = gain * t->du_dot[at + j] + t->of_du_dot.slope[c + j] * x + t->of_du_dot.offset[c + j];
-        t->dx[at + j] += gain * t->du[at + j] + t->of_du.slope[c + j] * x + t->of_du.offset[c + j]
-                         - t->rstd[c + j] * (t->of_x_dot.mean_xhat[c + j] * Jg
-                                             + t->of_du_dot.mean_xhat[c + j] * t->xhat_dot[at + j]);
-        t->dx_dot[at + j] += Jg;
-    }
-}
-
+ *     dx     += J (scale du) - rstd [xhat mean(g xhat_dot) + mean(xhat x_dot) J g + mean(xhat g) xhat_dot] */
 void group_norm_tangent_backward(const GroupNorm *n, const real *x, const real *x_dot, const real *dy_dot,
                                  real *dx, real *dx_dot, real *dscale, real *dbias, Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
-    const size_t count = (size_t)n->positions * n->channels;
-    Norm t = norm_of(n, x, scratch);
-    t.x_dot = x_dot, t.dy = dy_dot;
-    t.xhat_dot = arena_allocate(scratch, count, sizeof(real));
-    t.du = arena_allocate(scratch, count, sizeof(real));
-    t.du_dot = arena_allocate(scratch, count, sizeof(real));
-    t.of_x_dot = jacobian(&t, t.one, x_dot, scratch);
-    each_position_as_asked(tangent_back_to_u, &t);
-    t.of_du = jacobian(&t, n->scale, t.du, scratch);
-    t.of_du_dot = jacobian(&t, n->scale, t.du_dot, scratch);
-    real *unused = per_channel(n, scratch), *inner = per_channel(n, scratch);
-    channel_sums(n, t.du_dot, t.zero, t.xhat_dot, t.zero, unused, inner);
-    add_sums(n, t.of_du.sum_xhat, inner, dscale);
-    add_sums(n, t.of_du.sum, t.zero, dbias);
-    group_means(n, n->scale, inner, inner);   /* mean(g xhat_dot) */
-    for (int c = 0; c < n->channels; c++) {
-        const real slope = -t.rstd[c] * t.rstd[c] * inner[c];
-        t.of_du.slope[c] += slope;
-        t.of_du.offset[c] -= slope * t.mean[c];
+    const Norm t = norm_of(n, x, 0, scratch);
+    const Jacobian of_x_dot = jacobian(&t, t.one, x_dot);
+    const real *du_dot = back_to_u(&t, dy_dot);
+    real *du = arena_allocate(scratch, t.count, sizeof(real));
+    if (n->swish) {
+        make_u_dot(&t, &of_x_dot, x_dot, du);
+        of_u(&t, times_curve, du, du);
+        multiply(t.count, dy_dot, du);
+        multiply(t.count, n->dropout_factor, du);
+    } else
+        memset(du, 0, t.count * sizeof(real));
+    const Jacobian of_du = jacobian(&t, t.scale, du), of_du_dot = jacobian(&t, t.scale, du_dot);
+    real *inner = per_column(&t), *by_du_dot = per_column(&t), *by_x_dot = per_column(&t);
+    channel_sums(&t, du_dot, t.zero, x_dot, of_x_dot.mean, by_du_dot, inner);
+    for (int c = 0; c < n->channels; c++)   /* the sum of du_dot xhat_dot */
+        inner[c] = t.rstd[c] * (inner[c] - of_x_dot.mean_xhat[c] * of_du_dot.sum_xhat[c]);
+    add_sums(n, of_du.sum_xhat, inner, dscale);
+    add_sums(n, of_du.sum, t.zero, dbias);
+    const real *mean_inner = group_means(&t, t.scale, inner);
+    for (int c = 0; c < t.columns; c++) {   /* the bracket, by du_dot, x_dot, x and 1 */
+        const real rstd = t.rstd[c], a = rstd * of_x_dot.mean_xhat[c], b = rstd * of_du_dot.mean_xhat[c];
+        const real slope = rstd * rstd * mean_inner[c];
+        by_du_dot[c] = -a * t.gain[c];
+        by_x_dot[c] = -b * rstd;
+        of_du.slope[c] -= slope + a * of_du_dot.slope[c] + b * of_x_dot.slope[c];
+        of_du.offset[c] -= a * of_du_dot.offset[c] + b * of_x_dot.offset[c] - slope * t.mean[c];
     }
-    t.dx = dx ? dx : t.du;   /* a gradient that nobody asked for goes where nothing is read any more */
-    t.dx_dot = dx_dot ? dx_dot : t.du_dot;
-    each_position(tangent_back_to_x, 0, 0, &t);
+    combine(&t, 1, t.gain, du_dot, of_du_dot.slope, x, of_du_dot.offset, dx_dot);
+    combine(&t, 1, t.gain, du, of_du.slope, x, of_du.offset, dx);
+    combine(&t, 1, by_du_dot, du_dot, by_x_dot, x_dot, t.zero, dx);
     arena_release(scratch, mark);
 }
 
 /* ---- softmax ---- */
 
-/* The sums below run in vector registers, and in the same order whenever the same program runs. Compilers do
- * not do that to a maximum, because of what is not a number: it is kept lane by lane. */
-static real maximum(const real *s, int count) {
-    real top[LANES];
-    for (int l = 0; l < LANES; l++)
-        top[l] = s[l < count ? l : 0];
-    int j = LANES;
-    for (; j + LANES <= count; j += LANES)
-        for (int l = 0; l < LANES; l++)
-            top[l] = s[j + l] > top[l] ? s[j + l] : top[l];
-    for (; j < count; j++)
-        top[0] = s[j] > top[0] ? s[j] : top[0];
-    for (int l = 1; l < LANES; l++)
-        top[0] = top[l] > top[0] ? top[l] : top[0];
-    return top[0];
-}
-
+/* The maximum and the sums run in vector registers, in the same order whenever the same program runs. */
 void softmax_rows(real *s, int rows, int columns) {
     for (int i = 0; i < rows; i++, s += columns) {
-        const real top = maximum(s, columns);
-        real sum = 0;
+        real top = s[0], sum = 0;
+#pragma omp simd reduction(max : top)
+        for (int j = 0; j < columns; j++)
+            top = s[j] > top ? s[j] : top;
 #pragma omp simd reduction(+ : sum)
         for (int j = 0; j < columns; j++)
             sum += s[j] = fast_exp(s[j] - top);
@@ -822,16 +852,23 @@ double level_softmax(size_t count, const double *u, const unsigned char *k, doub
                      double *dprecision) {
     /* With d_c = u - x(c) and c* the nearest level,
      *     -log p(k) = h (d_k^2 - d_*^2) + log sum_c exp(-h (d_c^2 - d_*^2)),   h = precision / 2,
-     * and its derivatives are 2 h (E x(c) - x(k)) by u and d_k^2 - E d_c^2 by h, E under p(c). */
+     * and its derivatives are 2 h (E x(c) - x(k)) by u and d_k^2 - E d_c^2 by h, E under p(c). A level j
+     * steps from the nearest weighs at most exp(-h spacing^2 j (j - 1)): where that is nothing, it is left
+     * out. */
     const real h = (real)(precision / 2), spacing = (real)2 / LEVELS;
     double total = 0, by_h = 0;
+    int reach = 1;
+    while (reach < LEVELS && h * spacing * spacing * (real)(reach * (reach - 1)) < 87)
+        reach++;
     for (size_t i = 0; i < count; i++) {
         /* Distances are taken from the nearest level, where they are small and exact: x(c) = x(c*) + spacing
          * j. */
         const int nearest = nearest_level(u[i]);
         const real d = (real)(u[i] - level_value(nearest));
         real weights[LANES] = {0}, steps[LANES] = {0}, excesses[LANES] = {0};   /* of w, w step, w excess */
-        for (int c = 0; c < LEVELS; c += LANES)   /* by lanes: one long sum would be too coarse */
+        const int first = nearest > reach ? (nearest - reach) / LANES * LANES : 0;
+        const int last = nearest + reach < LEVELS ? nearest + reach : LEVELS - 1;
+        for (int c = first; c <= last; c += LANES)   /* by lanes: one long sum would be too coarse */
             for (int l = 0; l < LANES; l++) {
                 const real step = spacing * (real)(c + l - nearest), excess = step * (step - 2 * d);
                 const real w = fast_exp(-h * excess);   /* excess = d_c^2 - d_*^2 */
@@ -926,32 +963,40 @@ INLINE void kernel_transposed(const real *u, ptrdiff_t step, real *to, ptrdiff_t
     to[2 * to_step] = even2 - even + u[5 * step];
 }
 
-/* A square of from_size numbers a side becomes one of to_size: the transform of its columns, then of its
- * lines. N channels; y and x are the distances in each direction. */
+/* Squares of numbers, `channels` of them side by side, in lines and columns of tiles; each distance in
+ * numbers. A plane of transformed tiles has x 1 plane away and y 6 of them. */
+typedef struct {
+    real *data;
+    ptrdiff_t line, column;   /* from tile to tile */
+    ptrdiff_t y, x;           /* within a tile */
+} Squares;
+
+/* N channels of a square of from_size numbers a side become one of to_size: the transform of its columns,
+ * then of its lines. */
 INLINE void transform_square(Transform transform, const int from_size, const int to_size, const int N,
-                             const real *from, ptrdiff_t from_y, ptrdiff_t from_x, real *to, ptrdiff_t to_y,
-                             ptrdiff_t to_x) {
+                             const real *from, const Squares *f, real *to, const Squares *t) {
     real half[REACH][REACH][LANES];
     for (int x = 0; x < from_size; x++)
 #pragma omp simd
         for (int n = 0; n < N; n++)
-            transform(from + x * from_x + n, from_y, half[0][x] + n, REACH * LANES);
+            transform(from + x * f->x + n, f->y, half[0][x] + n, REACH * LANES);
     for (int y = 0; y < to_size; y++)
 #pragma omp simd
         for (int n = 0; n < N; n++)
-            transform(half[y][0] + n, LANES, to + y * to_y + n, to_x);
+            transform(half[y][0] + n, LANES, to + y * t->y + n, t->x);
 }
 
-/* Squares of all channels into the planes of their 36 places. */
-INLINE void transform_channels(Transform transform, const int size, ptrdiff_t channels, const real *from,
-                               ptrdiff_t from_y, ptrdiff_t from_x, real *to, ptrdiff_t plane) {
-    ptrdiff_t c = 0;
-    for (; c + LANES <= channels; c += LANES)
-        transform_square(transform, size, REACH, LANES, from + c, from_y, from_x, to + c, REACH * plane,
-                         plane);
-    if (c < channels)
-        transform_square(transform, size, REACH, (int)(channels - c), from + c, from_y, from_x, to + c,
-                         REACH * plane, plane);
+INLINE void transform_squares(Transform transform, const int from_size, const int to_size, int lines,
+                              int columns, int channels, const Squares *from, const Squares *to) {
+    for (int i = 0; i < lines * columns; i++) {
+        const real *f = from->data + i / columns * from->line + i % columns * from->column;
+        real *t = to->data + i / columns * to->line + i % columns * to->column;
+        int c = 0;
+        for (; c + LANES <= channels; c += LANES)
+            transform_square(transform, from_size, to_size, LANES, f + c, from, t + c, to);
+        if (c < channels)
+            transform_square(transform, from_size, to_size, channels - c, f + c, from, t + c, to);
+    }
 }
 
 /* The tiles of an image are taken some lines at a time, about TILES_AT_ONCE of them, so that what is made of
@@ -959,56 +1004,40 @@ INLINE void transform_channels(Transform transform, const int size, ptrdiff_t ch
  * of its own, and likewise [in, out] of the transformed kernels. */
 enum { TILES_AT_ONCE = 32 };
 
-typedef struct {
-    int lines, columns, lines_at_once;     /* of tiles */
-    ptrdiff_t x_plane, y_plane, k_plane;   /* from one plane to the next */
-    real *x, *y, *k;                       /* planes of inputs, outputs, kernels */
-} Filtering;
-
-static Filtering filtering_of(int h, int w, int in, int out, Arena *scratch) {
-    Filtering f = {.lines = (h + TILE - 1) / TILE, .columns = (w + TILE - 1) / TILE};
-    f.lines_at_once = 1 + (TILES_AT_ONCE - 1) / f.columns;
-    f.lines_at_once = f.lines_at_once < f.lines ? f.lines_at_once : f.lines;
-    /* A vector stays free behind each plane, else all of them would compete for the same lines of the
-     * cache. */
-    const ptrdiff_t tiles = (ptrdiff_t)f.lines_at_once * f.columns;
-    f.x_plane = tiles * in + LANES, f.y_plane = tiles * out + LANES, f.k_plane = (ptrdiff_t)in * out + LANES;
-    f.x = arena_allocate(scratch, (size_t)(PLACES * f.x_plane), sizeof(real));
-    f.y = arena_allocate(scratch, (size_t)(PLACES * f.y_plane), sizeof(real));
-    f.k = arena_allocate(scratch, (size_t)(PLACES * f.k_plane), sizeof(real));
-    return f;
+/* `tiles` tiles of some channels as planes. A vector stays free behind each plane, else all of them would
+ * compete for the same lines of the cache. */
+static Squares planes(int tiles, int columns, ptrdiff_t channels, Arena *scratch) {
+    const ptrdiff_t plane = tiles * channels + LANES;
+    const Squares s = {arena_allocate(scratch, (size_t)(PLACES * plane), sizeof(real)),
+                       columns * channels, channels, REACH * plane, plane};
+    return s;
 }
 
-/* `lines` lines of tiles, from `first` on, into planes: B^T x B of `size` 6 from an image with its border,
- * where tiles overlap by two, and A dy A^T of `size` 4. image [.., width, channels]. */
-INLINE void transform_tiles(Transform transform, const int size, const Filtering *f, int first, int lines,
-                            int channels, int width, const real *image, real *planes, ptrdiff_t plane) {
-    const ptrdiff_t line = (ptrdiff_t)width * channels;
-    for (int i = 0; i < lines; i++)
-        for (int j = 0; j < f->columns; j++)
-            transform_channels(transform, size, channels,
-                               image + (first + i) * TILE * line + (ptrdiff_t)j * TILE * channels, line,
-                               channels, planes + ((ptrdiff_t)i * f->columns + j) * channels, plane);
-}
-
-/* N channels of one tile of outputs, of which rows x columns lie in the image: y = A^T m A + bias + start. */
-INLINE void write_tile(const int N, const real *m, ptrdiff_t plane, int rows, int columns, ptrdiff_t line,
-                       ptrdiff_t step, const real *bias, const real *start, real *y) {
-    real tile[TILE][TILE][LANES];
-    transform_square(output_transform, REACH, TILE, N, m, REACH * plane, plane, tile[0][0], TILE * LANES,
-                     LANES);
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < columns; j++)
-#pragma omp simd
-            for (int n = 0; n < N; n++) {
-                const ptrdiff_t at = i * line + j * step + n;
-                y[at] = tile[i][j][n] + (bias ? bias[n] : 0) + (start ? start[at] : 0);
-            }
+/* The tiles of an image [.., width, channels] that begins at `data`. */
+static Squares image_tiles(const real *data, int width, int channels) {
+    const Squares s = {(real *)data, (ptrdiff_t)TILE * width * channels, (ptrdiff_t)TILE * channels,
+                       (ptrdiff_t)width * channels, channels};
+    return s;
 }
 
 /* Below these sizes the transforms cost more than they save. */
 static int filtering_pays(int h, int w, int in, int out) {
     return in >= 16 && out >= 16 && h * w >= 196;
+}
+
+typedef struct {
+    int lines, columns, at_once;   /* of tiles */
+    Squares x, y, kernel;          /* planes */
+} Filtering;
+
+static Filtering filtering_of(int h, int w, int in, int out, Arena *scratch) {
+    Filtering f = {.lines = (h + TILE - 1) / TILE, .columns = (w + TILE - 1) / TILE};
+    f.at_once = 1 + (TILES_AT_ONCE - 1) / f.columns;
+    f.at_once = f.at_once < f.lines ? f.at_once : f.lines;
+    f.x = planes(f.at_once * f.columns, f.columns, in, scratch);
+    f.y = planes(f.at_once * f.columns, f.columns, out, scratch);
+    f.kernel = planes(1, 1, (ptrdiff_t)in * out, scratch);
+    return f;
 }
 
 void convolve3x3_fast(int h, int w, int in, int out, const real *x, const real *kernel, const real *bias,
@@ -1019,44 +1048,32 @@ void convolve3x3_fast(int h, int w, int in, int out, const real *x, const real *
     }
     const ArenaMark mark = arena_mark(scratch);
     const Filtering f = filtering_of(h, w, in, out, scratch);
-    const int width = f.columns * TILE + 2;
-    const real *image = in_zeros(h, w, in, x, 1, f.lines * TILE + 2, width, scratch);
-    const ptrdiff_t size = (ptrdiff_t)in * out, line = (ptrdiff_t)w * out;
-    transform_channels(kernel_transform, 3, size, kernel, 3 * size, size, f.k, f.k_plane);
-    for (int first = 0; first < f.lines; first += f.lines_at_once) {
-        const int lines = f.lines - first < f.lines_at_once ? f.lines - first : f.lines_at_once;
-        transform_tiles(input_transform, REACH, &f, first, lines, in, width, image, f.x, f.x_plane);
-        for (int place = 0; place < PLACES; place++)
-            matrix_product(lines * f.columns, in, out, f.x + place * f.x_plane, f.k + place * f.k_plane, NULL,
-                           NULL, f.y + place * f.y_plane, scratch);
-        for (int i = 0; i < lines * f.columns; i++) {
-            const int row = (first + i / f.columns) * TILE, column = i % f.columns * TILE;
-            const int rows = h - row < TILE ? h - row : TILE, columns = w - column < TILE ? w - column : TILE;
-            for (int c = 0; c < out; c += LANES) {
-                const ptrdiff_t at = ((ptrdiff_t)row * w + column) * out + c;
-                const real *m = f.y + (ptrdiff_t)i * out + c;
-                const real *b = bias ? bias + c : NULL, *s = start ? start + at : NULL;
-                if (out - c >= LANES)
-                    write_tile(LANES, m, f.y_plane, rows, columns, line, out, b, s, y + at);
-                else
-                    write_tile(out - c, m, f.y_plane, rows, columns, line, out, b, s, y + at);
+    const int width = f.columns * TILE, size = in * out;
+    const real *image = in_zeros(h, w, in, x, 1, f.lines * TILE + 2, width + 2, scratch);
+    real *made = arena_allocate(scratch, (size_t)f.at_once * TILE * width * out, sizeof(real));
+    const Squares made_tiles = image_tiles(made, width, out), taps = {(real *)kernel, 0, 0, 3 * size, size};
+    transform_squares(kernel_transform, 3, REACH, 1, 1, size, &taps, &f.kernel);
+    for (int first = 0; first < f.lines; first += f.at_once) {
+        const int lines = f.lines - first < f.at_once ? f.lines - first : f.at_once;
+        Squares tiles = image_tiles(image, width + 2, in);
+        tiles.data += first * tiles.line;
+        transform_squares(input_transform, REACH, REACH, lines, f.columns, in, &tiles, &f.x);
+        const Product p = {.lines = PLACES, .rows = lines * f.columns, .columns = out, .segments = 1,
+                           .inner = in, .a = f.x.data, .a_line = f.x.x, .a_row = in, .a_inner = 1,
+                           .b = f.kernel.data, .b_line = f.kernel.x, .b_inner = out, .c = f.y.data,
+                           .c_line = f.y.x, .c_row = out};
+        product(&p, scratch);
+        transform_squares(output_transform, REACH, TILE, lines, f.columns, out, &f.y, &made_tiles);
+        for (int i = first * TILE; i < h && i < (first + lines) * TILE; i++)
+            for (int j = 0; j < w; j++) {
+                const real *from = made + ((ptrdiff_t)(i - first * TILE) * width + j) * out;
+                const ptrdiff_t at = ((ptrdiff_t)i * w + j) * out;
+#pragma omp simd
+                for (int c = 0; c < out; c++)
+                    y[at + c] = from[c] + (bias ? bias[c] : 0) + (start ? start[at + c] : 0);
             }
-        }
     }
     arena_release(scratch, mark);
-}
-
-/* dk += G^T u G for `size` pairs of channels. */
-static void add_kernels(ptrdiff_t size, const real *planes, ptrdiff_t plane, real *dkernel) {
-    for (ptrdiff_t c = 0; c < size; c += LANES) {
-        const int N = size - c < LANES ? (int)(size - c) : LANES;
-        real made[9][LANES];
-        transform_square(kernel_transposed, REACH, 3, N, planes + c, REACH * plane, plane, made[0], 3 * LANES,
-                         LANES);
-        for (int tap = 0; tap < 9; tap++)
-            for (int n = 0; n < N; n++)
-                dkernel[tap * size + c + n] += made[tap][n];
-    }
 }
 
 void convolve3x3_by_kernel_fast(int h, int w, int in, int out, const real *x, const real *dy, real *dkernel,
@@ -1067,23 +1084,26 @@ void convolve3x3_by_kernel_fast(int h, int w, int in, int out, const real *x, co
     }
     const ArenaMark mark = arena_mark(scratch);
     const Filtering f = filtering_of(h, w, in, out, scratch);
-    const int height = f.lines * TILE, width = f.columns * TILE;
+    const int height = f.lines * TILE, width = f.columns * TILE, size = in * out;
     const real *image = in_zeros(h, w, in, x, 1, height + 2, width + 2, scratch), *dy_image = dy;
     if (h != height || w != width)
         dy_image = in_zeros(h, w, out, dy, 0, height, width, scratch);
-    for (int first = 0; first < f.lines; first += f.lines_at_once) {
-        const int lines = f.lines - first < f.lines_at_once ? f.lines - first : f.lines_at_once;
-        transform_tiles(input_transform, REACH, &f, first, lines, in, width + 2, image, f.x, f.x_plane);
-        transform_tiles(output_transposed, TILE, &f, first, lines, out, width, dy_image, f.y, f.y_plane);
-        for (int place = 0; place < PLACES; place++) {
-            real *k = f.k + place * f.k_plane;
-            const Product p = {.lines = 1, .rows = in, .columns = out, .segments = 1,
-                               .inner = lines * f.columns, .a = f.x + place * f.x_plane, .a_row = 1,
-                               .a_inner = in, .b = f.y + place * f.y_plane, .c = k,
-                               .start = first ? k : NULL};
-            product(&p, scratch);
-        }
+    Squares x_tiles = image_tiles(image, width + 2, in), dy_tiles = image_tiles(dy_image, width, out);
+    for (int first = 0; first < f.lines; first += f.at_once) {
+        const int lines = f.lines - first < f.at_once ? f.lines - first : f.at_once;
+        transform_squares(input_transform, REACH, REACH, lines, f.columns, in, &x_tiles, &f.x);
+        transform_squares(output_transposed, TILE, REACH, lines, f.columns, out, &dy_tiles, &f.y);
+        x_tiles.data += lines * x_tiles.line, dy_tiles.data += lines * dy_tiles.line;
+        const Product p = {.lines = PLACES, .rows = in, .columns = out, .segments = 1,
+                           .inner = lines * f.columns, .a = f.x.data, .a_line = f.x.x, .a_row = 1,
+                           .a_inner = in, .b = f.y.data, .b_line = f.y.x, .b_inner = out,
+                           .start = first ? f.kernel.data : NULL, .c = f.kernel.data,
+                           .c_line = f.kernel.x, .c_row = out};
+        product(&p, scratch);
     }
-    add_kernels((ptrdiff_t)in * out, f.k, f.k_plane, dkernel);
+    const Squares made = {arena_allocate(scratch, (size_t)9 * size, sizeof(real)), 0, 0, 3 * size, size};
+    transform_squares(kernel_transposed, REACH, 3, 1, 1, size, &f.kernel, &made);
+    for (int i = 0; i < 9 * size; i++)
+        dkernel[i] += made.data[i];
     arena_release(scratch, mark);
 }

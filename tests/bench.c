@@ -29,7 +29,7 @@
 #include <omp.h>
 #endif
 
-enum { OK = 0, FAILURE = 1, USAGE = 2, MAX_THREADS = 256, MAX_RUNS = 1000, SMALL_BATCH = 16 };
+enum { OK = 0, FAILURE = 1, USAGE = 2, MAX_THREADS = 256, MAX_RUNS = 1000 };
 
 /* ---- measuring ---- */
 
@@ -47,9 +47,8 @@ static Timing timing_of(double *seconds, double *peaks, int count) {   /* and so
     const int low = (count - 1) / 2, high = count / 2;
     qsort(seconds, (size_t)count, sizeof *seconds, ascending);
     qsort(peaks, (size_t)count, sizeof *peaks, ascending);
-    const Timing t = {(seconds[low] + seconds[high]) / 2, seconds[0], seconds[count - 1],
-                      (peaks[low] + peaks[high]) / 2};
-    return t;
+    return (Timing){(seconds[low] + seconds[high]) / 2, seconds[0], seconds[count - 1],
+                    (peaks[low] + peaks[high]) / 2};
 }
 
 /* Work of one thread, on memory of its own that it finds by its number. */
@@ -133,7 +132,7 @@ typedef struct {
 
 typedef void (*Measurement)(const Job *job, Result *result);
 
-static int in_child(Measurement measurement, const Job *job, Result *result) {
+static void in_child(Measurement measurement, const Job *job, Result *result) {
     int channel[2], status = -1;
     fflush(stdout);
     const pid_t child = pipe(channel) ? -1 : fork();
@@ -148,15 +147,16 @@ static int in_child(Measurement measurement, const Job *job, Result *result) {
         const ssize_t got = read(channel[0], result, sizeof *result);   /* so small that it comes whole */
         close(channel[0]);
         if (waitpid(child, &status, 0) == child && status == 0 && got == (ssize_t)sizeof *result)
-            return OK;
+            return;
     }
     fprintf(stderr, "diffenc: bench: a measuring process failed with status %d\n", status);
-    return FAILURE;
+    exit(FAILURE);
 }
 
-static void stop_on(int status, const Error *error) {
+static Error failure;   /* of the call that is looked at */
+static void stop_on(int status) {
     if (status) {
-        fprintf(stderr, "diffenc: bench: %s\n", error->text);
+        fprintf(stderr, "diffenc: bench: %s\n", failure.text);
         exit(FAILURE);
     }
 }
@@ -211,8 +211,7 @@ typedef struct {
 static void setup(Setup *s, const Job *job, int threads, int images) {
     const Config *c = &job->config;
     const size_t bytes = (size_t)images * c->height * c->width * c->image_channels;
-    Error error;
-    stop_on(model_new(&s->model, c, 1, &error), &error);
+    stop_on(model_new(&s->model, c, 1, &failure));
     workers_new(&s->workers, &s->model, threads);
     s->optimizer = optimizer_default();
     s->images = allocate(bytes, 1);
@@ -312,7 +311,7 @@ static void bench_kernel(const Job *job, const Kernel *k) {
 static void run_optimizer(void *context, int thread) {   /* it shares its work among the threads itself */
     Setup *s = context;
     (void)thread;
-    optimizer_step(&s->model, &s->optimizer, s->model.ema, s->workers.threads);   /* any gradient */
+    optimizer_step(&s->workers, &s->optimizer, s->model.ema);   /* any gradient */
 }
 
 /* Of each weight the gradient is read twice, first for its norm; w, m, v and the average are also written. */
@@ -358,9 +357,7 @@ static void bench_kernels(const Job *job, Result *unused) {
 
 static void step(Setup *s, int batch) {
     StepReport report;
-    Error error;
-    stop_on(training_step(&s->model, &s->workers, &s->optimizer, s->images, batch, 1, &report, &error),
-            &error);
+    stop_on(training_step(&s->model, &s->workers, &s->optimizer, s->images, batch, 1, &report, &failure));
 }
 
 /* `runs` steps, or samplings, after one to warm up, and the peak of memory. */
@@ -458,58 +455,60 @@ static void print_profile(const Result *r, int batch) {
     printf("    %-22s %5.1f%%   %15.3f\n", "AdamW, EMA", 100 * r->optimizer / all, to_ms * r->optimizer);
 }
 
-static int bench_steps(const Job *all) {
-    static const char *const MODELS[] = {"vdm-4", "diffenc-4-nt", "diffenc-4-2"};
-    double first_median = 0;
-    for (int i = 0; i < 3; i++) {
-        Job job = *all, small, single;
-        Result of_step, of_small, of_single, profile;
-        Error error;
-        if (config_parse_model(&job.config, MODELS[i], &error))
-            return FAILURE;
-        small = single = job;
-        small.batch = SMALL_BATCH, small.runs = 1;
-        single.threads = 1, single.runs = (all->runs + 1) / 2;
-        if (in_child(measure_model, &job, &of_step) || in_child(measure_model, &small, &of_small) ||
-            in_child(measure_profile, &job, &profile) ||
-            (job.threads > 1 && in_child(measure_model, &single, &of_single)))
-            return FAILURE;
-        const Timing t = of_step.seconds;
-        double operations = 0;
-        for (int j = 0; j < MOST_OPERATORS; j++)
-            operations += profile.operations[j][0] + profile.operations[j][1];
-        first_median = i ? first_median : t.median;
-        printf("\n%s, a training step of %d examples: %.3f s (%.3f..%.3f), %.1f images/s\n", MODELS[i],
-               job.batch, t.median, t.least, t.most, job.batch / t.median);
-        printf("  arithmetic   %.1f GFLOP in plain sums, %.1f GFLOP/s, %.0f%% of the peak\n",
-               operations / 1e9, operations / t.median / 1e9, 100 * operations / t.median / t.peak);
-        printf("  peak memory  %.1f MB; at batch %d %.1f MB\n", of_step.bytes / 1e6, small.batch,
-               of_small.bytes / 1e6);
-        if (job.threads > 1)
-            printf("  %d threads    %.2f times as fast as one (%.3f s)\n", job.threads,
-                   of_single.seconds.median / t.median, of_single.seconds.median);
-        printf("  takes        %.2f times as long as %s\n", t.median / first_median, MODELS[0]);
-        print_profile(&profile, job.batch);
-    }
-    return OK;
+static void bench_step(const Job *job, const char *model, double *first_median) {
+    Job single = *job;
+    Result of_step, of_single, profile;
+    single.threads = 1, single.runs = (job->runs + 1) / 2;
+    in_child(measure_model, job, &of_step);
+    in_child(measure_model, &single, &of_single);
+    in_child(measure_profile, job, &profile);
+    const Timing t = of_step.seconds;
+    double operations = 0;
+    for (int j = 0; j < MOST_OPERATORS; j++)
+        operations += profile.operations[j][0] + profile.operations[j][1];
+    *first_median = *first_median > 0 ? *first_median : t.median;
+    printf("\n%s, %s of %d channels, a training step of %d examples: %.4f s (%.4f..%.4f), %.1f images/s\n",
+           model, job->config.net == NET_UNET ? "U-Net" : "flat", job->config.channels, job->batch, t.median,
+           t.least, t.most, job->batch / t.median);
+    printf("  arithmetic   %.1f GFLOP in plain sums, %.1f GFLOP/s, %.0f%% of the peak\n", operations / 1e9,
+           operations / t.median / 1e9, 100 * operations / t.median / t.peak);
+    if (job->threads > 1)
+        printf("  %d threads    %.2f times as fast as one (%.3f s)\n", job->threads,
+               of_single.seconds.median / t.median, of_single.seconds.median);
+    printf("  takes        %.2f times as long as vdm-4, %.1f MB of memory\n", t.median / *first_median,
+           of_step.bytes / 1e6);
+    print_profile(&profile, job->batch);
 }
 
-static int bench_sampling(const Job *all) {
+/* Each model with the net that was asked for, and with the U-Net and the batch that are recommended. */
+static void bench_steps(const Job *all) {
+    static const char *const MODELS[] = {"vdm-4", "diffenc-4-nt", "diffenc-4-2"};
+    double first_median[2] = {0, 0};
+    for (int i = 0; i < 3; i++) {
+        Job job = *all;
+        stop_on(config_parse_model(&job.config, MODELS[i], &failure));
+        bench_step(&job, MODELS[i], &first_median[0]);
+        job.batch = 16;
+        job.config.net = NET_UNET, job.config.channels = 16, job.config.encoder_channels = 8;
+        job.config.fourier_first = 0, job.config.dropout = 0;
+        bench_step(&job, MODELS[i], &first_median[1]);
+    }
+}
+
+static void bench_sampling(const Job *all) {
     printf("\nsampling with vdm-4, %d images, %d steps each\n", all->count, all->timesteps);
     for (int i = 0; i < 2; i++) {
         Job job = *all;
         Result r;
-        Error error;
         job.config.net = i ? NET_UNET : NET_FLAT;
         job.sampling = 1;
-        if (config_parse_model(&job.config, "vdm-4", &error) || in_child(measure_model, &job, &r))
-            return FAILURE;
+        stop_on(config_parse_model(&job.config, "vdm-4", &failure));
+        in_child(measure_model, &job, &r);
         printf("  %-6s %8.2f images/s (%.2f..%.2f), %.2f ms a step and image, peak memory %.1f MB\n",
                i ? "unet" : "flat", job.count / r.seconds.median, job.count / r.seconds.most,
                job.count / r.seconds.least, 1e3 * r.seconds.median / job.count / job.timesteps,
                r.bytes / 1e6);
     }
-    return OK;
 }
 
 /* ---- the command ---- */
@@ -533,8 +532,7 @@ static int print_line(const char *model, Job *job) {
     Error error;
     if (config_parse_model(&job->config, model, &error) || config_check(&job->config, &error))
         return wrong_usage(&error);
-    if (in_child(measure_model, job, &r))
-        return FAILURE;
+    in_child(measure_model, job, &r);
     printf("diffenc %s %s seconds=%.5f min=%.5f max=%.5f peak_bytes=%.0f threads=%d net=%s", model,
            job->sampling ? "sampling" : "step", r.seconds.median, r.seconds.least, r.seconds.most, r.bytes,
            job->threads, job->config.net == NET_FLAT ? "flat" : "unet");
@@ -629,12 +627,13 @@ int bench_main(int argc, char **argv) {
         return print_line(step ? step : sampling, &job);
     Result machine;
     printf("%d threads, numbers of %d bytes, %s\n", job.threads, (int)sizeof(real), COMPILER);
-    if (in_child(measure_machine, &job, &machine))
-        return FAILURE;
+    in_child(measure_machine, &job, &machine);
     job.bandwidth = machine.bandwidth;
-    if ((!only || strcmp(only, "kernels") == 0) && in_child(bench_kernels, &job, &machine))
-        return FAILURE;
-    if ((!only || strcmp(only, "step") == 0) && bench_steps(&job))
-        return FAILURE;
-    return (!only || strcmp(only, "sampling") == 0) && bench_sampling(&job) ? FAILURE : OK;
+    if (!only || strcmp(only, "kernels") == 0)
+        in_child(bench_kernels, &job, &machine);
+    if (!only || strcmp(only, "step") == 0)
+        bench_steps(&job);
+    if (!only || strcmp(only, "sampling") == 0)
+        bench_sampling(&job);
+    return OK;
 }

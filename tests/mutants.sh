@@ -267,11 +267,11 @@ mutant 'filtering: a term missing in G^T' tensor.c \
     'even2 - even + u[5 * step];' \
     'even2 - even;'
 mutant 'filtering: the gradient of the last tiles alone' tensor.c \
-    '.start = first ? k : NULL}' \
-    '.start = NULL}'
+    '.start = first ? f.kernel.data : NULL,' \
+    '.start = NULL,'
 mutant 'filtering: no bias' tensor.c \
-    '(bias ? bias[n] : 0) + (start' \
-    '0 * (bias ? bias[n] : 0) + (start'
+    'from[c] + (bias ? bias[c] : 0)' \
+    'from[c] + 0 * (bias ? bias[c] : 0)'
 
 # ---- group normalisation ----
 
@@ -279,17 +279,17 @@ mutant 'group norm: gradient without mean(g xhat)' tensor.c \
     'j.slope[c] = -t->rstd[c] * t->rstd[c] * j.mean_xhat[c];' \
     'j.slope[c] = 0;'
 mutant 'group norm: gradient without mean(g)' tensor.c \
-    'j.offset[c] = -t->rstd[c] * j.offset[c] - j.slope[c] * t->mean[c];' \
+    'j.offset[c] = -t->rstd[c] * j.mean[c] - j.slope[c] * t->mean[c];' \
     'j.offset[c] = -j.slope[c] * t->mean[c];'
 mutant 'group norm: a term missing in the gradient of the tangent' tensor.c \
-    '+ t->of_du_dot.mean_xhat[c + j] * t->xhat_dot[at + j]);' \
-    '+ 0 * t->of_du_dot.mean_xhat[c + j] * t->xhat_dot[at + j]);'
+    '+ b * of_x_dot.slope[c];' \
+    ';'
 mutant 'group norm: no curvature of swish in the gradient of the tangent' tensor.c \
-    'dy_dot * swish_curve(u, s) * t->n->scale[c + j] * xhat_dot' \
-    '0 * swish_curve(u, s) * t->n->scale[c + j] * xhat_dot'
+    'of_u(&t, times_curve, du, du);' \
+    'memset(du, 0, t.count * sizeof(real));'
 mutant 'group norm: no dropout in the gradient of the tangent' tensor.c \
-    'const real dy_dot = t->dy[at + j] * (dropout ? t->n->dropout_factor[at + j] : 1);' \
-    'const real dy_dot = t->dy[at + j]; (void)dropout;'
+    'multiply(t.count, n->dropout_factor, du);' \
+    ';'
 
 # ---- networks ----
 

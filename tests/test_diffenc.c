@@ -17,10 +17,12 @@ typedef struct {
 } Case;
 
 /* Weights and their average are random and differ, so that taking the wrong ones shows. */
-static void case_new(Case *c, const char *name, int timesteps, double dropout, int threads) {
+static void case_new(Case *c, const char *name, int timesteps, double dropout, ScheduleKind schedule,
+                     int threads) {
     Config config = small_model(name, NET_UNET, 4, HEIGHT, WIDTH, 1);
     config.timesteps = timesteps;
     config.dropout = dropout;
+    config.schedule = schedule;
     model_make(&c->model, config, 4);
     fill_weights(&c->model);
     for (size_t i = 0; i < c->model.weight_count; i++)
@@ -125,29 +127,53 @@ static void examples_of_step(const Case *c, int step, Example *example, real *no
     }
 }
 
-/* Three steps against the same with given examples: the same bits. */
-static void test_training_step(const char *name, int timesteps) {
+typedef struct { const Case *c; const Example *example; int step; double (*terms)[3], emphasis; } ByHand;
+
+/* One example in four trains the encoder, all of them where the schedule is learned. */
+static int trains_encoder(const Case *c, int step, int i) {
+    return c->model.config.schedule == SCHEDULE_LEARNED || (step + i) % 4 == 0;
+}
+
+static void training_by_hand(Network *n, int i, void *context) {
+    const ByHand *b = context;
+    const Method m = method_begin(n);
+    n->encoder_fixed = !trains_encoder(b->c, b->step, i);
+    LossTerms l = objective(&m, b->example[i]);
+    b->terms[i][0] = number_of(l.recon), b->terms[i][1] = number_of(l.latent);
+    b->terms[i][2] = number_of(l.diffusion);
+    const double weight = 1 + b->emphasis / (1 + exp(-number_of(gamma_at(&m, b->example[i].t))));
+    l.diffusion = affine(weight, l.diffusion, 0);
+    backward(bits_per_dimension(&m, l), 1.0 / COUNT);
+}
+
+/* Three steps against the same by hand: the same bits. */
+static void test_training_step(const char *name, int timesteps, ScheduleKind schedule) {
     Case c, same;
     Optimizer o = optimizer_default();
     Error error;
-    o.learning_rate = 0.01;
-    case_new(&c, name, timesteps, 0, 1), case_new(&same, name, timesteps, 0, 3);
+    o.learning_rate = 0.01, o.emphasis = 2;
+    case_new(&c, name, timesteps, 0, schedule, 1), case_new(&same, name, timesteps, 0, schedule, 3);
     for (int step = 0; step < 3; step++) {
         Example example[COUNT];
         real noise[2 * COUNT * D];
         double terms[COUNT][3], mean[4] = {0}, worst = 0;
         StepReport r;
         examples_of_step(&same, step, example, noise);
-        const real *gradient = batch_gradient(&same.workers, example, COUNT, terms);
-        const double norm = optimizer_step(&same.model, &o, gradient, 1);
+        ByHand b = {&same, example, step, terms, schedule == SCHEDULE_FIXED ? o.emphasis : 0};
+        const real *gradient = workers_gradient(&same.workers, COUNT, training_by_hand, &b);
+        const double norm = optimizer_step(&same.workers, &o, gradient);
         CHECK(training_step(&c.model, &c.workers, &o, c.images, COUNT, SEED, &r, &error) == 0, "%s", name);
         CHECK(memcmp(c.model.params, same.model.params, c.model.weight_count * sizeof(real)) == 0 &&
                   c.model.step == (uint64_t)step + 1,
               "%s: step %d has the times and noise of its seed and number", name, step + 1);
-        for (int i = 0; i < 3 * COUNT; i++) {
-            const double bits = terms[i / 3][i % 3] / (COUNT * D * log(2));
-            mean[i % 3] += bits, mean[3] += bits;
-        }
+        int trained = 0;
+        for (int i = 0; i < COUNT; i++)
+            trained += trains_encoder(&same, step, i);
+        for (int i = 0; i < 3 * COUNT; i++)
+            if (i % 3 == 2 || trains_encoder(&same, step, i / 3)) {
+                const double bits = terms[i / 3][i % 3] / ((i % 3 == 2 ? COUNT : trained) * D * log(2));
+                mean[i % 3] += bits, mean[3] += bits;
+            }
         const double got[4] = {r.recon, r.latent, r.diffusion, r.total};
         for (int i = 0; i < 4; i++)
             worst = worse(worst, got[i], mean[i], 1e-12 * mean[i]);
@@ -167,7 +193,7 @@ static void test_dropout(void) {
     real noise[2 * COUNT * D];
     double terms[COUNT][3], total = 0;
     for (int i = 0; i < 3; i++) {
-        case_new(&c[i], "diffenc-1-1", 0, i < 2 ? 0.3 : 0, threads[i]);
+        case_new(&c[i], "diffenc-1-1", 0, i < 2 ? 0.3 : 0, SCHEDULE_FIXED, threads[i]);
         CHECK(training_step(&c[i].model, &c[i].workers, &o, c[i].images, COUNT, SEED, &r[i], &error) == 0,
               "a step, dropout %d", i);
     }
@@ -177,9 +203,9 @@ static void test_dropout(void) {
     examples_of_step(&c[0], 0, example, noise);
     batch_gradient(&c[0].workers, example, COUNT, terms);
     for (int i = 0; i < COUNT; i++)
-        total += (terms[i][0] + terms[i][1] + terms[i][2]) / (COUNT * D * log(2));
-    CHECK(fabs(total - r[2].total) <= 1e-12 * total, "a given batch loses nothing");
-    CHECK(fabs(total - r[0].total) > 1e-6 * total, "a training step does");
+        total += terms[i][2] / (COUNT * D * log(2));
+    CHECK(fabs(total - r[2].diffusion) <= 1e-12 * total, "a given batch loses nothing");
+    CHECK(fabs(total - r[0].diffusion) > 1e-6 * total, "a training step does");
     for (int i = 0; i < 3; i++)
         case_free(&c[i]);
 }
@@ -190,7 +216,7 @@ static void test_divergence(const char *weight, const char *loss) {
     const Optimizer o = optimizer_default();
     Error error = {""};
     StepReport r;
-    case_new(&c, "diffenc-1-1", 0, 0, 2), c.model.step = 6;
+    case_new(&c, "diffenc-1-1", 0, 0, SCHEDULE_FIXED, 2), c.model.step = 6;
     c.model.params[parameter_named(&c.model, weight)->offset] = (real)NAN;
     const size_t bytes = c.model.weight_count * sizeof(real);
     real *before = memcpy(allocate(1, bytes), c.model.params, bytes);
@@ -210,7 +236,7 @@ static void test_divergence(const char *weight, const char *loss) {
 static void test_evaluate(const char *name, int timesteps, int repeats) {
     Case c;
     double terms[COUNT][4], again[COUNT][4], worst = 0;
-    case_new(&c, name, timesteps, 0.3, 2);
+    case_new(&c, name, timesteps, 0.3, SCHEDULE_FIXED, 2);
     const double u = random_uniform(random_stream(SEED, RANDOM_EVAL_TIME, 0, 0), 0);
     evaluate(&c.workers, c.images, COUNT, repeats, SEED, terms);
     for (int i = 0; i < COUNT; i++) {
@@ -230,7 +256,7 @@ static void test_evaluate(const char *name, int timesteps, int repeats) {
     }
     CHECK(worst <= 1, "%s, T %d, %d draws an image: off by %.3g tolerances", name, timesteps, repeats, worst);
     case_free(&c);
-    case_new(&c, name, timesteps, 0.3, 5);
+    case_new(&c, name, timesteps, 0.3, SCHEDULE_FIXED, 5);
     evaluate(&c.workers, c.images, COUNT, repeats, SEED, again);
     CHECK(memcmp(terms, again, sizeof terms) == 0, "%s: 5 threads give the bits of 2", name);
     case_free(&c);
@@ -240,7 +266,7 @@ static void test_step_distances(void) {
     enum { T = 3 };
     Case c;
     double distance[T * COUNT], worst = 0;
-    case_new(&c, "diffenc-1-1", T, 0, 2);
+    case_new(&c, "diffenc-1-1", T, 0, SCHEDULE_FIXED, 2);
     step_distances(&c.workers, c.images, COUNT, SEED, distance);
     for (int step = 1; step <= T; step++)
         for (int i = 0; i < COUNT; i++) {
@@ -312,7 +338,7 @@ static void test_order(const char *where) {
 static void test_sample(const char *name, int T, int deterministic, int draw_pixels) {
     Case c;
     unsigned char k[COUNT * D], want[D] = {0};
-    case_new(&c, name, 0, 0.3, 3);
+    case_new(&c, name, 0, 0.3, SCHEDULE_FIXED, 3);
     sample_images(&c.workers, COUNT, T, deterministic, SEED, draw_pixels, k);
     for (int i = 0; i < COUNT; i++) {
         real z[D];
@@ -338,7 +364,7 @@ static void test_stop(void) {
     Case c;
     unsigned char k[COUNT * D] = {0};
     const volatile sig_atomic_t stop = 1;
-    case_new(&c, "vdm-1", 0, 0, 2);
+    case_new(&c, "vdm-1", 0, 0, SCHEDULE_FIXED, 2);
     c.workers.stop = &stop;
     sample_images(&c.workers, COUNT, 1000000, 0, SEED, 0, k);   /* hours, if it went on */
     for (int i = 0; i < COUNT; i++)
@@ -355,7 +381,7 @@ static void test_decode(void) {
     unsigned char k[D];
     int drawn[256] = {0};
     double worst = 0, sum = 0, probability[256];
-    case_new(&c, "vdm-1", 0, 0, 1);
+    case_new(&c, "vdm-1", 0, 0, SCHEDULE_FIXED, 1);
     c.model.config.gamma_min = -9;   /* some levels wide */
     fill_normal(z, D, 0, 0.1234, 0);
     Method m = restart(&c, c.model.params);
@@ -385,9 +411,10 @@ static void test_decode(void) {
 int main(void) {
     test_example_time();
     test_evaluation_time();
-    test_training_step("vdm-1", 0);
-    test_training_step("diffenc-1-1", 0);
-    test_training_step("diffenc-1-nt", 7);
+    test_training_step("vdm-1", 0, SCHEDULE_FIXED);
+    test_training_step("diffenc-1-1", 0, SCHEDULE_FIXED);
+    test_training_step("diffenc-1-1", 0, SCHEDULE_LEARNED);
+    test_training_step("diffenc-1-nt", 7, SCHEDULE_FIXED);
     test_dropout();
     test_divergence("score.conv_out.bias", "the diffusion loss is nan");
     test_divergence("encoder.conv_out.bias", "the recon loss is nan");

@@ -505,7 +505,7 @@ static void test_noise(void) {
     double first[3] = {0}, second[3] = {0}, both[3] = {0};
     succeed("mkdir one");
     write_idx("one/train-images-idx3-ubyte", 0x803, 1, 12, 8, 12 * 8);
-    succeed("for n in 1 2; do $D train $TINY --data one --timesteps 1 --dropout 0 --lr 0 --batch $n"
+    succeed("for n in 1 2; do $D train $TINY --data one --schedule learned --timesteps 1 --lr 0 --batch $n"
             " --steps 2 --out of$n || exit 1; done");
     logged("of1", 1, first);
     logged("of1", 2, second);
@@ -567,7 +567,7 @@ static void test_changed_settings(void) {
     const Outcome o = succeed("$D train --resume --sample-steps 2 --steps 2 --lr 0.03125 --out changed");
     char rate[64];
     metadata_of("changed/checkpoint.safetensors", "lr", rate);
-    CHECK(strstr(o.error, "diffenc: --lr changes from 0.0002 to 0.03125\n"), "the change is said: %s",
+    CHECK(strstr(o.error, "diffenc: --lr changes from 0.016 to 0.03125\n"), "the change is said: %s",
           o.error);
     CHECK(strcmp(rate, "0.03125") == 0, "the checkpoint has the learning rate %s", rate);
     CHECK(!same_files("kept/checkpoint.safetensors", "changed/checkpoint.safetensors"),
@@ -1027,7 +1027,7 @@ static void test_wrong_usage(void) {
         {"--channels 0", "channels 0"},
         {"--encoder-channels 10", "encoder-channels 10: must be a multiple of 4"},
         {"--net unet --channels 1024", "2048 channels"},
-        {"--channels 36 --encoder-channels 132", "encoder-channels 132: 132 channels do not divide"},
+        {"--net flat --channels 36 --encoder-channels 132", "encoder-channels 132: 132 channels do not divide"},
         {"--gamma-min 5", "gamma-min 5, gamma-max 5"},
         {"--gamma-max -14", "gamma-min -13.3, gamma-max -14"},
         {"--gamma-max nan", "gamma-max 'nan'"},
@@ -1266,9 +1266,9 @@ static void test_divergence(void) {
 
 static void test_memory(void) {
     const double start = seconds_now();
-    refuse(1, "MiB of memory, there are", "$D train --channels 1024 --model diffenc-256-2 --out out");
+    refuse(1, "MiB of memory, there are", "$D train --net flat --channels 1024 --model diffenc-256-2 --out out");
     refuse(1, "MiB of memory, there are",
-           "$D train --channels 1024 --encoder-channels 512 --model diffenc-100-200 --out out");
+           "$D train --net flat --channels 1024 --encoder-channels 512 --model diffenc-100-200 --out out");
     CHECK(seconds_now() - start < 5 || SANITIZED, "that takes %.1f seconds", seconds_now() - start);
     CHECK(file_count("out*") == 0, "a directory is made for a training that cannot be");
     if (SANITIZED) {
@@ -1444,7 +1444,7 @@ int main(void) {
     }
     snprintf(tiny, sizeof tiny,
              "--data %s/small --net unet --model diffenc-1-1 --channels 4 --encoder-channels 4 --batch 4"
-             " --sample-steps 2",
+             " --sample-steps 2 --warmup 0 --cooldown 0",
              directory);
     setenv("TINY", tiny, 1);
     setenv("LC_ALL", "C", 1);

@@ -656,29 +656,70 @@ static void test_workers(void) {
 /* One weight through AdamW and the moving average, as written in their papers. */
 typedef struct { double w, m, v, ema; } Scalar;
 
-static void scalar_step(Scalar *s, const Optimizer *o, double g, int step, int decays) {
-    const double rate =
-        o->warmup > 0 ? o->learning_rate * fmin(1, (double)step / o->warmup) : o->learning_rate;
+/* AdamW's step at rate 1. */
+static double scalar_adam(Scalar *s, const Optimizer *o, double g, int step) {
     s->m = o->beta1 * s->m + (1 - o->beta1) * g;
     s->v = o->beta2 * s->v + (1 - o->beta2) * g * g;
-    const double m_hat = s->m / (1 - pow(o->beta1, step)), v_hat = s->v / (1 - pow(o->beta2, step));
-    s->w = s->w - rate * (m_hat / (sqrt(v_hat) + o->epsilon) + (decays ? o->weight_decay * s->w : 0));
-    const double decay = fmin(o->ema, (1.0 + step) / (10.0 + step));
-    s->ema = decay * s->ema + (1 - decay) * s->w;
+    return s->m / (1 - pow(o->beta1, step)) / (sqrt(s->v / (1 - pow(o->beta2, step))) + o->epsilon);
 }
 
-/* `steps` steps under gradients of norm up to some hundreds, against the scalar. */
+/* x [rows, columns] <- x (3.4445 I - 4.775 x^T x + 2.0315 (x^T x)^2), five times from x / ||x||. */
+static void orthogonal(int rows, int columns, double *x) {
+    double *a = allocate((size_t)columns * columns, sizeof *a);
+    double *y = allocate((size_t)rows * columns, sizeof *y);
+    double norm = 0;
+    for (int i = 0; i < rows * columns; i++)
+        norm += x[i] * x[i];
+    for (int i = 0; i < rows * columns; i++)
+        x[i] /= sqrt(norm);
+    for (int round = 0; round < 5; round++) {
+        for (int i = 0; i < columns * columns; i++) {
+            a[i] = 0;
+            for (int r = 0; r < rows; r++)
+                a[i] += x[r * columns + i / columns] * x[r * columns + i % columns];
+        }
+        for (int i = 0; i < rows * columns; i++) {
+            const int r = i / columns, c = i % columns;
+            y[i] = 3.4445 * x[i];
+            for (int k = 0; k < columns; k++) {
+                double square = 0;
+                for (int l = 0; l < columns; l++)
+                    square += a[k * columns + l] * a[l * columns + c];
+                y[i] += x[r * columns + k] * (2.0315 * square - 4.775 * a[k * columns + c]);
+            }
+        }
+        memcpy(x, y, (size_t)rows * columns * sizeof *x);
+    }
+    free(a), free(y);
+}
+
+/* Muon's step at rate 1 for a kernel as a matrix [taps in, out], transposed where it has fewer rows. */
+static void muon_by_hand(const Parameter *p, Scalar *s, const real *g, double *u) {
+    const int in = p->taps * p->in, out = p->out, rows = in > out ? in : out, columns = in + out - rows;
+    double *x = allocate(p->count, sizeof *x);
+    for (int i = 0; i < in * out; i++) {
+        s[i].m = 0.95 * s[i].m + 0.05 * (double)g[i];
+        x[in >= out ? i : i % out * in + i / out] = 0.95 * s[i].m + 0.05 * (double)g[i];
+    }
+    orthogonal(rows, columns, x);
+    for (int i = 0; i < in * out; i++)
+        u[i] = 0.2 * sqrt(rows) * x[in >= out ? i : i % out * in + i / out];
+    free(x);
+}
+
+/* `steps` steps under gradients of norm up to some hundreds, against the scalars. */
 static void check_optimizer(const char *what, Optimizer o, int steps) {
     Model m, same;
+    Workers one, three;
     Config c = small_model("diffenc-1-1", NET_FLAT, 4, 4, 4, 1);
     c.schedule = SCHEDULE_LEARNED;
-    model_make(&m, c, 3);
-    fill_weights(&m);
+    model_make(&m, c, 3), model_make(&same, c, 3);
+    fill_weights(&m), fill_weights(&same);
     memcpy(m.ema, m.params, m.weight_count * sizeof(real));
-    model_make(&same, c, 3);
-    fill_weights(&same);
     memcpy(same.ema, same.params, m.weight_count * sizeof(real));
+    workers_new(&one, &m, 1), workers_new(&three, &same, 3);
     Scalar *scalar = allocate_zeroed(m.weight_count, sizeof *scalar);
+    double *u = allocate(m.weight_count, sizeof *u);
     real *g = allocate(m.weight_count, sizeof(real));
     for (size_t i = 0; i < m.weight_count; i++)
         scalar[i].w = scalar[i].ema = (double)m.params[i];
@@ -689,26 +730,36 @@ static void check_optimizer(const char *what, Optimizer o, int steps) {
         for (size_t i = 0; i < m.weight_count; i++)
             norm += (double)g[i] * (double)g[i];
         norm = sqrt(norm);
-        const double clip = o.clip > 0 && norm > o.clip ? o.clip / norm : 1,
-                     told = optimizer_step(&m, &o, g, 1);
+        const double clip = o.clip > 0 && norm > o.clip ? o.clip / norm : 1;
+        const double average = fmin(o.ema, (1.0 + step) / (10.0 + step));
+        const double told = optimizer_step(&one, &o, g);
         CHECK(fabs(told - norm) <= (double)m.weight_count * DBL_EPSILON * norm,
               "%s: the norm before clipping", what);
-        optimizer_step(&same, &o, g, 3);
+        optimizer_step(&three, &o, g);
         for (int i = 0; i < m.parameter_count; i++) {
             const Parameter *p = &m.parameter[i];
             const char *last = strrchr(p->name, '.');   /* nothing of the schedule decays, and no bias */
             const int decays = strcmp(last, ".kernel") == 0 || strcmp(last, ".scale") == 0;
+            const int by_muon = o.muon && strcmp(last, ".kernel") == 0;
+            double rate = o.learning_rate * (o.warmup > 0 ? fmin(1, (double)step / o.warmup) : 1);
+            if (strncmp(p->name, "encoder.", 8) == 0)
+                rate *= o.encoder_rate;
+            if (by_muon)
+                muon_by_hand(p, scalar + p->offset, g + p->offset, u + p->offset);
             for (size_t j = p->offset; j < p->offset + p->count; j++) {
                 Scalar *s = &scalar[j];
-                scalar_step(s, &o, clip * (double)g[j], step, decays);
+                if (!by_muon)
+                    u[j] = scalar_adam(s, &o, clip * (double)g[j], step);
+                s->w -= rate * (u[j] + (decays ? o.weight_decay * s->w : 0));
+                s->ema = average * s->ema + (1 - average) * s->w;
                 /* 1 - beta2 is off by EPS / 2 / (1 - beta2) = 50 EPS where beta2 is rounded, and so are the
                  * second moment and with half of it the step of the weight; sums round once a step. */
-                worst_m = worse(worst_m, m.adam_m[j], s->m, 16 * EPS * (fabs(s->m) + clip));
+                const double steps_rounded = 64 * step * o.learning_rate;
+                worst_m = worse(worst_m, m.adam_m[j], s->m, 16 * EPS * (fabs(s->m) + (by_muon ? 1 : clip)));
                 worst_v = worse(worst_v, m.adam_v[j], s->v, 64 * EPS * s->v);
-                worst_w = worse(worst_w, m.params[j], s->w,
-                                EPS * (step * fabs(s->w) + 64 * step * o.learning_rate));
-                worst_ema = worse(worst_ema, m.ema[j], s->ema, EPS * (2 * step * (fabs(s->w) + fabs(s->ema))
-                                                                        + 64 * step * o.learning_rate));
+                worst_w = worse(worst_w, m.params[j], s->w, EPS * (step * fabs(s->w) + steps_rounded));
+                worst_ema = worse(worst_ema, m.ema[j], s->ema,
+                                  EPS * (2 * step * (fabs(s->w) + fabs(s->ema)) + steps_rounded));
             }
         }
     }
@@ -720,14 +771,15 @@ static void check_optimizer(const char *what, Optimizer o, int steps) {
     CHECK(memcmp(m.params, same.params, m.weight_count * sizeof(real)) == 0 &&
               memcmp(m.ema, same.ema, m.weight_count * sizeof(real)) == 0,
           "%s: 3 threads give the same bits as 1", what);
-    free(scalar), free(g);
+    free(scalar), free(g), free(u);
+    workers_free(&one), workers_free(&three);
     model_free(&m), model_free(&same);
 }
 
 static void test_optimizer(void) {
     const Optimizer d = optimizer_default();
-    CHECK(d.learning_rate == 2e-4 && d.warmup == 0 && d.beta1 == 0.9 && d.beta2 == 0.99 &&
-              d.epsilon == 1e-8 && d.weight_decay == 0.01 && d.clip == 0 && d.ema == 0.9999,
+    CHECK(d.learning_rate == 2e-4 && d.encoder_rate == 1 && !d.muon && d.warmup == 0 && d.beta1 == 0.9 &&
+              d.beta2 == 0.99 && d.epsilon == 1e-8 && d.weight_decay == 0.01 && d.clip == 0 && d.ema == 0.9999,
           "the paper's optimiser");
     Optimizer o = d;
     check_optimizer("the default", o, 12);
@@ -739,46 +791,53 @@ static void test_optimizer(void) {
     check_optimizer("clipping", o, 12);
     o.ema = 0.5;
     check_optimizer("a short average", o, 12);
+    o.muon = 1, o.encoder_rate = 0.1;
+    check_optimizer("Muon, a slow encoder", o, 12);
     o.weight_decay = 0, o.epsilon = 0.1;
     check_optimizer("no decay, a large epsilon", o, 12);
 }
 
-/* A gradient with one number that is not finite, or whose square is not, leaves everything as it was. */
 /* With equal gradients every step of AdamW is as long as the rate, which falls over the last half of ten
  * steps: 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2 times lr. */
 static void test_cooldown(void) {
     Model m;
+    Workers w;
     Optimizer o = optimizer_default();
     model_make(&m, small_model("vdm-1", NET_FLAT, 4, 2, 2, 1), 1);
+    workers_new(&w, &m, 1);
     o.learning_rate = 0.25, o.weight_decay = 0, o.cooldown = 0.5, o.steps = 10;
     real *gradient = allocate(m.weight_count, sizeof *gradient);
     for (size_t i = 0; i < m.weight_count; i++)
         gradient[i] = 1;
     for (int step = 1; step <= 10; step++) {
         const double before = (double)m.params[0], rate = 0.25 * fmin((11 - step) / 5.0, 1);
-        optimizer_step(&m, &o, gradient, 1);
+        optimizer_step(&w, &o, gradient);
         CHECK(fabs(before - (double)m.params[0] - rate) < 1e-5, "step %d moves a weight by %g instead of %g",
               step, before - (double)m.params[0], rate);
     }
     free(gradient);
+    workers_free(&w);
     model_free(&m);
 }
 
+/* A gradient with one number that is not finite, or whose square is not, leaves everything as it was. */
 static void test_not_finite(void) {
     static const double bad[4] = {NAN, INFINITY, -INFINITY, sizeof(real) == sizeof(float) ? 1e30 : 1e200};
     const Optimizer o = optimizer_default();
     Model m;
+    Workers w;
     model_make(&m, small_model("vdm-1", NET_FLAT, 4, 4, 4, 1), 3);
+    workers_new(&w, &m, 1);
     const size_t count = m.weight_count, bytes = count * sizeof(real);
     real *g = allocate(count, sizeof(real)), *before = allocate(4 * count, sizeof(real));
     const real *const vector[4] = {m.params, m.ema, m.adam_m, m.adam_v};
     fill_normal(g, count, 1, 0, 1);
-    optimizer_step(&m, &o, g, 1);
+    optimizer_step(&w, &o, g);
     for (int v = 0; v < 4; v++)
         memcpy(before + v * count, vector[v], bytes);
     for (int i = 0; i < 4; i++) {
         g[count / 2 + (size_t)i] = (real)bad[i];
-        CHECK(!isfinite(optimizer_step(&m, &o, g, 1)), "the norm tells of %g", bad[i]);
+        CHECK(!isfinite(optimizer_step(&w, &o, g)), "the norm tells of %g", bad[i]);
         int same = m.step == 1;
         for (int v = 0; v < 4; v++)
             same &= memcmp(before + v * count, vector[v], bytes) == 0;
@@ -786,6 +845,7 @@ static void test_not_finite(void) {
         g[count / 2 + (size_t)i] = 0;
     }
     free(g), free(before);
+    workers_free(&w);
     model_free(&m);
 }
 

@@ -618,11 +618,11 @@ static void check_group_norm(int positions, int channels, int groups, int varian
 }
 
 static void test_group_norm(Arena *scratch) {
-    static const int shapes[11][3] = {{1, 4, 1},      {1, 16, 4},   {2, 8, 2},   {5, 6, 2},
-                                      {6, 7, 7},      {3, 5, 1},    {63, 36, 9}, {49, 128, 32},
-                                      {100, 256, 32}, {784, 32, 8}, {784, 16, 4}};
+    static const int shapes[13][3] = {{1, 4, 1},    {1, 16, 4},   {2, 8, 2},     {5, 6, 2},   {6, 7, 7},
+                                      {3, 5, 1},    {63, 36, 9},  {49, 128, 32}, {784, 8, 2}, {196, 24, 6},
+                                      {784, 32, 8}, {784, 16, 4}, {100, 256, 32}};
     static const double means[3] = {0, 3, 100};
-    for (int s = 0; s < 11; s++)
+    for (int s = 0; s < 13; s++)
         for (int variant = 0; variant < 4; variant++)
             for (int m = 0; m < 3; m++)
                 check_group_norm(shapes[s][0], shapes[s][1], shapes[s][2], variant, means[m], 1, 0,
