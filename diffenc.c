@@ -96,6 +96,19 @@ Tensor *exact_counterterm(const Method *m, Encoded e, Tensor *gamma_t) {
     return mul(sigma_squared(gamma_t), rate);
 }
 
+/* How well sigma_t^2 x^ stands in for it at one draw of z_t: ||sigma_t^2 x^ - dx_t/dlambda|| /
+ * ||dx_t/dlambda||, NAN for VDM. [a question to DiffEnc section 4; ours] */
+double counterterm_error(const Method *m, Tensor *x, Tensor *eps, double t) {
+    if (m->config->kind == VDM)
+        return NAN;
+    Tensor *gamma_t = gamma_at(m, t);
+    const Encoded e = encode(m, x, t, 1);
+    Tensor *exact = exact_counterterm(m, e, gamma_t);
+    const Predicted p = predict(m, diffuse(e.x_t, gamma_t, eps), t);
+    Tensor *difference = sub(mul(sigma_squared(gamma_t), p.x_hat), exact);
+    return sqrt(number_of(squared_norm(difference)) / number_of(squared_norm(exact)));
+}
+
 /* ---- forward process ---- */
 
 /* z_t = alpha_t x_t + sigma_t eps, a draw from q(z_t | x) = N(alpha_t x_t, sigma_t^2 I). [VDM (1);
@@ -351,6 +364,11 @@ static void terms_of(LossTerms terms, double out[3]) {
     out[2] = number_of(terms.diffusion);
 }
 
+/* An example's share of the gradient of the mean over the batch. */
+static void differentiate(const Method *m, LossTerms terms, int batch) {
+    backward(bits_per_dimension(m, terms), 1.0 / batch);
+}
+
 typedef struct {
     const unsigned char *images;   /* [batch, d] */
     const Example *given;          /* NULL, or [batch]: these, instead of draws of time and noise */
@@ -388,7 +406,7 @@ static void training_example(Network *n, int i, void *context) {
         terms = objective(&m, example);
     terms_of(terms, b->terms[i]);
     terms.diffusion = affine(emphasis, terms.diffusion, 0);
-    backward(bits_per_dimension(&m, terms), 1.0 / b->batch);
+    differentiate(&m, terms, b->batch);
 }
 
 /* The mean of each term over a batch, in bits per dimension. */
@@ -442,7 +460,7 @@ static void given_example(Network *n, int i, void *context) {
     const Method m = method_begin(n);
     const LossTerms terms = objective(&m, b->given[i]);
     terms_of(terms, b->terms[i]);
-    backward(bits_per_dimension(&m, terms), 1.0 / b->batch);
+    differentiate(&m, terms, b->batch);
 }
 
 const real *batch_gradient(Workers *workers, const Example *examples, int batch, double (*terms)[3]) {
@@ -458,8 +476,20 @@ typedef struct {
     uint64_t seed;
     double u;
     double (*terms)[4];            /* [count]: recon, latent, diffusion, total */
+    double (*draws)[DRAW_COLUMNS]; /* NULL, or [repeats, count] */
     double *distance;              /* or [T, count] */
 } Evaluation;
+
+/* What is told of a single draw; gamma'(t) is the same at all t. */
+static void describe_draw(const Method *m, Example e, double diffusion, double draw[DRAW_COLUMNS]) {
+    const int h = m->config->height, w = m->config->width, channels = m->config->image_channels;
+    draw[DRAW_TIME] = e.t;
+    draw[DRAW_LAMBDA] = -number_of(gamma_at(m, e.t));
+    draw[DRAW_LOSS] = diffusion / (dimension(m) * log(2));
+    draw[DRAW_LOSS_BY_LAMBDA] = draw[DRAW_LOSS] / number_of(m->gamma_range);
+    draw[DRAW_COUNTERTERM_ERROR] =
+        counterterm_error(m, scale_pixels(m, e.k), constant(m->graph, h, w, channels, e.eps), e.t);
+}
 
 /* The mean over some draws of time and noise. */
 static void evaluate_example(Network *n, int i, void *context) {
@@ -479,13 +509,16 @@ static void evaluate_example(Network *n, int i, void *context) {
         terms_of(objective(&m, example), terms);
         for (int term = 0; term < 3; term++)
             out[term] += terms[term] / (e->repeats * dimension(&m) * log(2));
+        if (e->draws)
+            describe_draw(&m, example, terms[2], e->draws[(size_t)repeat * e->count + i]);
     }
     out[3] = out[0] + out[1] + out[2];
 }
 
 void evaluate(Workers *workers, const unsigned char *images, int count, int repeats, uint64_t seed,
-              double (*terms)[4]) {
+              double (*terms)[4], double (*draws)[DRAW_COLUMNS]) {
     Evaluation e = {.images = images, .count = count, .repeats = repeats, .seed = seed, .terms = terms,
+                    .draws = draws,
                     .u = random_uniform(random_stream(seed, RANDOM_EVAL_TIME, 0, 0), 0)};
     workers_run(workers, workers->model->ema, count, evaluate_example, &e);
 }

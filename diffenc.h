@@ -512,6 +512,7 @@ typedef struct {
 
 Predicted predict(const Method *m, Tensor *z_t, double t);
 Tensor *x_from_output(const Method *m, Tensor *output, Tensor *z_t, Tensor *gamma_t);
+double counterterm_error(const Method *m, Tensor *x, Tensor *eps, double t);
 
 /* The loss terms, nats per example. */
 Tensor *continuous_residual(const Method *m, Encoded e, Predicted p, Tensor *gamma_t, Tensor *eps);   /* r */
@@ -563,11 +564,22 @@ int training_step(Model *model, Workers *workers, const Optimizer *optimizer, co
  * dropout. */
 const real *batch_gradient(Workers *workers, const Example *examples, int batch, double (*terms)[3]);
 
+/* What `evaluate` tells of a single draw: its t and lambda, its diffusion loss in bits per dimension, as a
+ * density over t (whose mean is the loss) and over lambda, and counterterm_error. */
+enum {
+    DRAW_TIME,
+    DRAW_LAMBDA,
+    DRAW_LOSS,
+    DRAW_LOSS_BY_LAMBDA,
+    DRAW_COUNTERTERM_ERROR,
+    DRAW_COLUMNS
+};
+
 /* With the weights `ema`, for each of `count` images: recon, latent, diffusion and total in bits per
- * dimension, the mean over `repeats` draws of time and noise; and [T, count]: ||mu_P - mu_Q||^2/sigma_Q^2 of
- * every step. */
+ * dimension, the mean over `repeats` draws of time and noise, which do not depend on the model; draws
+ * [repeats, count] may be NULL; and [T, count]: ||mu_P - mu_Q||^2/sigma_Q^2 of every step. */
 void evaluate(Workers *workers, const unsigned char *images, int count, int repeats, uint64_t seed,
-              double (*terms)[4]);
+              double (*terms)[4], double (*draws)[DRAW_COLUMNS]);
 void step_distances(Workers *workers, const unsigned char *images, int count, uint64_t seed,
                     double *distance);
 

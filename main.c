@@ -101,23 +101,29 @@ typedef struct {
 typedef enum { LOAD_PARAMS, LOAD_EMA, LOAD_ALL } Load;
 
 typedef struct Command Command;
+typedef struct Evaluated Evaluated;
 typedef struct {
     /* Options; which command has which is said by OPTIONS. */
     int threads, steps, save_every, sample_every, sample_steps, eval_every, eval_limit, resume;
     int count, sampler, draw, split, limit, repeats, timesteps;
     uint64_t seed;
-    char out[TEXT_SIZE], ratio[TEXT_SIZE], batch[TEXT_SIZE];
+    char out[TEXT_SIZE], chart[TEXT_SIZE], csv[TEXT_SIZE]; /* files to be written */
+    char ratio[TEXT_SIZE], batch[TEXT_SIZE], times[TEXT_SIZE];
     char where[TEXT_SIZE]; /* of the data; "": as in training */
     Settings settings;
-    const char *checkpoint;
+    const char *checkpoint; /* the present one */
     const Command *command;
-    char **arguments; /* behind the command's name */
+    char **arguments;     /* behind the command's name; once they are parsed, checkpoints come first */
+    int checkpoint_count; /* so many */
     Arena *arena;
-    double need; /* bytes of memory, as far as known */
+    double amplify;
+    double need;       /* bytes of memory, as far as known */
+    double model_need; /* what the present model has of it */
     Model model;
     Workers workers;
     Dataset data;
     Error error;
+    Evaluated *evaluated; /* [checkpoint_count] */
     /* Of a training. */
     unsigned char *test;  /* [test_count] images */
     int test_count, lock; /* descriptor of OUT/.lock */
@@ -202,8 +208,12 @@ static const Option OPTIONS[] = {
     {"repeats", EVAL, INT, IN(repeats), 1, 1e6, "N", "draws of time and noise for each image"},
     {"timesteps", EVAL, INT, IN(timesteps), -1, 1e6, "T", "T; 0: continuous time; -1: as in training"},
     {"variance-ratio", EVAL, TEXT, IN(ratio), 0, 0, "W|optimal", "as for train, or the best at each t"},
+    {"chart", EVAL, TEXT, IN(chart), 0, 0, "FILE.svg", "the loss over t and lambda, the counterterm's error"},
+    {"csv", EVAL, TEXT, IN(csv), 0, 0, "FILE.csv", "the values, a line for each checkpoint"},
     {"count", SAMPLE, INT, IN(count), 1, 65536, "N", "images"},
     {"count", SHOW, INT, IN(count), 1, 64, "N", "test images, evenly over the split"},
+    {"times", SHOW, TEXT, IN(times), 0, 0, "T,T,...", "ascending, from 0 to 1"},
+    {"amplify", SHOW, NUMBER, IN(amplify), 1e-3, 1e6, "X", "red and blue by this factor"},
     {"steps", TRAIN, INT, IN(steps), 0, 2e9, "N", "in total, resumed or not; 0: initial checkpoint only"},
     {"steps", SAMPLE, INT, IN(steps), 0, 1e6, "T", "0: the model's T, or 250 in continuous time"},
     {"seed", SAMPLE | EVAL, COUNT, IN(seed), 0, 0, "N", "the same seed, the same result"},
@@ -218,7 +228,7 @@ static const Option OPTIONS[] = {
     {"eval-limit", TRAIN, INT, IN(eval_limit), 1, 1e9, "N", "test images of such a bound"},
     {"out", TRAIN, TEXT, IN(out), 0, 0, "DIR", "where checkpoint, log.csv, report.html and samples go"},
     {"out", SAMPLE, TEXT, IN(out), 0, 0, "FILE", "a grid of the images: .png, .pgm or .ppm"},
-    {"out", SHOW, TEXT, IN(out), 0, 0, "FILE", "of each image x_t, y, dx_t/dlambda over t"},
+    {"out", SHOW, TEXT, IN(out), 0, 0, "FILE", "of each image x_t, y, (x_t - x_s)/(t - s) over t"},
     {"out", GRAD, TEXT, IN(out), 0, 0, "FILE", "loss.recon, .latent, .diffusion in nats, bpd, grad.NAME"},
     {"resume", TRAIN, INT, IN(resume), 0, 1, "", "go on where the checkpoint in --out stands"},
 };
@@ -245,16 +255,18 @@ static Settings settings_default(void) {
     return s;
 }
 
-static Job job_default(const Command *command, char **arguments) {
-    Job job = {.command = command, .arguments = arguments, .settings = settings_default()};
-    job.arena = arena_new();
-    job.threads = smaller(omp_get_max_threads(), MAX_THREADS);
-    job.save_every = 500, job.sample_steps = 100, job.eval_limit = 256;
-    job.split = SPLIT_TEST, job.repeats = 1, job.timesteps = -1, job.seed = 1;
-    job.count = command->taker == SHOW ? 4 : 64;
+static Job *job_new(const Command *command, char **arguments) {
+    Job *job = allocate_zeroed(1, sizeof *job);
+    job->command = command, job->arguments = arguments, job->settings = settings_default();
+    job->arena = arena_new();
+    job->threads = smaller(omp_get_max_threads(), MAX_THREADS);
+    job->save_every = 500, job->sample_steps = 100, job->eval_limit = 256;
+    job->split = SPLIT_TEST, job->repeats = 1, job->timesteps = -1, job->seed = 1;
+    job->count = command->taker == SHOW ? 4 : 64, job->amplify = 1;
+    strcpy(job->times, "0,0.125,0.25,0.375,0.5,0.625,0.75,0.875,1");
     if (command->taker == TRAIN) {
-        job.steps = 10000;
-        strcpy(job.out, "run");
+        job->steps = 10000;
+        strcpy(job->out, "run");
     }
     return job;
 }
@@ -375,7 +387,8 @@ static int option_apply(const Option *o, Job *job, const char *text) {
     return 0;
 }
 
-/* Parse the arguments of a command; all but `train` take a checkpoint. Returns 0, -1 or HELP. */
+/* Parse the arguments of a command; all but `train` take a checkpoint, `eval` several. Returns 0, -1 or
+ * HELP. */
 static int parse_options(Job *job) {
     const Command *command = job->command;
     Error *error = &job->error;
@@ -387,8 +400,9 @@ static int parse_options(Job *job) {
             print_help(job);
             return HELP;
         }
-        if (!is_option && command->taker != TRAIN && !job->checkpoint) {
-            job->checkpoint = text;
+        if (!is_option && command->taker != TRAIN && (!job->checkpoint || command->taker == EVAL)) {
+            job->arguments[job->checkpoint_count++] = *argument;
+            job->checkpoint = job->arguments[0];
             continue;
         }
         if (!o)
@@ -488,8 +502,8 @@ static int memory_check(Job *job, double more) {
                 ldexp(job->need, -20), ldexp(have, -20));
 }
 
-/* The same for the vectors of a model and one example's graph for each thread; in training also the gradient
- * slots, and the gradients in the graph. */
+/* The same for the vectors of a model, in place of the one before, and one example's graph for each thread;
+ * in training also the gradient slots, and the gradients in the graph; a chart takes a second pass. */
 static int model_memory_check(Job *job, size_t weights) {
     const int training = job->command->load != LOAD_EMA;
     Model m = {.config = job->settings.config};
@@ -498,10 +512,13 @@ static int model_memory_check(Job *job, size_t weights) {
     const Method method = method_begin(&n);
     const Example example = {NULL, 0.5, NULL, NULL};
     objective(&method, example);
-    const double graph = (training ? 1.5 : 1) * (double)n.graph.bytes * job->threads;
+    const double graphs = (training ? 1.5 : *job->chart ? 2 : 1) * job->threads;
+    job->need -= job->model_need;
+    job->model_need = graphs * (double)n.graph.bytes +
+                      (double)weights * sizeof(real) * (5 + (training ? GRADIENT_SLOTS : 0));
     arena_free(n.graph.arena);
     free(m.parameter);
-    return memory_check(job, (double)weights * sizeof(real) * (5 + (training ? GRADIENT_SLOTS : 0)) + graph);
+    return memory_check(job, job->model_need);
 }
 
 /* ---- checkpoints ---- */
@@ -614,6 +631,15 @@ static int file_take(Job *job, const char *path, int (*take)(Job *, const Tensor
 
 /* ---- data and pictures ---- */
 
+/* Whether the images of what is called `name` are those that the model is for. */
+static int shape_check(Job *job, const char *name, const Dataset *data) {
+    const Config *c = &job->settings.config;
+    if (data->height == c->height && data->width == c->width && data->channels == c->image_channels)
+        return 0;
+    return fail(&job->error, "%s: images are %dx%dx%d, the model is for %dx%dx%d", name, data->height,
+                data->width, data->channels, c->height, c->width, c->image_channels);
+}
+
 /* Open data for the model. Where there is none yet, it will be made for these data. */
 static int data_open(Job *job, const char *where, Split split, Dataset *data) {
     Config *c = &job->settings.config;
@@ -623,10 +649,7 @@ static int data_open(Job *job, const char *where, Split split, Dataset *data) {
                     job->resume ? "; --data says where the data are now" : "");
     if (!job->model.params && split == SPLIT_TRAIN)
         c->height = data->height, c->width = data->width, c->image_channels = data->channels;
-    if (data->height == c->height && data->width == c->width && data->channels == c->image_channels)
-        return 0;
-    return fail(&job->error, "%s: images are %dx%dx%d, the model is for %dx%dx%d", where, data->height,
-                data->width, data->channels, c->height, c->width, c->image_channels);
+    return shape_check(job, where, data);
 }
 
 /* How many images a limit leaves of the data; 0: all. */
@@ -643,36 +666,36 @@ static unsigned char *images_of(Job *job, const Dataset *data, int count) {
     return images;
 }
 
-static int grid_write(Job *job, const char *path, const unsigned char *images, int count, int columns) {
+static int grid_write(Job *job, const char *path, const unsigned char *images, int count, int columns,
+                      int channels) {
     const Config *c = &job->model.config;
     int h, w;
-    unsigned char *grid = image_grid(images, count, columns, c->height, c->width, c->image_channels, &h, &w);
-    const int status = image_write(path, grid, h, w, c->image_channels, &job->error);
+    unsigned char *grid = image_grid(images, count, columns, c->height, c->width, channels, &h, &w);
+    const int status = image_write(path, grid, h, w, channels, &job->error);
     free(grid);
     return status;
 }
 
-/* ---- the bound on images ---- */
+/* ---- means ---- */
 
-/* Mean and standard error of x[i * stride], i < count. */
-static void mean_and_error(const double *x, int count, int stride, double result[2]) {
+/* Mean and standard error of x[i * stride] - minus[i * stride], i < count; minus may be NULL. */
+static void mean_and_error(const double *x, const double *minus, int count, int stride, double result[2]) {
     double sum = 0, squares = 0;
     for (int i = 0; i < count; i++)
-        sum += x[(size_t)i * stride];
+        sum += x[(size_t)i * stride] - (minus ? minus[(size_t)i * stride] : 0);
     const double mean = sum / count;
-    for (int i = 0; i < count; i++)
-        squares += (x[(size_t)i * stride] - mean) * (x[(size_t)i * stride] - mean);
+    for (int i = 0; i < count; i++) {
+        const double gap = x[(size_t)i * stride] - (minus ? minus[(size_t)i * stride] : 0) - mean;
+        squares += gap * gap;
+    }
     result[0] = mean;
     result[1] = count > 1 ? sqrt(squares / (count - 1.0) / count) : 0;
 }
 
-/* For each of recon, latent, diffusion and total the mean and the standard error over the images. */
-static void bound(Job *job, const unsigned char *images, int count, int repeats, uint64_t seed,
-                  double result[4][2]) {
-    double(*terms)[4] = arena_allocate(job->arena, (size_t)count, sizeof *terms);
-    evaluate(&job->workers, images, count, repeats, seed, terms);
+/* The same for each of recon, latent, diffusion and total. */
+static void mean_by_term(double (*terms)[4], double (*minus)[4], int count, double result[4][2]) {
     for (int term = 0; term < 4; term++)
-        mean_and_error(&terms[0][term], count, 4, result[term]);
+        mean_and_error(&terms[0][term], minus ? &minus[0][term] : NULL, count, 4, result[term]);
 }
 
 /* ---- diffenc train: its directory ---- */
@@ -974,7 +997,7 @@ static int sample_to(Job *job, const char *path, int count, int steps, uint64_t 
     const int status = sample_images(&job->workers, count, steps, job->sampler, seed, job->draw, images);
     if (result_check(job, path, status == 0) || (job->log && directory_check(job, &job->error)))
         return -1;
-    return grid_write(job, path, images, count, (int)ceil(sqrt(count)));
+    return grid_write(job, path, images, count, (int)ceil(sqrt(count)), job->model.config.image_channels);
 }
 
 /* A grid of a training. What goes wrong with it ends no training, and one that a signal ended is drawn again
@@ -1019,8 +1042,10 @@ static int train_step(Job *job) {
         return stop_signal ? 0 : -1; /* a step in which a signal came is not taken */
     const unsigned long long step = job->model.step;
     if (due(step, job->eval_every)) {
-        double result[4][2];
-        bound(job, job->test, job->test_count, 1, s->seed, result);
+        double result[4][2], (*terms)[4];
+        terms = arena_allocate(job->arena, (size_t)job->test_count, sizeof *terms);
+        evaluate(&job->workers, job->test, job->test_count, 1, s->seed, terms, NULL);
+        mean_by_term(terms, NULL, job->test_count, result);
         if (!stop_signal) {
             snprintf(test, sizeof test, "%.6f,%.6f", result[3][0], result[3][1]);
             end_line(job);
@@ -1145,19 +1170,24 @@ static int train(Job *job) {
 
 /* ---- what the commands on a checkpoint have in common ---- */
 
-/* Whether a file can be made there is better known before minutes of work than after, and whether that would
+/* Whether files can be made there is better known before minutes of work than after, and whether that would
  * spoil an input. */
 static int output_check(Job *job, const char *input) {
-    char directory[TEXT_SIZE];
-    struct stat in, out;
-    snprintf(directory, sizeof directory, "%s", job->out);
-    char *slash = strrchr(directory, '/');
-    strcpy(slash ? slash + 1 : directory, ".");
-    if (access(directory, W_OK | X_OK))
-        return fail(&job->error, "%s: %s", job->out, strerror(errno));
-    if (stat(job->out, &out) == 0 && stat(input, &in) == 0 && out.st_dev == in.st_dev &&
-        out.st_ino == in.st_ino)
-        return fail(&job->error, "%s: is the same file as the input %s", job->out, input);
+    const char *const outputs[3] = {job->out, job->chart, job->csv};
+    for (int i = 0; i < 3; i++) {
+        char directory[TEXT_SIZE];
+        struct stat in, out;
+        if (!*outputs[i])
+            continue;
+        snprintf(directory, sizeof directory, "%s", outputs[i]);
+        char *slash = strrchr(directory, '/');
+        strcpy(slash ? slash + 1 : directory, ".");
+        if (access(directory, W_OK | X_OK))
+            return fail(&job->error, "%s: %s", outputs[i], strerror(errno));
+        if (stat(outputs[i], &out) == 0 && stat(input, &in) == 0 && out.st_dev == in.st_dev &&
+            out.st_ino == in.st_ino)
+            return fail(&job->error, "%s: is the same file as the input %s", outputs[i], input);
+    }
     return 0;
 }
 
@@ -1171,7 +1201,7 @@ static int job_data(Job *job, Split split) {
         strcpy(job->where, trained_on);
     if (data_open(job, job->where, split, &job->data))
         return -1;
-    DIR *listing = *job->out ? opendir(job->where) : NULL;
+    DIR *listing = opendir(job->where);
     int status = 0;
     for (struct dirent *entry; status == 0 && listing && (entry = readdir(listing)) != NULL;) {
         char path[TEXT_SIZE];
@@ -1197,6 +1227,170 @@ static int sample(Job *job) {
     return 0;
 }
 
+/* ---- diffenc eval: what is kept of a checkpoint, and what comes of comparing several ---- */
+
+enum { BINS = 32 }; /* of t in [0, 1], in a chart */
+
+struct Evaluated {
+    const char *path, *name; /* name: what may be printed of it */
+    const char *training;    /* all settings but the seed: the same in a group */
+    Settings settings;
+    double (*terms)[4];      /* [count] of the images */
+    double value[4][2];      /* their means and standard errors, in bits per dimension */
+    double difference[4][2]; /* the same of each image's difference to the first checkpoint */
+    double over_seeds[4][2]; /* the same over the seeds of a group, which its first one stands for */
+    int seeds;               /* of that group */
+    const Evaluated *group;  /* its first one, or NULL */
+    double by_time[DRAW_COLUMNS][BINS]; /* means of the draws with t in a bin */
+};
+
+/* What a checkpoint tells of its training, but for the seed and what the built-in digits make of it. */
+static const char *training_of(Job *job) {
+    char *text = arena_allocate(job->arena, OPTION_COUNT, TEXT_SIZE + 1), *end = text;
+    for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++)
+        if (o->takers & RECORD && strcmp(o->name, "seed") != 0 && strcmp(o->name, "data-digest") != 0) {
+            option_text(o, job, end);
+            end += strlen(end);
+            *end++ = '\n';
+        }
+    *end = 0;
+    return text;
+}
+
+static void mean_by_time(double (*draws)[DRAW_COLUMNS], size_t count, double mean[DRAW_COLUMNS][BINS]) {
+    double number[BINS] = {0};
+    for (size_t i = 0; i < count; i++) {
+        const int bin = smaller((int)(draws[i][DRAW_TIME] * BINS), BINS - 1);
+        number[bin]++;
+        for (int column = 0; column < DRAW_COLUMNS; column++)
+            mean[column][bin] += draws[i][column];
+    }
+    for (int i = 0; i < DRAW_COLUMNS * BINS; i++) /* 0 / 0 is NAN, which a chart leaves out */
+        mean[i / BINS][i % BINS] /= number[i % BINS];
+}
+
+/* The regularised incomplete beta function I_x(a, b), by 400 levels of its continued fraction, which settles
+ * quickly below the mean (a + 1)/(a + b + 2). [DLMF 8.17.22] */
+static double incomplete_beta(double a, double b, double x) {
+    double fraction = 1;
+    if (x > (a + 1) / (a + b + 2))
+        return 1 - incomplete_beta(b, a, 1 - x);
+    for (int level = 400; level >= 1; level--) {
+        const double m = level / 2;
+        const double factor = level % 2 ? -(a + m) * (a + b + m) : m * (b - m);
+        fraction = 1 + factor * x / ((a + level - 1) * (a + level)) / fraction;
+    }
+    return exp(lgamma(a + b) - lgamma(a) - lgamma(b) + a * log(x) + b * log1p(-x)) / (a * fraction);
+}
+
+/* Welch's t-test of two means with standard errors, by term. */
+static void print_welch(const Evaluated *a, const Evaluated *b) {
+    printf("Welch's t-test: %s minus %s\n", b->name, a->name);
+    for (int term = 0; term < 4; term++) {
+        const double *p = a->over_seeds[term], *q = b->over_seeds[term];
+        const double difference = q[0] - p[0], u = p[1] * p[1], v = q[1] * q[1], t = difference / sqrt(u + v);
+        const double freedom = (u + v) * (u + v) / (u * u / (a->seeds - 1) + v * v / (b->seeds - 1));
+        printf("%-10s %9.5f  ", TERMS[term], difference);
+        if (sqrt(u + v) > 1e-12 * (fabs(p[0]) + fabs(q[0]))) /* else rounding alone tells them apart */
+            printf("t %.4f, %.2f degrees of freedom, p %.4g\n", t, freedom,
+                   incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t)));
+        else
+            printf("no spread over the seeds\n");
+    }
+}
+
+static void print_row(double value[4][2], const char *name) {
+    for (int term = 0; term < 4; term++)
+        printf("%9.5f +- %.5f  ", value[term][0], value[term][1]);
+    printf("%s\n", name);
+}
+
+/* Each checkpoint, its difference to the first one, and the groups of those that differ in nothing but the
+ * seed, where the same seed counts once. */
+static void print_comparison(Job *job) {
+    Evaluated *const all = job->evaluated, *const end = all + job->checkpoint_count;
+    double(*values)[4] = arena_allocate(job->arena, (size_t)job->checkpoint_count, sizeof *values);
+    for (int term = 0; term < 4; term++)
+        printf("    %-18s", TERMS[term]);
+    printf("checkpoint\n");
+    for (Evaluated *e = all; e < end; e++)
+        print_row(e->value, e->name);
+    printf("difference to %s with the standard error of the paired difference:\n", all->name);
+    for (Evaluated *e = all + 1; e < end; e++)
+        print_row(e->difference, e->name);
+    for (Evaluated *first = all; first < end; first++) {
+        for (Evaluated *e = first; e < end; e++) {
+            int is_new = 1;
+            if (e->group || strcmp(first->training, e->training) != 0)
+                continue;
+            e->group = first;
+            for (const Evaluated *k = first; k < e; k++)
+                is_new &= k->group != first || k->settings.seed != e->settings.seed;
+            for (int term = 0; term < 4; term++)
+                values[first->seeds][term] = e->value[term][0];
+            first->seeds += is_new;
+        }
+        if (first->seeds < 2)
+            continue;
+        mean_by_term(values, NULL, first->seeds, first->over_seeds);
+        printf("mean over %d seeds with its standard error:\n", first->seeds);
+        print_row(first->over_seeds, first->name);
+        for (const Evaluated *other = all; other < first; other++)
+            if (other->seeds > 1)
+                print_welch(other, first);
+    }
+}
+
+static int write_csv(void *stream, const void *context) {
+    const Job *job = context;
+    fputs("checkpoint,recon,latent,diffusion,total,recon_error,latent_error,diffusion_error,total_error,"
+          "difference,difference_error,model,seed,step\n",
+          stream);
+    for (const Evaluated *e = job->evaluated; e < job->evaluated + job->checkpoint_count; e++) {
+        const char *quote = strpbrk(e->path, ",\"\r\n") ? "\"" : "";
+        char model[32];
+        fputs(quote, stream);
+        for (const char *at = e->path; *at; at++)
+            fprintf(stream, *at == '"' ? "%c%c" : "%c", *at, *at);
+        fputs(quote, stream);
+        for (int i = 0; i < 8; i++)
+            fprintf(stream, ",%.9g", e->value[i % 4][i / 4]);
+        config_model_name(&e->settings.config, model);
+        fprintf(stream, ",%.9g,%.9g,%s,%llu,%llu\n", e->difference[3][0], e->difference[3][1], model,
+                (unsigned long long)e->settings.seed, (unsigned long long)e->settings.step);
+    }
+    return ferror((FILE *)stream);
+}
+
+/* Three charts below one another, the last one without VDM, whose x does not move. */
+static int write_chart(void *stream, const void *context) {
+    static const char *const texts[3][3] = {
+        {"Diffusion loss over t", "t", "bits per dimension"},
+        {"Diffusion loss over lambda", "lambda", "bits per dimension and unit of lambda"},
+        {"Relative error of the counterterm", "t", "|| sigma_t^2 x^ - dx_t/dlambda || / || dx_t/dlambda ||"}};
+    static const int columns[3][2] = {
+        {DRAW_TIME, DRAW_LOSS}, {DRAW_LAMBDA, DRAW_LOSS_BY_LAMBDA}, {DRAW_TIME, DRAW_COUNTERTERM_ERROR}};
+    const Job *job = context;
+    const int n = job->checkpoint_count, height = 410 + 22 * n; /* chart_svg() has a line for each curve */
+    Curve *curves = allocate((size_t)n, sizeof *curves);
+    fprintf(stream, "<svg xmlns='http://www.w3.org/2000/svg' class='chart' viewBox='0 0 640 %d'>\n",
+            3 * height);
+    for (int i = 0; i < 3; i++) {
+        int count = 0;
+        for (const Evaluated *e = job->evaluated; e < job->evaluated + n; e++)
+            if (i < 2 || e->settings.config.kind != VDM)
+                curves[count++] =
+                    (Curve){e->path, e->by_time[columns[i][0]], e->by_time[columns[i][1]], NULL, BINS};
+        fprintf(stream, "<svg y='%d' width='640' height='%d'>\n", i * height, height);
+        if (count > 0)
+            chart_svg(stream, texts[i][0], texts[i][1], texts[i][2], curves, count);
+        fputs("</svg>\n", stream);
+    }
+    fputs("</svg>\n", stream);
+    free(curves);
+    return ferror((FILE *)stream);
+}
+
 /* ---- diffenc eval ---- */
 
 /* The bound with the best sigma_P^2 at each t beside that of sigma_Q. `others`: recon + latent. */
@@ -1205,7 +1399,7 @@ static void print_optimal_variance(const double *distance, int count, int timest
     printf("   t        w*       KL* (bpd)   KL at w = 1\n");
     for (int step = 0; step < timesteps; step++) {
         double mean[2];
-        mean_and_error(distance + (size_t)step * count, count, 1, mean);
+        mean_and_error(distance + (size_t)step * count, NULL, count, 1, mean);
         const double w = best_variance_ratio(mean[0], d), kl = -0.5 * log(w) / LOG_2,
                      kl_1 = 0.5 * mean[0] / d / LOG_2;
         plain += kl_1;
@@ -1219,8 +1413,9 @@ static void print_optimal_variance(const double *distance, int count, int timest
 }
 
 /* --timesteps and --variance-ratio (a number, "optimal" or "") into the configuration. */
-static int eval_config(Job *job, int optimal) {
+static int eval_config(Job *job) {
     Config *c = &job->settings.config;
+    const int optimal = strcmp(job->ratio, "optimal") == 0;
     if (job->timesteps >= 0)
         c->timesteps = job->timesteps;
     if (job->timesteps >= 0 || optimal)
@@ -1230,97 +1425,204 @@ static int eval_config(Job *job, int optimal) {
         return -1;
     if (optimal && c->timesteps == 0)
         return fail(&job->error, "variance-ratio optimal: in continuous time it is 1; give --timesteps");
+    if (optimal && job->checkpoint_count > 1)
+        return fail(&job->error, "variance-ratio optimal: takes one checkpoint at a time");
+    if (*job->csv && strcmp(job->csv, job->chart) == 0)
+        return fail(&job->error, "csv %s: is where the chart goes", job->csv);
     job->model.config = *c;
     return config_check(c, &job->error);
 }
 
+/* Begin with checkpoint `i`, in the place of another one. The first of all is there already. */
+static int eval_take(Job *job, int i) {
+    Evaluated *e = &job->evaluated[i];
+    e->path = job->arguments[i];
+    e->name = printable(e->path, arena_allocate(job->arena, TEXT_SIZE, 1), TEXT_SIZE);
+    if (job->checkpoint != e->path) {
+        workers_free(&job->workers);
+        model_free(&job->model);
+        job->checkpoint = e->path;
+        if (output_check(job, e->path) || file_take(job, e->path, checkpoint_take) ||
+            shape_check(job, e->path, &job->data))
+            return -1;
+        workers_start(job);
+    }
+    e->settings = job->settings;
+    e->training = training_of(job);
+    return eval_config(job) ? USAGE : OK;
+}
+
+/* Its bound, from the same draws of time and noise as that of all others. */
+static int eval_one(Job *job, int i, const unsigned char *images, int count, double (*draws)[DRAW_COLUMNS]) {
+    Evaluated *e = &job->evaluated[i];
+    e->terms = arena_allocate(job->arena, (size_t)count, sizeof *e->terms);
+    evaluate(&job->workers, images, count, job->repeats, job->seed, e->terms, draws);
+    if (stop_signal)
+        return result_check(job, e->path, 0);
+    mean_by_term(e->terms, NULL, count, e->value);
+    mean_by_term(e->terms, job->evaluated->terms, count, e->difference);
+    if (draws)
+        mean_by_time(draws, (size_t)count * (size_t)job->repeats, e->by_time);
+    return result_check(job, e->path, isfinite(e->value[3][0] + e->value[3][1]));
+}
+
 static int eval(Job *job) {
     const Config *c = &job->model.config;
-    const size_t d = image_size(c);
-    const int optimal = strcmp(job->ratio, "optimal") == 0;
-    if (eval_config(job, optimal))
-        return USAGE;
-    if (job_data(job, (Split)job->split))
-        return -1;
-    const int count = limited(&job->data, job->limit), T = optimal ? c->timesteps : 0;
+    const int n = job->checkpoint_count;
+    int status = job_data(job, (Split)job->split);
+    job->evaluated = arena_allocate(job->arena, (size_t)n, sizeof *job->evaluated);
+    memset(job->evaluated, 0, (size_t)n * sizeof *job->evaluated);
+    if (status || (status = eval_take(job, 0)))
+        return status;
+    const int count = limited(&job->data, job->limit);
+    const int T = strcmp(job->ratio, "optimal") == 0 ? c->timesteps : 0;
+    const size_t d = image_size(c), distances = (size_t)count * (size_t)T;
     /* Times and noise are drawn by the index of image and repetition. */
     if ((double)count * job->repeats > INT_MAX)
         return fail(&job->error, "%d images %d times: more draws than %d", count, job->repeats, INT_MAX);
-    if (memory_check(job, count * ((double)d + (T + 4.0) * sizeof(double))))
+    const size_t draw_count = *job->chart ? (size_t)count * (size_t)job->repeats : 0;
+    if (memory_check(job, count * ((double)d + (T + 4.0 * n) * sizeof(double)) +
+                              (double)draw_count * sizeof(double[DRAW_COLUMNS])))
         return -1;
-    const size_t distances = (size_t)count * (size_t)T;
-    double result[4][2], *distance = arena_allocate(job->arena, distances, sizeof *distance);
+    for (int i = 1; i < n; i++) /* what can be refused is, before minutes of work */
+        if ((status = eval_take(job, i)))
+            return status;
+    double *distance = arena_allocate(job->arena, distances, sizeof *distance), all = 0;
+    double(*draws)[DRAW_COLUMNS] = draw_count ? arena_allocate(job->arena, draw_count, sizeof *draws) : NULL;
     unsigned char *images = images_of(job, &job->data, count);
-    bound(job, images, count, job->repeats, job->seed, result);
-    if (T > 0 && !stop_signal)
+    for (int i = 0; i < n; i++)
+        if (eval_take(job, i) || eval_one(job, i, images, count, draws))
+            return -1;
+    if (T > 0)
         step_distances(&job->workers, images, count, job->seed, distance);
-    double all = result[3][0] + result[3][1];
-    for (size_t i = 0; i < distances; i++)
-        all += stop_signal ? 0 : distance[i];
+    for (size_t i = 0; i < distances && !stop_signal; i++)
+        all += distance[i];
     if (result_check(job, job->checkpoint, isfinite(all)))
         return -1;
-    printf("%d %s images of %s, step %llu, EMA weights, bits per dimension with standard error:\n", count,
-           job->split == SPLIT_TEST ? "test" : "training", job->where, (unsigned long long)job->model.step);
-    for (int term = 0; term < 4; term++)
-        printf("%-10s %9.5f +- %.5f\n", TERMS[term], result[term][0], result[term][1]);
+    printf("%d %s images of %s, ", count, job->split == SPLIT_TEST ? "test" : "training", job->where);
+    if (n == 1)
+        printf("step %llu, ", (unsigned long long)job->model.step);
+    printf("EMA weights, bits per dimension with standard error:\n");
+    if (n > 1)
+        print_comparison(job);
+    for (int term = 0; term < 4 && n == 1; term++)
+        printf("%-10s %9.5f +- %.5f\n", TERMS[term], job->evaluated->value[term][0],
+               job->evaluated->value[term][1]);
     if (T > 0)
-        print_optimal_variance(distance, count, T, (int)d, result[0][0] + result[1][0]);
-    return 0;
+        print_optimal_variance(distance, count, T, (int)d,
+                               job->evaluated->value[0][0] + job->evaluated->value[1][0]);
+    if (*job->csv && file_replace(job->csv, write_csv, job, &job->error))
+        return -1;
+    return *job->chart ? file_replace(job->chart, write_chart, job, &job->error) : 0;
 }
 
 /* ---- diffenc show ---- */
 
-enum { SHOW_TIMES = 9, SHOW_ROWS = 3 };
+enum { MOST_TIMES = 64, SHOW_ROWS = 3 };
 
 typedef struct {
-    const Model *model;
-    unsigned char *images, *pictures; /* [count, SHOW_ROWS, SHOW_TIMES, d] */
-    unsigned char *broken;            /* [count]: something is not finite */
+    const Config *config;
+    const unsigned char *images;
+    double time[MOST_TIMES];
+    int times;
+    unsigned char *pictures; /* [count, SHOW_ROWS, times, height, width] of red, green, blue */
+    double *change;          /* [count, times, height, width]: (x_t - x_s)/(t - s), s the time before t; 0 */
+    unsigned char *broken;   /* [count]: something is not finite */
 } Show;
 
-/* Values in [-scale, scale] as grey levels; 1 if one is not finite. */
-static unsigned char to_pixels(const Tensor *a, double scale, unsigned char *out) {
+/* --times T,T,... */
+static int times_parse(Job *job, Show *s) {
+    for (char *at = job->times, *end;; at = end + 1) {
+        double *t = &s->time[s->times];
+        *t = strtod(at, &end);
+        const int good = end != at && *t >= 0 && *t <= 1 && (s->times == 0 || *t > t[-1]);
+        if (!good || ++s->times == MOST_TIMES || (*end && *end != ','))
+            return fail(&job->error, "times '%.40s': expected fewer than %d ascending numbers from 0 to 1",
+                        job->times, MOST_TIMES);
+        if (!*end)
+            return 0;
+    }
+}
+
+/* Values in [-1, 1] as pixels of three colours; 1 if one is not finite. */
+static unsigned char to_pixels(const Tensor *a, unsigned char *out) {
+    const size_t channels = (size_t)a->channels;
     unsigned char broken = 0;
-    for (size_t i = 0; i < element_count(a); i++) {
-        broken |= !isfinite(a->value[i]);
-        out[i] = (unsigned char)(broken ? 0 : nearest_level(a->value[i] / scale));
+    for (size_t i = 0; i < 3 * element_count(a) / channels; i++) {
+        const real value = a->value[i / 3 * channels + (i % 3 < channels ? i % 3 : 0)];
+        broken |= !isfinite(value);
+        out[i] = (unsigned char)(broken ? 0 : nearest_level(value));
     }
     return broken;
 }
 
-/* For one image, over t from 0 to 1: x_t, y, and dx_t/dlambda = sigma_t^2 (x_t - y + dy/dlambda). */
+/* For one image over t: x_t, y, and the change of x_t since the time before, summed over the channels. */
 static void show_example(Network *n, int i, void *context) {
     const Show *s = context;
-    const size_t d = image_size(&s->model->config);
+    const size_t d = image_size(s->config), area = d / (size_t)s->config->image_channels;
     n->graph.dropout = 0;
     s->broken[i] = 0;
-    for (int column = 0; column < SHOW_TIMES; column++) {
+    for (int column = 0; column < s->times; column++) {
         network_begin(n);
         const Method m = method_begin(n);
-        const double t = column / (SHOW_TIMES - 1.0);
-        const Encoded e = encode(&m, scale_pixels(&m, s->images + (size_t)i * d), t, 1);
-        unsigned char *out = s->pictures + ((size_t)i * SHOW_ROWS * SHOW_TIMES + column) * d;
-        s->broken[i] |= to_pixels(e.x_t, 1, out);
-        s->broken[i] |= to_pixels(e.y ? e.y : affine(0, e.x_t, 0), 1, out + SHOW_TIMES * d);
-        s->broken[i] |= to_pixels(exact_counterterm(&m, e, gamma_at(&m, t)), 0.25, out + 2 * SHOW_TIMES * d);
+        const double t = s->time[column], before = s->time[column > 0 ? column - 1 : 0];
+        Tensor *x = scale_pixels(&m, s->images + (size_t)i * d);
+        const Encoded e = encode(&m, x, t, 0), at_s = encode(&m, x, before, 0);
+        const size_t picture = (size_t)(i * s->times + column);
+        unsigned char *out = s->pictures + 3 * area * (picture + (size_t)(i * (SHOW_ROWS - 1) * s->times));
+        s->broken[i] |= to_pixels(e.x_t, out);
+        s->broken[i] |= to_pixels(e.y ? e.y : affine(0, e.x_t, 0), out + 3 * area * (size_t)s->times);
+        for (size_t k = 0; k < d; k++) {
+            const double change = (double)e.x_t->value[k] - (double)at_s.x_t->value[k];
+            s->change[picture * area + k * area / d] += column > 0 ? change / (t - before) : 0;
+        }
     }
+}
+
+/* The changes in blue, white and red. Returns the one that is all red. */
+static double draw_changes(const Show *s, int count, double amplify) {
+    const size_t row = (size_t)s->times * s->config->height * s->config->width;
+    double most = 1e-30;
+    for (size_t i = 0; i < (size_t)count * row; i++)
+        most = fmax(most, fabs(s->change[i]));
+    for (size_t i = 0; i < (size_t)count * row; i++) {
+        unsigned char *rgb = s->pictures + 3 * (i + (i / row + 1) * (SHOW_ROWS - 1) * row);
+        const double value = s->change[i] * amplify / most;
+        rgb[1] = (unsigned char)(255.5 - 255 * fmin(fabs(value), 1));
+        rgb[0] = value > 0 ? 255 : rgb[1];
+        rgb[2] = value < 0 ? 255 : rgb[1];
+    }
+    return most / amplify;
 }
 
 static int show(Job *job) {
     const Config *c = &job->model.config;
-    const size_t each = SHOW_ROWS * SHOW_TIMES * image_size(c);
-    if (image_path_check(job->out, c->image_channels, &job->error) || job_data(job, SPLIT_TEST) ||
-        memory_check(job, 3.0 * job->count * (double)each))
+    Show s = {.config = c};
+    if (times_parse(job, &s))
+        return USAGE;
+    const size_t pixels = (size_t)s.times * c->height * c->width, each = 3 * SHOW_ROWS * pixels;
+    if (image_path_check(job->out, 3, &job->error))
+        return -1;
+    if (c->kind == VDM)
+        return fail(&job->error, "%s: vdm-%d has no encoder to show: x_t = x", job->checkpoint,
+                    c->score_blocks);
+    if (job_data(job, SPLIT_TEST) ||
+        memory_check(job, job->count * (3.0 * (double)each + (double)pixels * sizeof(double))))
         return -1;
     const int count = limited(&job->data, job->count);
-    Show s = {&job->model, images_of(job, &job->data, count), arena_allocate(job->arena, (size_t)count, each),
-              arena_allocate(job->arena, (size_t)count, 1)};
+    s.images = images_of(job, &job->data, count);
+    s.pictures = arena_allocate(job->arena, (size_t)count, each);
+    s.change = arena_allocate(job->arena, (size_t)count, pixels * sizeof(double));
+    memset(s.change, 0, (size_t)count * pixels * sizeof(double));
+    s.broken = arena_allocate(job->arena, (size_t)count, 1);
     workers_run(&job->workers, job->model.ema, count, show_example, &s);
-    if (result_check(job, job->checkpoint, memchr(s.broken, 1, (size_t)count) == NULL) ||
-        grid_write(job, job->out, s.pictures, count * SHOW_ROWS * SHOW_TIMES, SHOW_TIMES))
+    if (result_check(job, job->checkpoint, stop_signal || memchr(s.broken, 1, (size_t)count) == NULL))
         return -1;
-    printf("%s: rows x_t, y, dx_t/dlambda (grey: 0, white: 0.25) of %d images, columns t = 0..1\n", job->out,
-           count);
+    const double scale = draw_changes(&s, count, job->amplify);
+    if (grid_write(job, job->out, s.pictures, count * SHOW_ROWS * s.times, s.times, 3))
+        return -1;
+    printf("%s: rows x_t, y, (x_t - x_s)/(t - s) of %d images, columns t = %s, blue -%.4g .. red +%.4g\n",
+           job->out, count, job->times, scale, scale);
     return 0;
 }
 
@@ -1410,8 +1712,8 @@ static const Command COMMANDS[] = {
     {"train", TRAIN, LOAD_ALL, train, NULL, "[options]", "train a model"},
     {"sample", SAMPLE, LOAD_EMA, sample, NULL, "CHECKPOINT --out FILE [options]",
      "draw images from a checkpoint"},
-    {"eval", EVAL, LOAD_EMA, eval, NULL, "CHECKPOINT [options]",
-     "the variational bound on a data set, by term"},
+    {"eval", EVAL, LOAD_EMA, eval, NULL, "CHECKPOINT... [options]",
+     "the variational bound on a data set, by term; checkpoints compared"},
     {"show", SHOW, LOAD_EMA, show, NULL, "CHECKPOINT --out FILE [options]",
      "the encoder at work: x_t, y and their change over t"},
     {"grad", GRAD, LOAD_PARAMS, grad, NULL, "CHECKPOINT --batch FILE --out FILE [options]",
@@ -1423,27 +1725,28 @@ enum { COMMAND_COUNT = sizeof COMMANDS / sizeof COMMANDS[0] };
 
 /* Run a command, say what went wrong, free everything. Returns the exit status. */
 static int run(const Command *command, char **arguments) {
-    Job job = job_default(command, arguments);
-    int status = parse_options(&job);
+    Job *job = job_new(command, arguments);
+    int status = parse_options(job);
     if (status < 0)
         status = USAGE;
-    if (status == OK && job.checkpoint) {   /* all but train begin with one */
-        const int spoils = *job.out && output_check(&job, job.checkpoint);
-        status = spoils ? -1 : file_take(&job, job.checkpoint, checkpoint_take);
+    if (status == OK && job->checkpoint) { /* all but train begin with one */
+        const int spoils = output_check(job, job->checkpoint);
+        status = spoils ? -1 : file_take(job, job->checkpoint, checkpoint_take);
         if (status == OK)
-            workers_start(&job);
+            workers_start(job);
     }
     if (status == OK)
-        status = command->run(&job);
-    end_line(&job);
+        status = command->run(job);
+    end_line(job);
     if (status != OK && status != HELP)
-        say(&job.error);
-    workers_free(&job.workers);
-    model_free(&job.model);
-    dataset_close(&job.data);
-    arena_free(job.arena);
-    if (job.log)
-        fclose(job.log);
+        say(&job->error);
+    workers_free(&job->workers);
+    model_free(&job->model);
+    dataset_close(&job->data);
+    arena_free(job->arena);
+    if (job->log)
+        fclose(job->log);
+    free(job);
     return status >= 0 ? status : stop_signal ? 128 + stop_signal : FAILURE;
 }
 

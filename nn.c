@@ -648,9 +648,9 @@ static void adam_update(const Optimizer *o, double step, size_t count, const rea
     }
 }
 
-/* x [rows, columns], rows >= columns, with all singular values near 1. Of x / ||x||, whose singular values
- * are at most 1, each round makes x (c_0 I + c_1 a + c_2 a^2), a = x^T x: it multiplies small ones by 3.4 and
- * keeps the rest between 0.7 and 1.2. */
+/* x [rows, columns] with all singular values near 1. Of x / ||x||, whose singular values are at most 1, each
+ * round makes x (c_0 I + c_1 a + c_2 a^2), a = x^T x: it multiplies small ones by 3.4 and keeps the rest
+ * between 0.7 and 1.2. */
 static void orthogonalise(int rows, int columns, real *x, Arena *scratch) {
     enum { ROUNDS = 5 };
     static const real c[3] = {(real)3.4445, (real)-4.775, (real)2.0315};
@@ -682,14 +682,7 @@ static void muon_update(const Parameter *p, const real *restrict g, real *restri
         m[j] = momentum * m[j] + (1 - momentum) * g[j];
         u[j] = momentum * m[j] + (1 - momentum) * g[j];
     }
-    if (rows >= columns) {
-        orthogonalise(rows, columns, u, scratch);
-    } else {
-        real *turned = arena_allocate(scratch, p->count, sizeof *turned);
-        transpose(u, rows, columns, turned);
-        orthogonalise(columns, rows, turned, scratch);
-        transpose(turned, columns, rows, u);
-    }
+    orthogonalise(rows, columns, u, scratch);
     const real size = (real)(0.2 * sqrt(rows > columns ? rows : columns));
     for (size_t j = 0; j < p->count; j++)
         u[j] *= size;

@@ -170,6 +170,15 @@ mutant 'evaluation: the repetitions of an image at the same time' diffenc.c \
 mutant 'training step: the gradient of the sum over the batch' diffenc.c \
     'backward(bits_per_dimension(m, terms), 1.0 / batch);' \
     'backward(bits_per_dimension(m, terms), 1.0); (void)batch;'
+mutant 'training step: recon and latent summed instead of averaged' diffenc.c \
+    'mean[term] /= count;' \
+    'mean[term] /= b->batch;'
+mutant 'training step: other examples train the encoder too' diffenc.c \
+    'n->encoder_fixed = !trains_encoder(b, m.config, i);' \
+    'n->encoder_fixed = 0;'
+mutant 'training step: emphasis by sigma_t' diffenc.c \
+    'b->emphasis * number_of(sigma_squared(' \
+    'b->emphasis * number_of(sigma_of('
 mutant 'training step: the same noise at every step' diffenc.c \
     'random_stream(b->seed, RANDOM_NOISE, b->step, index)' \
     'random_stream(b->seed, RANDOM_NOISE, 0, index)'
@@ -317,6 +326,12 @@ mutant 'gradient: as many slots as threads' nn.c \
 mutant 'time: seen in 1000 radians, not cycles' nn.c \
     '1000 / 6.283185307179586 * exp' \
     '1000 * exp'
+mutant 'Muon: the momentum itself, not a step ahead' nn.c \
+    'u[j] = momentum * m[j] + (1 - momentum) * g[j];' \
+    'u[j] = m[j];'
+mutant 'the encoder learns at the full rate' nn.c \
+    'p->in_encoder ? rate * o->encoder_rate : rate' \
+    'rate'
 mutant 'AdamW: the schedule decays' nn.c \
     'p->decays = rank > 1 || initial == INIT_ONE;' \
     'p->decays = initial != INIT_ZERO;'

@@ -232,13 +232,28 @@ static void test_divergence(const char *weight, const char *loss) {
 
 /* ---- the bound on a data set ---- */
 
-/* Every image by hand, the draws counted on over images and repetitions. */
+/* ||sigma_t^2 x^ - dx_t/dlambda|| / ||dx_t/dlambda||, value by value. */
+static double error_by_hand(const Method *m, Tensor *x, Tensor *eps, double t) {
+    const Encoded e = encode(m, x, t, 1);
+    Tensor *gamma_t = gamma_at(m, t), *exact = exact_counterterm(m, e, gamma_t);
+    const Tensor *x_hat = predict(m, diffuse(e.x_t, gamma_t, eps), t).x_hat;
+    double difference = 0, norm = 0;
+    for (int i = 0; i < D; i++) {
+        const double here = (double)exact->value[i], variance = number_of(sigma_squared(gamma_t));
+        difference += pow(variance * (double)x_hat->value[i] - here, 2);
+        norm += here * here;
+    }
+    return sqrt(difference / norm);
+}
+
+/* Every image by hand, the draws counted on over images and repetitions, and what is told of each of them;
+ * the terms do not change when nothing is told. */
 static void test_evaluate(const char *name, int timesteps, int repeats) {
     Case c;
-    double terms[COUNT][4], again[COUNT][4], worst = 0;
+    double terms[COUNT][4], again[COUNT][4], draws[3 * COUNT][DRAW_COLUMNS], worst = 0, worst_error = 0;
     case_new(&c, name, timesteps, 0.3, SCHEDULE_FIXED, 2);
     const double u = random_uniform(random_stream(SEED, RANDOM_EVAL_TIME, 0, 0), 0);
-    evaluate(&c.workers, c.images, COUNT, repeats, SEED, terms);
+    evaluate(&c.workers, c.images, COUNT, repeats, SEED, terms, draws);
     for (int i = 0; i < COUNT; i++) {
         double want[4] = {0};
         for (int repeat = 0; repeat < repeats; repeat++) {
@@ -250,14 +265,29 @@ static void test_evaluate(const char *name, int timesteps, int repeats) {
             const Tensor *const of[4] = {l.recon, l.latent, l.diffusion, bits_per_dimension(&m, l)};
             for (int k = 0; k < 4; k++)
                 want[k] += number_of(of[k]) / repeats / (k < 3 ? D * log(2) : 1);
+            const double *draw = draws[repeat * COUNT + i], loss = number_of(of[2]) / (D * log(2));
+            worst = worse(worst, draw[DRAW_TIME], e.t, 0);
+            worst = worse(worst, draw[DRAW_LAMBDA], 13.3 - 18.3 * e.t, 1e-12);
+            worst = worse(worst, draw[DRAW_LOSS], loss, 1e-12 * loss);
+            worst = worse(worst, draw[DRAW_LOSS_BY_LAMBDA], loss / 18.3, 1e-12 * loss);
+            const double error = draw[DRAW_COUNTERTERM_ERROR];
+            if (c.model.config.kind == VDM)
+                CHECK(isnan(error), "%s: a counterterm's error of %g", name, error);
+            else
+                worst_error = worse(worst_error, error,
+                                    error_by_hand(&m, scale_pixels(&m, e.k),
+                                                  noise_of(&m, RANDOM_EVAL_NOISE, repeat, i), e.t),
+                                    4 * EPS * (1 + error));
         }
         for (int k = 0; k < 4; k++)
             worst = worse(worst, terms[i][k], want[k], 1e-12 * fabs(want[k]));
     }
     CHECK(worst <= 1, "%s, T %d, %d draws an image: off by %.3g tolerances", name, timesteps, repeats, worst);
+    CHECK(worst_error <= 1, "%s, T %d: the counterterm's error is off by %.3g tolerances", name, timesteps,
+          worst_error);
     case_free(&c);
     case_new(&c, name, timesteps, 0.3, SCHEDULE_FIXED, 5);
-    evaluate(&c.workers, c.images, COUNT, repeats, SEED, again);
+    evaluate(&c.workers, c.images, COUNT, repeats, SEED, again, NULL);
     CHECK(memcmp(terms, again, sizeof terms) == 0, "%s: 5 threads give the bits of 2", name);
     case_free(&c);
 }
@@ -319,7 +349,7 @@ static void test_order(const char *where) {
         }
         for (int step = 0; step < STEPS && !sorted; step++)
             training_step(&model, &workers, &o, images + step * BATCH * size, BATCH, SEED, &r, &error);
-        evaluate(&workers, images, IMAGES, 2, SEED, terms);
+        evaluate(&workers, images, IMAGES, 2, SEED, terms, NULL);
         for (int i = 0; i < IMAGES; i++)
             mean[sorted] += terms[i][3] / IMAGES;
         qsort(inked, IMAGES, sizeof *inked, ascending);   /* by its first member */

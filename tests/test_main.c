@@ -261,7 +261,7 @@ static void write_idx(const char *name, uint32_t magic, uint32_t count, uint32_t
 static void write_cifar(const char *name, int count) {
     unsigned char *bytes = allocate((size_t)count, 3073);
     for (int i = 0; i < count * 3073; i++)
-        bytes[i] = (unsigned char)(i % 3073 == 0 ? i / 3073 % 10 : (i % 32) * 8 + i / 3073);
+        bytes[i] = (unsigned char)(i % 3073 == 0 ? i / 3073 % 10 : i % 32 * 7 + (i % 3073 - 1) / 1024 * 10);
     write_file(name, bytes, (size_t)count * 3073);
     free(bytes);
 }
@@ -352,8 +352,8 @@ static void test_help(void) {
          "batch seed data dropout lr warmup weight-decay clip ema steps threads save-every sample-every "
          "sample-steps eval-every eval-limit out resume"},
         {"sample", "count steps seed pixels threads out"},
-        {"eval", "data split limit repeats timesteps variance-ratio seed threads"},
-        {"show", "data count threads out"},
+        {"eval", "data split limit repeats timesteps variance-ratio seed threads chart csv"},
+        {"show", "data count times amplify threads out"},
         {"grad", "batch out threads"},
         {"check", "seed"},
         {"bench", "threads"}};
@@ -839,6 +839,9 @@ static void test_output_is_input(void) {
     refuse(1, "is the same file as the input", "$D sample $W/same --steps 1 --out $W/same.pgm");
     refuse(1, "is the same file as the input", "$D show $W/finite --data $W/read --out $W/read.png");
     refuse(1, "is the same file as the input", "$D grad $W/same --batch $W/good --out $W/same");
+    refuse(1, "is the same file as the input", "$D eval $W/good $W/same --csv $W/same.png");
+    refuse(1, "is the same file as the input", "$D eval $W/good $W/good $W/same --limit 1 --chart $W/same");
+    refuse(1, "is the same file as the input", "$D eval $W/finite --data $W/read --csv $W/read.png");
     refuse(1, "is the same file as the input",
            "cp $VB $W/batch.own; $D grad $V --batch $W/batch.own --out $W/../${W##*/}/batch.own");
     CHECK(same_files("same", "good") &&
@@ -864,6 +867,7 @@ static void test_stranger(void) {
               "%s: %s", files[i], o.error);
     }
     refuse(1, "give --data with a path of your own", "$D eval bad.where");
+    rewrite("finite", "bad.where", "data", "/no-such/place", NULL);
     refuse(1, "give --data with a path of your own", "$D show bad.where --out out.png");
     if (!SANITIZED) {
         const double start = seconds_now();
@@ -1076,7 +1080,15 @@ static void test_wrong_usage(void) {
         {"variance-ratio 2: the bound diverges", "$D eval good --variance-ratio 2"},
         {"variance-ratio 'best'", "$D eval good --timesteps 4 --variance-ratio best"},
         {"variance-ratio 0", "$D eval good --timesteps 4 --variance-ratio 0"},
+        {"variance-ratio optimal: takes one checkpoint",
+         "$D eval good good --timesteps 4 --variance-ratio optimal"},
+        {"csv out: is where the chart goes", "$D eval good --chart out --csv out"},
         {"expected a checkpoint", "$D show"},
+        {"times '0,2': expected fewer than 64 ascending", "$D show finite --times 0,2 --out out.png"},
+        {"times '0.5,0.5'", "$D show finite --times 0.5,0.5 --out out.png"},
+        {"times '0,,1'", "$D show finite --times 0,,1 --out out.png"},
+        {"times '0,1x'", "$D show finite --times 0,1x --out out.png"},
+        {"amplify '0'", "$D show finite --amplify 0 --out out.png"},
         {"--batch FILE", "$D grad good --out out"},
         {"unknown option", "$D check --quick"},
         {"unknown option", "$D bench --quick"},
@@ -1106,7 +1118,7 @@ static void test_bad_data(void) {
         {"images are 9x10x1, the model is for 28x28x1", "$D eval good --data odd --split train"},
         {"No such file or directory", "$D eval good --data no-such"},
         {"holds neither", "$D eval good --data odd"},
-        {"No such file or directory", "$D show good --data no-such --out out.png"},
+        {"No such file or directory", "$D show finite --data no-such --out out.png"},
     };
     static const unsigned char garbage[16] = {0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3, 7, 7, 7, 7, 7, 7};
     succeed("mkdir empty-directory empty short cut labels magic none-in-it promise gzip cifar-cut odd");
@@ -1154,6 +1166,12 @@ static void test_bad_checkpoints(void) {
         {"a .pgm holds grey images only", "$D sample colour --out out.pgm"},
         {"expected a name that ends in", "$D sample good --out out.jpg"},
         {"expected a name that ends in", "$D show good --out out"},
+        {"a .pgm holds grey images only", "$D show finite --out out.pgm"},
+        {"good: vdm-1 has no encoder to show", "$D show good --out out.png"},
+        {"good: images are 12x8x1, the model is for 28x28x1", "$D eval finite finite good --data small"},
+        {"bad.dropped: holds no tensor 'ema", "$D eval good bad.dropped --limit 1 --csv out"},
+        {"No such file or directory", "$D eval good --chart none/out.svg"},
+        {"MiB of memory", "$D eval good --repeats 200000 --chart out"},
         {"No such file or directory", "$D grad good --batch no-such --out out"},
         {"bad.huge: ", "$D eval bad.huge --limit 1"},
     };
@@ -1285,8 +1303,9 @@ static void test_memory(void) {
 
 /* A model whose weights and averages are all 1e30: what comes out is not finite, and no file is left. */
 static void test_not_finite(void) {
-    static const char *const work[4] = {
+    static const char *const work[5] = {
         "sample mad --count 2 --steps 3 --out out.png", "eval mad --limit 2 --data small",
+        "eval finite mad --limit 2 --data small --csv out --chart out.svg",
         "show mad --count 2 --data small --out out.png", "grad mad --batch mad.batch --out out"};
     static real large[1 << 16], zero[1 << 16];
     TensorFile file = read_tensors("finite");
@@ -1299,7 +1318,7 @@ static void test_not_finite(void) {
     free(out);
     tensors_free(&file);
     write_batch("mad.batch", 2, 12, 8, 0.5, 1, NULL);
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 5; i++) {
         refuse(1, "is not finite", "$D %s", work[i]);
         CHECK(file_count("out*") == 0, "%s: leaves a file", work[i]);
     }
@@ -1336,21 +1355,50 @@ static void test_images(void) {
     CHECK(strstr(o.out, "1 images, 4 steps"), "a model of finite T takes T steps: %s", o.out);
 }
 
+/* Nine times across; two images of three rows each. What nt shows can be computed by hand: x_t = alpha_t^2 x,
+ * where the first pixel of the first image is black, -255/256. */
 static void test_show(void) {
-    static const char *const kinds[3] = {"vdm-1", "diffenc-1-nt", "diffenc-1-1"};
-    char before[32] = "";
-    for (int i = 0; i < 3; i++) {
-        char name[32], text[TEXT];
-        succeed("$D train $TINY --model %s --steps 1 --out show-%s", kinds[i], kinds[i]);
-        succeed("$D show show-%s/checkpoint.safetensors --data small --count 2 --out show%d.pgm", kinds[i],
-                i);
-        snprintf(name, sizeof name, "show%d.pgm", i);
-        read_text(name, text);
-        /* Nine times across; two images of three rows each. */
-        CHECK(strncmp(text, "P5\n92 86\n255\n", 13) == 0, "%s begins with %.20s", name, text);
-        CHECK(!*before || !same_files(name, before), "%s and %s are the same picture", name, before);
-        memcpy(before, name, sizeof before);
+    static const char *const kinds[2] = {"diffenc-1-nt", "diffenc-1-1"};
+    char text[TEXT];
+    double steepest = 0, before = 1;
+    int at = 0;
+    for (int column = 0; column < 9; column++) {
+        const double alpha_squared = 1 / (1 + exp(-13.3 + 18.3 * column / 8)),
+                     change = 8 * (before - alpha_squared);
+        if (change > steepest)
+            steepest = change, at = column;
+        before = alpha_squared;
     }
+    for (int i = 1; i >= 0; i--) {
+        succeed("$D train $TINY --model %s --steps 1 --out show-%s", kinds[i], kinds[i]);
+        const Outcome o = succeed(
+            "$D show show-%s/checkpoint.safetensors --data small --count 2 --out show%d.ppm", kinds[i], i);
+        snprintf(text, sizeof text, "show%d.ppm", i);
+        read_text(text, text);
+        CHECK(strncmp(text, "P6\n92 86\n255\n", 13) == 0, "show%d.ppm begins with %.20s", i, text);
+        if (i == 0)
+            CHECK(fabs(number_behind(o.out, ", blue -") / (steepest * 255 / 256) - 1) < 1e-3 &&
+                      number_behind(o.out, ", blue -") == number_behind(o.out, " .. red +"),
+                  "expected a scale of %g: %s", steepest * 255 / 256, o.out);
+    }
+    CHECK(!same_files("show0.ppm", "show1.ppm"), "nt and DiffEnc are the same picture");
+    /* The first pixel of a picture: x_t at t = 0, y = 0, and its change, which is white at first. */
+    static const unsigned char want[4][3] = {{0, 0, 0}, {128, 128, 128}, {255, 255, 255}, {255, 0, 0}};
+    for (int i = 0; i < 4; i++) {
+        const int row = 2 + 14 * (i < 2 ? i : 2), column = 2 + 10 * (i < 3 ? 0 : at);
+        const unsigned char *rgb = (const unsigned char *)text + 13 + 3 * (row * 92 + column);
+        CHECK(memcmp(rgb, want[i], 3) == 0, "pixel %d of nt is %d, %d, %d", i, rgb[0], rgb[1], rgb[2]);
+    }
+    const Outcome o = succeed("$D show finite --data small --count 2 --times 0.25,1 --out show.ppm"),
+                  amplified = succeed(
+                      "$D show finite --data small --count 2 --times=0.25,1 --amplify 4 --out show4.ppm");
+    read_text("show.ppm", text);
+    CHECK(strncmp(text, "P6\n22 86\n255\n", 13) == 0, "two times across: %.20s", text);
+    CHECK(strstr(o.out, "columns t = 0.25,1,") && !same_files("show.ppm", "show4.ppm") &&
+              fabs(number_behind(amplified.out, "red +") * 4 / number_behind(o.out, "red +") - 1) < 1e-3,
+          "amplified by 4: %s%s", o.out, amplified.out);
+    succeed("$D show finite --data small --count 2 --times 0.25,1 --threads 3 --out show4.ppm");
+    CHECK(same_files("show.ppm", "show4.ppm"), "3 threads show another picture");
 }
 
 static void test_eval(void) {
@@ -1380,6 +1428,127 @@ static void test_eval(void) {
     succeed("$D eval good --limit 2 --timesteps 3 --variance-ratio 0.5");
 }
 
+/* The numbers of a line that `eval --csv` wrote: four terms, their errors, the difference and its error. */
+static void csv_line(const char *name, int line, double value[10]) {
+    char text[TEXT];
+    read_text(name, text);
+    const char *at = text;
+    for (int i = 0; i <= line && at; i++)
+        at = strchr(at, '\n') ? strchr(at, '\n') + 1 : NULL;
+    for (int i = 0; i < 10; i++) {
+        at = at ? strchr(at, ',') : NULL;
+        value[i] = at ? strtod(++at, NULL) : NAN;
+    }
+    CHECK(isfinite(value[9]), "%s has no line %d: %s", name, line, text);
+}
+
+/* Two-sided p of Student's t by plain sums: with t = sqrt(freedom) tan(angle) the density is
+ * cos(angle)^(freedom - 1). */
+static double student_p(double t, double freedom) {
+    enum { STEPS = 200000 };
+    double inside = 0, all = 0;
+    for (int i = 0; i < STEPS; i++) {
+        const double angle = 2 * atan(1) * (i + 0.5) / STEPS, density = pow(cos(angle), freedom - 1);
+        all += density;
+        inside += angle < atan(fabs(t) / sqrt(freedom)) ? density : 0;
+    }
+    return 1 - inside / all;
+}
+
+static int is_xml(const char *name) {
+    return run("if command -v xmllint; then xmllint --noout %s\n"
+               "else ! command -v python3 || python3 -c 'import xml.dom.minidom as d; d.parse(\"%s\")'; fi",
+               name, name)
+               .status == 0;
+}
+
+/* Trainings of a few steps: three seeds of a DiffEnc, two of a VDM, two of the same at another rate, and a
+ * third seed of it at another step. */
+static void test_comparison(void) {
+    static const char *const ways[8] = {"a1 --seed 1",
+                                        "a2 --seed 2",
+                                        "a3 --seed 3",
+                                        "b1 --seed 1 --model vdm-1",
+                                        "b2 --seed 2 --model vdm-1",
+                                        "c1 --seed 1 --model vdm-1 --lr 0.01",
+                                        "c2 --seed 2 --model vdm-1 --lr 0.01",
+                                        "b3 --seed 3 --model vdm-1 --steps 3"};
+    double all[10][10], one[10];
+    for (int i = 0; i < 8; i++)
+        succeed("$D train $TINY --lr 0.03 --steps 4 --out c-%s && cp c-%.2s/checkpoint.safetensors %.2s",
+                ways[i], ways[i], ways[i]);
+    const Outcome o = succeed(
+        "$D eval --csv all.csv a1 a2 --data=small a3 b1 b2 --repeats 2 c1 c2 b3 a2 a1 --chart all.svg");
+    CHECK(strstr(o.out, "9 test images of small, EMA weights"), "%s", o.out);
+    for (int i = 0; i < 10; i++) {
+        csv_line("all.csv", i, all[i]);
+        succeed("$D eval %.2s --data small --repeats 2 --csv one.csv", i < 8    ? ways[i]
+                                                                       : i == 8 ? "a2"
+                                                                                : "a1");
+        csv_line("one.csv", 0, one);
+        CHECK(memcmp(all[i], one, 8 * sizeof *one) == 0,
+              "line %d of the table is not that of the checkpoint alone", i);
+        CHECK(fabs(all[i][8] - (all[i][3] - all[0][3])) < 1e-7, "line %d: the difference is %g", i,
+              all[i][8]);
+    }
+    CHECK(all[9][8] == 0 && all[9][9] == 0, "a checkpoint differs from itself by %g +- %g", all[9][8],
+          all[9][9]);
+    CHECK(run("grep -qx 'b3,.*,vdm-1,3,3' all.csv").status == 0, "the table lacks model, seed or step");
+
+    /* Of two images the error is half their distance, so paired errors are sums or differences of errors. */
+    succeed("$D eval a1 b1 --data small --limit 2 --csv 'two,\"2\".csv' && cp two* two.csv");
+    csv_line("two.csv", 0, all[7]);
+    csv_line("two.csv", 1, one);
+    CHECK(fabs(one[9] - fabs(one[7] - all[7][7])) < 1e-6 || fabs(one[9] - one[7] - all[7][7]) < 1e-6,
+          "errors of %g and %g, paired %g", all[7][7], one[7], one[9]);
+    CHECK(one[9] != hypot(one[7], all[7][7]) && one[9] > 0, "the error of the difference is not paired");
+    succeed("ln -s good 'go,\"o\"d' && $D eval 'go,\"o\"d' --limit 1 --csv one.csv && grep -q "
+            "'^\"go,\"\"o\"\"d\",' one.csv");
+
+    /* The groups: a of three seeds, b and c of two; a1 and a2 again and b3 of another step count for none. */
+    const char *at = o.out;
+    for (int i = 0; i < 3; i++) {
+        const int first = i == 0 ? 0 : 2 * i + 1, seeds = i == 0 ? 3 : 2;
+        double mean = 0, square = 0;
+        for (int k = first; k < first + seeds; k++)
+            mean += all[k][3] / seeds;
+        for (int k = first; k < first + seeds; k++)
+            square += (all[k][3] - mean) * (all[k][3] - mean);
+        all[i][4] = mean, all[i][5] = sqrt(square / (seeds - 1) / seeds);
+        char want[64];
+        snprintf(want, sizeof want, "%9.5f +- %.5f  %.1s1\n", all[i][4], all[i][5], &"abc"[i]);
+        at = strstr(at, "mean over ");
+        CHECK(at && strtol(at + 10, NULL, 10) == seeds && strstr(at, want), "group %d, expected %s in: %s", i,
+              want, o.out);
+        at = at ? at + 1 : o.out;
+    }
+    CHECK(!strstr(at, "mean over"), "more groups than three: %s", o.out);
+    for (int i = 0; i < 3; i++) {
+        static const int pair[3][2] = {{0, 1}, {0, 2}, {1, 2}};
+        static const char *const titles[3] = {"t-test: b1 minus a1", "t-test: c1 minus a1",
+                                              "t-test: c1 minus b1"};
+        const int p = pair[i][0], q = pair[i][1];
+        const double u = all[p][5] * all[p][5], v = all[q][5] * all[q][5],
+                     t = (all[q][4] - all[p][4]) / sqrt(u + v),
+                     freedom = (u + v) * (u + v) / (u * u / (p == 0 ? 2 : 1) + v * v);
+        at = strstr(o.out, titles[i]);
+        const char *total = at ? strstr(at, "\ntotal ") : NULL;
+        CHECK(total && fabs(number_behind(total, " t ") - t) < 1e-3 * fabs(t) + 1e-4 &&
+                  fabs(number_behind(total, ", ") - freedom) < 0.006 &&
+                  fabs(number_behind(total, ", p ") - student_p(t, freedom)) < 1e-3,
+              "%s: expected t %.4f, %.2f degrees, p %.4f: %s", titles[i], t, freedom, student_p(t, freedom),
+              o.out);
+    }
+    CHECK(at && strstr(at, "\nlatent       0.00000  no spread over the seeds\n"),
+          "a VDM's latent loss does not depend on its weights: %s", o.out);
+    CHECK(is_xml("all.svg") &&
+              run("test $(grep -c '>a1</text>' all.svg) = 6 && test $(grep -c '>b1</text>' all.svg) = 2")
+                      .status == 0,
+          "all.svg is no XML, or has not two charts of all and one of DiffEnc");
+    succeed("$D eval good --limit 3 --chart vdm.svg && ! grep -q counterterm vdm.svg");
+    CHECK(is_xml("vdm.svg"), "vdm.svg is no XML");
+}
+
 static void test_colour(void) {
     char text[TEXT];
     succeed("mkdir cifar");
@@ -1392,6 +1561,11 @@ static void test_colour(void) {
     const Outcome o = succeed("$D eval colours/checkpoint.safetensors --data cifar");
     CHECK(strstr(o.out, "3 test images of "), "%s", o.out);
     succeed("cp colours/checkpoint.safetensors colour");
+    succeed("$D show colour --data cifar --times 0 --count 1 --out colour.ppm");
+    read_text("colour.ppm", text);
+    CHECK(memcmp(text, "P6\n36 104\n255\n", 14) == 0 &&
+              memcmp(text + 14 + 3 * (2 * 36 + 2), "\7\21\33", 3) == 0,
+          "x_t at t = 0 is not in the colours of x");
 }
 
 static void test_mnist(void) {
@@ -1468,6 +1642,7 @@ int main(void) {
         {"images", test_images},
         {"show", test_show},
         {"eval", test_eval},
+        {"comparison", test_comparison},
         {"colour", test_colour},
         {"data", test_bad_data},
         {"checkpoints", test_bad_checkpoints},

@@ -693,18 +693,16 @@ static void orthogonal(int rows, int columns, double *x) {
     free(a), free(y);
 }
 
-/* Muon's step at rate 1 for a kernel as a matrix [taps in, out], transposed where it has fewer rows. */
+/* Muon's step at rate 1 for a kernel as a matrix [taps in, out]. */
 static void muon_by_hand(const Parameter *p, Scalar *s, const real *g, double *u) {
-    const int in = p->taps * p->in, out = p->out, rows = in > out ? in : out, columns = in + out - rows;
-    double *x = allocate(p->count, sizeof *x);
-    for (int i = 0; i < in * out; i++) {
+    const int rows = p->taps * p->in, columns = p->out;
+    for (int i = 0; i < rows * columns; i++) {
         s[i].m = 0.95 * s[i].m + 0.05 * (double)g[i];
-        x[in >= out ? i : i % out * in + i / out] = 0.95 * s[i].m + 0.05 * (double)g[i];
+        u[i] = 0.95 * s[i].m + 0.05 * (double)g[i];
     }
-    orthogonal(rows, columns, x);
-    for (int i = 0; i < in * out; i++)
-        u[i] = 0.2 * sqrt(rows) * x[in >= out ? i : i % out * in + i / out];
-    free(x);
+    orthogonal(rows, columns, u);
+    for (int i = 0; i < rows * columns; i++)
+        u[i] *= 0.2 * sqrt(rows > columns ? rows : columns);
 }
 
 /* `steps` steps under gradients of norm up to some hundreds, against the scalars. */
