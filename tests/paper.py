@@ -28,10 +28,11 @@ import sys
 import time
 
 PROGRAM = sys.argv[1] if len(sys.argv) > 1 else "./diffenc"
-FINITE_STEPS = (10, 30, 100, 300, 1000)  # the T of the finite bounds
 TERMS = ("recon", "latent", "diffusion", "total")
-TRAINED_T, RATIOS = 100, ("1", "1.1")    # the trainings at finite T, and their w = sigma_Q^2/sigma_P^2
-SIXTEENTHS = (1, 2, 4, 8)  # of a training: the counterterm is looked at then, and at its end
+FINITE_STEPS = (10, 30, 100, 300, 1000)      # the T of the finite bounds
+TRAINED_T, RATIOS = 100, ("1", "1.1")        # the trainings at finite T, and their w = sigma_Q^2/sigma_P^2
+SIXTEENTHS = (1, 2, 4, 8)                    # of a training: there the counterterm is looked at
+SHOWN_TIMES = "0,0.4,0.5,0.6,0.7,0.8,0.9,1"  # most of what an encoder does happens late
 
 
 class Failure(Exception):
@@ -97,9 +98,10 @@ def call(arguments, meanwhile=lambda: None):
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)
             meanwhile()
             time.sleep(0 if pid else 0.02)
-        child.returncode, child = os.waitstatus_to_exitcode(status), None
-        if status:
-            raise Failure(f"{shlex.join([PROGRAM] + arguments)}: ended with status {status >> 8}")
+        code = child.returncode = os.waitstatus_to_exitcode(status)
+        child = None
+        if code:
+            raise Failure(f"{shlex.join([PROGRAM] + arguments)}: ended with status {code}")
         output.seek(0)
         return output.read(), usage.ru_maxrss * 1024
 
@@ -293,11 +295,11 @@ def bound_at(name, checkpoint, T, ratio):
 
 
 def picture(name, arguments, checkpoint):
-    """A PNG of `sample` or `show`, and its line in results.md."""
+    """A PNG of `sample` or `show` in results.md, and what the program says about it: a heat map's scale."""
     file = path(name + ".png")
     arguments = arguments + ["--out", file]
-    kept(name, arguments, [checkpoint], [file])
-    return f"![{name}]({name}.png) {number(arguments)}"
+    told = kept(name, arguments, [checkpoint], [file]).strip()
+    return f"\n![{name}]({name}.png) {number(arguments)}\n\n`{told}`\n"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -518,11 +520,11 @@ class Paper:
         for variant in self.variants:
             checkpoint = self.runs[variant, SEEDS[0]].checkpoint
             arguments = ["sample", checkpoint, "--steps", str(SAMPLE_STEPS)]
-            text += f"\n{variant}:\n\n{picture('samples-' + variant, arguments, checkpoint)}\n"
+            text += picture("samples-" + variant, arguments, checkpoint)
         for variant in ("diffenc-4-nt", "diffenc-4-2", "diffenc-4-2-learned"):
             checkpoint = self.runs[variant, SEEDS[0]].checkpoint
-            arguments = ["show", checkpoint, "--data", DATA]
-            text += f"\n{variant}:\n\n{picture('encoder-' + variant, arguments, checkpoint)}\n"
+            arguments = ["show", checkpoint, "--data", DATA, "--times", SHOWN_TIMES]
+            text += picture("encoder-" + variant, arguments, checkpoint)
         return text
 
     def write(self):
