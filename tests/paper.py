@@ -15,6 +15,7 @@ Exit status: 0, 1 when a command fails, 2 for wrong settings, 128 + N after sign
 """
 
 import csv
+import ctypes
 import fcntl
 import json
 import math
@@ -87,12 +88,20 @@ def write_whole(name, content):
     os.replace(name + ".tmp", name)
 
 
+def end_with_parent():
+    """Where this is Linux, SIGTERM comes when paper.py is killed: a training alone would go on unwatched."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl:
+        prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def call(arguments, meanwhile=lambda: None):
     """Runs the program. Returns what it printed to stdout and its largest memory in bytes. Progress goes to
     our stderr. It has a session of its own: Ctrl-C reaches it once, through us."""
     global child
     with open(path("output.tmp"), "w+") as output:
-        child = subprocess.Popen([PROGRAM] + arguments, stdout=output, start_new_session=True)
+        child = subprocess.Popen([PROGRAM] + arguments, stdout=output, start_new_session=True,
+                                 preexec_fn=end_with_parent)
         pid = 0
         while pid == 0:
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)
@@ -200,7 +209,7 @@ class Run:
 
         os.makedirs(self.directory, exist_ok=True)
         with open(os.path.join(self.directory, ".lock"), "a") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)  # A training whose paper.py was killed may still be at work.
+            fcntl.lockf(lock, fcntl.LOCK_EX)  # A training whose paper.py was killed may still be saving.
         begun = self.step()
         if begun == self.steps:
             return
