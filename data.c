@@ -120,12 +120,12 @@ static void *array_grow(Cursor *c, void *array, size_t count, size_t size) {
     return grown ? grown : array;
 }
 
-/* The CRC-32 of gzip and PNG. */
-static uint32_t crc_32(const unsigned char *data, size_t size) {
+/* The CRC-32 of gzip and PNG; `crc` is that of the bytes before, or 0. */
+static uint32_t crc_32(uint32_t crc, const unsigned char *data, size_t size) {
     static const uint32_t table[16] = {   /* for half a byte */
         0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4, 0x4db26158, 0x5005713c,
         0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c, 0x9b64c2b0, 0x86d3d2d4, 0xa00ae278, 0xbdbdf21c};
-    uint32_t crc = 0xffffffff;
+    crc = ~crc;
     for (size_t i = 0; i < 2 * size; i++)
         crc = table[(crc ^ data[i / 2] >> 4 * (i % 2)) & 15] ^ crc >> 4;
     return ~crc;
@@ -262,7 +262,7 @@ static void inflate_member(Cursor *c) {
         take_byte(c);
     for (unsigned text = NAME; text <= COMMENT; text *= 2)
         while ((flags & text) && take_byte(c)) { }
-    const uint64_t crc = crc_32(header, (size_t)(c->data + c->at - header)) & 0xffff;
+    const uint64_t crc = crc_32(0, header, (size_t)(c->data + c->at - header)) & 0xffff;
     require(c, !(flags & HEADER_CRC) || take_little_endian(c, 2) == crc, "has a header of a wrong CRC");
     c->member = c->out.size;
     for (unsigned last = 0; !last && !c->failed;) {
@@ -271,7 +271,7 @@ static void inflate_member(Cursor *c) {
     }
     c->bits = 0;
     const size_t size = c->out.size - c->member;
-    require(c, c->failed || take_little_endian(c, 4) == crc_32(c->out.data + c->member, size),
+    require(c, c->failed || take_little_endian(c, 4) == crc_32(0, c->out.data + c->member, size),
             "has a wrong CRC");
     require(c, take_little_endian(c, 4) == (size & 0xffffffff), "has a wrong length");
 }
@@ -375,54 +375,101 @@ int file_replace(const char *path, FileWriter write, const void *context, Error 
 
 /* ---- images ---- */
 
-typedef struct {
-    const unsigned char *pixels;
-    int height, width, channels, is_ppm;
-} Image;
-
 static void put_big_endian(FILE *stream, uint32_t value) {
     for (int shift = 24; shift >= 0; shift -= 8)
         putc((int)(value >> shift & 255), stream);
 }
 
-/* A chunk of a PNG: its type, 4 characters, and its data are chunk[size]. */
-static void put_chunk(FILE *stream, const char *chunk, size_t size) {
-    put_big_endian(stream, (uint32_t)size - 4);
-    fwrite(chunk, 1, size, stream);
-    put_big_endian(stream, crc_32((const unsigned char *)chunk, size));
-}
-
-/* A PNG without compression, since the pixels are few: each row is a deflate block of type "stored". */
-static int write_png(void *stream, const void *context) {
-    const Image *image = context;
-    const int row = image->width * image->channels, height = image->height, width = image->width;
-    uint32_t low = 1, high = 0;   /* Adler-32 (RFC 1950) of all rows, each with the 0 before it: no filter */
-    char header[18], *chunk = NULL;
-    size_t size = 0;
-    FILE *data = open_memstream(&chunk, &size);
-    if (!data)
-        return -1;
-    fputs("IDAT\x78\x01", data);
-    for (int y = 0; y < height; y++) {
-        const unsigned char *pixels = image->pixels + (size_t)y * (size_t)row;
-        const int length = row + 1, is_last = y == height - 1;
-        fprintf(data, "%c%c%c%c%c%c", is_last, length, length >> 8, ~length, ~length >> 8, 0);
-        fwrite(pixels, 1, (size_t)row, data);
-        for (int i = 0; i < length; i++) {
-            low = (low + (i > 0 ? pixels[i - 1] : 0)) % 65521;
-            high = (high + low) % 65521;
+/* Bits of a deflate stream, a code's highest one first. */
+static void put_code(Cursor *c, unsigned code, int length) {
+    while (length-- > 0) {
+        c->bits = (c->bits | (code >> length & 1) << 9) >> 1;
+        if (c->bits & 1) {   /* the 1 has come down from above: a byte is full */
+            put_byte(c, c->bits >> 1);
+            c->bits = 0x100;
         }
     }
-    put_big_endian(data, high << 16 | low);
-    const int status = fclose(data);
-    sprintf(header, "IHDR%c%c%c%c%c%c%c%c\x08%c%c%c%c", width >> 24, width >> 16, width >> 8, width,
-            height >> 24, height >> 16, height >> 8, height, image->channels == 3 ? 2 : 0, 0, 0, 0);
+}
+
+/* A symbol in the fixed code of inflate_block(): a byte, the end or a length. */
+static void put_symbol(Cursor *c, unsigned s) {
+    const unsigned code = s < 144 ? 0x30 + s : s < 256 ? 0x100 + s : s < 280 ? s - 256 : s - 88;
+    put_code(c, code, s < 144 ? 8 : s < 256 ? 9 : s < 280 ? 7 : 8);
+}
+
+/* A zlib stream (RFC 1950) of one block. Of what repeats only pixels like the one before are looked for, in
+ * runs whose length is a symbol alone: there is no better to be had of noise, and most else is black. */
+static void deflate(Cursor *c, const unsigned char *data, size_t size, unsigned pixel) {
+    uint32_t low = 1, high = 0;   /* Adler-32 */
+    c->bits = 0x100;
+    put_byte(c, 0x78);
+    put_byte(c, 0x01);
+    put_code(c, 6, 3);   /* the last block; it has the fixed code */
+    for (size_t at = 0, run; at < size; at += run) {
+        const size_t most = at < pixel ? 0 : size - at < 258 ? size - at : 258;
+        for (run = 0; run < most && data[at + run] == data[at + run - pixel];)
+            run++;
+        run = run < 3 ? 1 : run > 10 && run < 258 ? 10 : run;
+        put_symbol(c, run == 1 ? data[at] : run == 258 ? 285 : 254 + (unsigned)run);
+        put_code(c, pixel - 1, run == 1 ? 0 : 5);   /* the distance */
+    }
+    put_symbol(c, 256);
+    put_code(c, 0, 7);   /* to the end of a byte */
+    for (size_t i = 0; i < size; i++) {
+        low = (low + data[i]) % 65521;
+        high = (high + low) % 65521;
+    }
+    for (int shift = 24; shift >= 0; shift -= 8)
+        put_byte(c, (high << 16 | low) >> shift & 255);
+}
+
+/* A chunk of a PNG: length, type, numbers, bytes, CRC. */
+static void put_chunk(FILE *out, const char *type, size_t count, const uint32_t *numbers, const void *bytes,
+                      size_t size) {
+    unsigned char head[28];
+    memcpy(head, type, 4);
+    for (size_t i = 0; i < 4 * count; i++)
+        head[4 + i] = (unsigned char)(numbers[i / 4] >> 8 * (3 - i % 4));
+    put_big_endian(out, (uint32_t)(4 * count + size));
+    fwrite(head, 1, 4 + 4 * count, out);
+    fwrite(bytes, 1, size, out);
+    put_big_endian(out, crc_32(crc_32(0, head, 4 + 4 * count), bytes, size));
+}
+
+typedef struct {
+    const unsigned char *pixels;   /* [count, height, width, channels] */
+    int count, height, width, channels, is_ppm, delay;
+} Image;
+
+/* A PNG without filters of its rows; with a delay it is animated (https://www.w3.org/TR/png-3/). */
+static int write_png(void *stream, const void *context) {
+    const Image *image = context;
+    const uint32_t width = (uint32_t)image->width, height = (uint32_t)image->height;
+    const unsigned pixel = (unsigned)image->channels, colour = pixel == 3 ? 2 : 0;
+    const size_t row = 1 + (size_t)width * pixel;   /* it begins with the 0 of no filter */
+    unsigned char *rows = allocate_zeroed(height, row);
+    uint32_t sequence = 0;
+    Error error;
+    Cursor c = {.name = "png", .error = &error, .most = UINT64_MAX};
     fputs("\x89PNG\r\n\x1a\n", stream);
-    put_chunk(stream, header, 17);
-    put_chunk(stream, chunk, size);
-    put_chunk(stream, "IEND", 4);
-    free(chunk);
-    return status || ferror((FILE *)stream);
+    put_chunk(stream, "IHDR", 3, (uint32_t[]){width, height, 8 << 24 | colour << 16}, "", 1);
+    if (image->delay > 0)
+        put_chunk(stream, "acTL", 2, (uint32_t[]){(uint32_t)image->count, 0}, "", 0);
+    for (size_t frame = 0; frame < (size_t)image->count; frame++) {
+        for (size_t y = 0; y < height; y++)
+            memcpy(rows + y * row + 1, image->pixels + (frame * height + y) * (row - 1), row - 1);
+        c.out.size = 0;
+        deflate(&c, rows, height * row, pixel);
+        const uint32_t control[6] = {sequence++, width, height, 0, 0, (uint32_t)image->delay << 16 | 1000};
+        if (image->delay > 0)
+            put_chunk(stream, "fcTL", 6, control, "\0", 2);
+        put_chunk(stream, frame > 0 ? "fdAT" : "IDAT", frame > 0, &sequence, c.out.data, c.out.size);
+        sequence += frame > 0;
+    }
+    put_chunk(stream, "IEND", 0, NULL, "", 0);
+    free(c.out.data);
+    free(rows);
+    return c.failed || ferror((FILE *)stream);
 }
 
 static int write_netpbm(void *stream, const void *context) {
@@ -435,24 +482,50 @@ static int write_netpbm(void *stream, const void *context) {
     return ferror((FILE *)stream);
 }
 
+/* NumPy's format: a header of 128 bytes, the pixels. */
+static int write_npy(void *stream, const void *context) {
+    const Image *m = context;
+    char header[119];
+    snprintf(header, sizeof header, "{'descr': '|u1', 'fortran_order': False, 'shape': (%d, %d, %d, %d), }",
+             m->count, m->height, m->width, m->channels);
+    fprintf(stream, "\x93NUMPY\x01%c\x76%c%-117s\n", 0, 0, header);
+    fwrite(m->pixels, (size_t)m->height * (size_t)m->width * (size_t)m->channels, (size_t)m->count, stream);
+    return ferror((FILE *)stream);
+}
+
+static FileWriter image_writer(const char *path) {
+    const int is_png = has_extension(path, ".png") || has_extension(path, ".apng");
+    const int is_netpbm = has_extension(path, ".pgm") || has_extension(path, ".ppm");
+    return is_png ? write_png : is_netpbm ? write_netpbm : has_extension(path, ".npy") ? write_npy : NULL;
+}
+
 int image_path_check(const char *path, int channels, Error *error) {
     Cursor c = {.name = path, .error = error};
-    const int is_pgm = has_extension(path, ".pgm"), is_ppm = has_extension(path, ".ppm");
-    require(&c, is_pgm || is_ppm || has_extension(path, ".png"),
-            "unknown kind of image, expected a name that ends in .png, .pgm or .ppm");
-    require(&c, !is_pgm || channels == 1, "a .pgm holds grey images only, expected .png or .ppm for colour");
+    const FileWriter writer = image_writer(path);
+    require(&c, writer != NULL,
+            "unknown kind of image, expected a name that ends in .png, .apng, .pgm, .ppm or .npy");
+    require(&c, channels == 1 || !has_extension(path, ".pgm"),
+            "a .pgm holds grey images only, expected .png or .ppm for colour");
+    require(&c, channels != 2 || writer == write_npy, "images of two channels are written as .npy only");
     return c.failed;
+}
+
+int images_write(const char *path, const unsigned char *images, int count, int height, int width,
+                 int channels, int delay, Error *error) {
+    const Image image = {images, count, height, width, channels, has_extension(path, ".ppm"), delay};
+    const FileWriter writer = image_writer(path);
+    Cursor c = {.name = path, .error = error};
+    assert(count > 0 && height > 0 && width > 0 && channels > 0 && channels < 4);
+    require(&c, height * (width * 3.0 + 1) <= 1.9e9, "an image of %d x %d pixels is too large", width,
+            height);
+    require(&c, count == 1 || writer == write_npy || (writer == write_png && delay), "holds one image only");
+    return c.failed || image_path_check(path, channels, error) || file_replace(path, writer, &image, error)
+               ? -1 : 0;
 }
 
 int image_write(const char *path, const unsigned char *pixels, int height, int width, int channels,
                 Error *error) {
-    const Image image = {pixels, height, width, channels, has_extension(path, ".ppm")};
-    Cursor c = {.name = path, .error = error};
-    assert(height > 0 && width > 0 && (channels == 1 || channels == 3));
-    require(&c, (double)width * channels <= 65534 && (double)height * width * 3 <= 2e9,
-            "an image of %d x %d pixels is too large", width, height);
-    return c.failed || image_path_check(path, channels, error) ||
-           file_replace(path, has_extension(path, ".png") ? write_png : write_netpbm, &image, error) ? -1 : 0;
+    return images_write(path, pixels, 1, height, width, channels, 0, error);
 }
 
 unsigned char *image_grid(const unsigned char *images, int count, int columns, int height, int width,
@@ -676,15 +749,14 @@ static Glyph digit_glyph(RandomStream stream, uint32_t index) {
     return g;
 }
 
-/* A white line with round ends and soft edges. Pixel (x, y) is centred on (x, y); it only brightens, so that
- * the joints of a long curve do not show. */
-static void draw_line(unsigned char *pixels, const double from[2], const double to[2], double radius) {
+void line_draw(unsigned char *canvas, int size, int channels, const double from[2], const double to[2],
+               double radius, const unsigned char *colour) {
     const double along_x = to[0] - from[0], along_y = to[1] - from[1];
     const double square = along_x * along_x + along_y * along_y;
     int first[2], end[2];
     for (int axis = 0; axis < 2; axis++) {
         first[axis] = (int)fmax(fmin(from[axis], to[axis]) - radius, 0);
-        end[axis] = (int)fmin(fmax(from[axis], to[axis]) + radius + 2, DIGIT_SIZE);
+        end[axis] = (int)fmin(fmax(from[axis], to[axis]) + radius + 2, size);
     }
     for (int y = first[1]; y < end[1]; y++)
         for (int x = first[0]; x < end[0]; x++) {
@@ -692,13 +764,15 @@ static void draw_line(unsigned char *pixels, const double from[2], const double 
             const double part = square > 0 ? fmin(fmax(along / square, 0), 1) : 0;
             const double across_x = x - from[0] - part * along_x, across_y = y - from[1] - part * along_y;
             const double cover = fmin(radius + 0.5 - sqrt(across_x * across_x + across_y * across_y), 1);
-            unsigned char *pixel = pixels + y * DIGIT_SIZE + x;
-            *pixel = (unsigned char)fmax(*pixel, (double)lround(255 * cover));
+            unsigned char *pixel = canvas + ((size_t)y * (size_t)size + (size_t)x) * (size_t)channels;
+            for (int c = 0; c < channels; c++)
+                pixel[c] = (unsigned char)fmax(pixel[c], (double)lround(colour[c] * cover));
         }
 }
 
 static void digit_draw(uint64_t seed, Split split, uint32_t index, unsigned char *out) {
     enum { PIECES = 5 };
+    const unsigned char white = 255;
     const Glyph g = digit_glyph(random_stream(seed, RANDOM_GLYPHS, (uint32_t)split, index), index);
     memset(out, 0, DIGIT_SIZE * DIGIT_SIZE);
     for (int i = 0; i + 1 < g.count; i++) {
@@ -713,15 +787,43 @@ static void digit_draw(uint64_t seed, Split split, uint32_t index, unsigned char
                 const double *p = g.at[axis];
                 to[axis] = a * p[before] + b * p[i] + c * p[i + 1] + d * p[after];
             }
-            draw_line(out, from, to, g.radius);
+            line_draw(out, DIGIT_SIZE, 1, from, to, g.radius, &white);
             memcpy(from, to, sizeof from);
         }
+    }
+}
+
+/* ---- built-in points ---- */
+
+/* A spiral of two and a half turns, as dense at its end as at its beginning, and a normal number each way. */
+static void swirl_point(uint64_t seed, Split split, uint32_t index, unsigned char *out) {
+    const RandomStream stream = random_stream(seed, RANDOM_GLYPHS, (uint32_t)split, index);
+    const double part = sqrt(random_uniform(stream, 0)), turn = 8 * atan(1);
+    const double away = 3 * sqrt(-2 * log(1 - random_uniform(stream, 1)));
+    for (int axis = 0; axis < 2; axis++) {
+        const double sideways = axis * turn / 4, along = cos(2.5 * turn * part - sideways);
+        const double at = 128 + 116 * part * along + away * cos(turn * random_uniform(stream, 2) - sideways);
+        out[axis] = (unsigned char)fmin(fmax(at, 0), 255);
+    }
+}
+
+void points_draw(unsigned char *canvas, int size, const unsigned char *points, int count,
+                 const unsigned char colour[3]) {
+    for (const unsigned char *p = points; p < points + 2 * (size_t)count; p += 2) {
+        const double at[2] = {(p[0] + 0.5) * size / 256 - 0.5, (p[1] + 0.5) * size / 256 - 0.5};
+        line_draw(canvas, size, 3, at, at, size / 400.0, colour);
     }
 }
 
 /* ---- data sets ---- */
 
 enum { SIDE = 32, PLANE = SIDE * SIDE, RECORD = 1 + 3 * PLANE, MOST_RECORDS = 10000 };   /* CIFAR-10 */
+
+static const char *const file_names[2][8] = {   /* by split: MNIST's images and labels, then CIFAR-10 */
+    {"train-images-idx3-ubyte", "train-labels-idx1-ubyte", "data_batch_1.bin", "data_batch_2.bin",
+     "data_batch_3.bin", "data_batch_4.bin", "data_batch_5.bin"},
+    {"t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "test_batch.bin"},
+};
 
 /* An IDX header: big-endian magic number, count, height, width. Returns the bytes of pixels that it promises,
  * 0 where it is wrong. */
@@ -748,8 +850,25 @@ int idx_parse(Bytes *bytes, const char *name, Dataset *dataset, Error *error) {
     if (c.failed)
         return -1;
     memmove(bytes->data, bytes->data + 16, (size_t)promised);
-    *dataset = (Dataset){header[1], (int)header[2], (int)header[3], 1, bytes->data, dataset->split, 0};
+    *dataset = (Dataset){header[1], (int)header[2], (int)header[3], 1, bytes->data, .split = dataset->split};
     bytes->data = NULL;
+    return 0;
+}
+
+int idx_labels_parse(Bytes *bytes, const char *name, Dataset *dataset, Error *error) {
+    const uint32_t n = dataset->count;
+    const unsigned char header[8] = {0, 0, 8, 1, n >> 24, n >> 16 & 255, n >> 8 & 255, n & 255};
+    Cursor c = {.name = name, .error = error};
+    require(&c, bytes->size == 8 + (size_t)n && memcmp(bytes->data, header, 8) == 0,
+            "holds %zu bytes, expected an IDX file of %u labels for the images of %s", bytes->size,
+            (unsigned)n, file_names[dataset->split][0]);
+    if (c.failed)
+        return -1;
+    dataset->labels = memmove(bytes->data, bytes->data + 8, n);
+    bytes->data = NULL;
+    for (uint32_t i = 0; i < n; i++)
+        if (dataset->classes <= dataset->labels[i])
+            dataset->classes = dataset->labels[i] + 1;
     return 0;
 }
 
@@ -763,9 +882,14 @@ int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *e
         require(&c, bytes->data[i * RECORD] < 10, "image %zu has label %d, expected 0 to 9", i,
                 bytes->data[i * RECORD]);
     unsigned char *pixels = resize(&c, dataset->pixels, (had + count) * 3 * PLANE);
-    if (!pixels)
+    dataset->pixels = pixels ? pixels : dataset->pixels;
+    unsigned char *labels = resize(&c, dataset->labels, had + count);
+    dataset->labels = labels ? labels : dataset->labels;
+    if (!pixels || !labels)
         return -1;
-    dataset->pixels = pixels;
+    dataset->classes = 10;
+    for (size_t i = 0; i < count; i++)
+        labels[had + i] = bytes->data[i * RECORD];
     dataset->count = (uint32_t)(had + count);
     dataset->height = dataset->width = SIDE;
     dataset->channels = 3;
@@ -775,28 +899,14 @@ int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *e
     return 0;
 }
 
-/* Add the images of a file, reading hardly more of it than its header promises or a batch holds. */
-static int dataset_read(Dataset *dataset, const char *path, int is_mnist, Error *error) {
-    uint64_t most = (uint64_t)(MOST_RECORDS + 1) * RECORD;
-    uint32_t header[4] = {0};
-    Bytes bytes;
-    if (is_mnist) {
-        if (file_read(path, 16, &bytes, error))
-            return -1;
-        most = 16 + idx_header(&bytes, header) + 1;
-        free(bytes.data);
-    }
-    if (file_read(path, most, &bytes, error))
-        return -1;
-    const int status = is_mnist ? idx_parse(&bytes, path, dataset, error)
-                                : cifar_parse(&bytes, path, dataset, error);
-    free(bytes.data);
-    return status;
-}
-
-/* Add the images of DIRECTORY/NAME or DIRECTORY/NAME.gz. Where neither is there, nothing is added. */
-static int dataset_add(Dataset *dataset, const char *where, const char *name, int is_mnist, Error *error) {
+/* Add DIRECTORY/NAME or DIRECTORY/NAME.gz, the name of this kind in the list, reading hardly more than it may
+ * hold. Where neither is there, nothing is added. */
+static int dataset_add(Dataset *dataset, const char *where, int kind, Error *error) {
     char plain[PATH_MAX + 64], packed[PATH_MAX + 68];
+    const char *name = file_names[dataset->split][kind];
+    uint64_t most = kind == 1 ? 8 + (uint64_t)dataset->count + 1 : (uint64_t)(MOST_RECORDS + 1) * RECORD;
+    uint32_t header[4] = {0};
+    Bytes bytes = {NULL, 0};
     snprintf(plain, sizeof plain, "%s/%s", where, name);
     snprintf(packed, sizeof packed, "%s.gz", plain);
     const int is_plain = access(plain, F_OK) == 0 || errno != ENOENT, is_packed = access(packed, F_OK) == 0;
@@ -804,24 +914,37 @@ static int dataset_add(Dataset *dataset, const char *where, const char *name, in
         require(&(Cursor){.name = packed, .error = error}, 0, "is not read, since %s is there too", name);
         fprintf(stderr, "diffenc: %s\n", error->text);
     }
-    return is_plain || is_packed ? dataset_read(dataset, is_plain ? plain : packed, is_mnist, error) : 0;
+    if (!is_plain && !is_packed)
+        return 0;
+    const char *path = is_plain ? plain : packed;
+    if (kind == 0 && file_read(path, 16, &bytes, error) == 0)
+        most = 16 + idx_header(&bytes, header) + 1;
+    free(bytes.data);
+    if (file_read(path, most, &bytes, error))
+        return -1;
+    const int status = kind == 0   ? idx_parse(&bytes, path, dataset, error)
+                       : kind == 1 ? idx_labels_parse(&bytes, path, dataset, error)
+                                   : cifar_parse(&bytes, path, dataset, error);
+    free(bytes.data);
+    return status;
 }
 
 int dataset_open(Dataset *dataset, const char *where, Split split, uint64_t seed, Error *error) {
-    static const char *const names[2][7] = {   /* MNIST, then CIFAR-10 */
-        {"train-images-idx3-ubyte", "data_batch_1.bin", "data_batch_2.bin", "data_batch_3.bin",
-         "data_batch_4.bin", "data_batch_5.bin"}, {"t10k-images-idx3-ubyte", "test_batch.bin"},
-    };
-    const int is_test = split == SPLIT_TEST, is_digits = strcmp(where, "digits") == 0;
+    const int is_test = split == SPLIT_TEST;
+    const uint32_t count = is_test ? 10000 : 60000;
     Cursor c = {.name = where, .error = error};
     *dataset = (Dataset){.split = split};
-    if (is_digits)
-        *dataset = (Dataset){is_test ? 10000 : 60000, DIGIT_SIZE, DIGIT_SIZE, 1, NULL, split, seed};
-    require_call(&c, is_digits || access(where, F_OK) == 0);
-    for (int i = 0; names[is_test][i] && dataset->channels != 1 && !c.failed; i++)
-        c.failed = dataset_add(dataset, where, names[is_test][i], i == 0, error);
+    if (strcmp(where, "digits") == 0)
+        *dataset = (Dataset){count, DIGIT_SIZE, DIGIT_SIZE, 1, NULL, split, seed, NULL, 10};
+    if (strcmp(where, "swirl") == 0)
+        *dataset = (Dataset){count, 1, 1, 2, NULL, split, seed, NULL, 0};
+    const int is_built_in = dataset->count > 0;
+    require_call(&c, is_built_in || access(where, F_OK) == 0);
+    for (int i = 0; file_names[split][i] && !is_built_in && !c.failed; i++)
+        if (i == 0 || (i == 1) == (dataset->channels == 1))
+            c.failed = dataset_add(dataset, where, i, error);
     require(&c, dataset->count > 0, "holds neither %s (MNIST) nor %s (CIFAR-10), plain or with .gz",
-            names[is_test][0], is_test ? "test_batch.bin" : "data_batch_1.bin to ..5.bin");
+            file_names[split][0], is_test ? "test_batch.bin" : "data_batch_1.bin to ..5.bin");
     if (c.failed)
         dataset_close(dataset);
     return c.failed;
@@ -829,6 +952,7 @@ int dataset_open(Dataset *dataset, const char *where, Split split, uint64_t seed
 
 void dataset_close(Dataset *dataset) {
     free(dataset->pixels);
+    free(dataset->labels);
     *dataset = (Dataset){0};
 }
 
@@ -842,7 +966,13 @@ void dataset_image(const Dataset *dataset, uint32_t index, unsigned char *out) {
     if (dataset->pixels)
         memcpy(out, dataset->pixels + index * size, size);
     else
-        digit_draw(dataset->seed, dataset->split, index, out);
+        (dataset->channels == 1 ? digit_draw : swirl_point)(dataset->seed, dataset->split, index, out);
+}
+
+int dataset_label(const Dataset *dataset, uint32_t index) {
+    assert(index < dataset->count);
+    const int digit = (int)(index % 10);   /* as digit_glyph() has it */
+    return dataset->labels ? dataset->labels[index] : dataset->classes > 0 ? digit : -1;
 }
 
 /* FNV-1a over little-endian words of 8 bytes. Without the shift, high bits would never reach low ones. */

@@ -89,7 +89,7 @@ typedef enum {
     RANDOM_DROPOUT,        /* dropout masks of the score network */
     RANDOM_SAMPLER,        /* z_1 and the noise of the ancestral sampler; step = the time step */
     RANDOM_PIXELS,         /* pixels drawn from p(k | z_0) */
-    RANDOM_GLYPHS,         /* the built-in digits; step = split, example = index */
+    RANDOM_GLYPHS,         /* built-in data; step = split, example = index */
     RANDOM_EVAL_TIME,      /* the one u of an evaluation */
     RANDOM_EVAL_NOISE,     /* eps of an evaluation; step = repetition */
     RANDOM_EVAL_NOISE_0,   /* eps_0 of an evaluation */
@@ -351,7 +351,7 @@ void config_model_name(const Config *config, char name[32]);
 int config_check(const Config *config, Error *error);
 
 /* Levels of a U-Net of `blocks` blocks: halve the height up to `blocks` times, stop after the level that
- * leaves it odd or at most 8. */
+ * leaves it odd or at most 8; none where the height is 1. */
 int unet_levels(int blocks, int height);
 
 typedef enum { INIT_ZERO, INIT_ONE, INIT_LECUN, INIT_GAMMA_B, INIT_GAMMA_W } Initial;
@@ -611,14 +611,30 @@ int file_replace(const char *path, FileWriter write, const void *context, Error 
 
 /* ---- images ---- */
 
-/* pixels [height, width, channels], 1 or 3 channels, as .png, .pgm (1 channel) or .ppm: by the path's end. */
+/* pixels [height, width, channels], 1 or 3 channels, as .png, .pgm (1 channel), .ppm or .npy ([1, height,
+ * width, channels], any channels): by the path's end. */
 int image_write(const char *path, const unsigned char *pixels, int height, int width, int channels,
                 Error *error);
 int image_path_check(const char *path, int channels, Error *error);   /* before hours of work */
 
+/* The same of images [count, height, width, channels] as one .npy, or as the frames of one animated .apng or
+ * .png, `delay` milliseconds each, below 65536, over and over. */
+int images_write(const char *path, const unsigned char *images, int count, int height, int width,
+                 int channels, int delay, Error *error);
+
 /* `count` images in a grid of at most `columns`, 2 white pixels around each. free() the result. */
 unsigned char *image_grid(const unsigned char *images, int count, int columns, int height, int width,
                           int channels, int *grid_height, int *grid_width);
+
+/* A line with round ends and soft edges, in pixels, on canvas [size, size, channels]: pixel (x, y) is centred
+ * on (x, y). It only brightens, so that the joints of a long curve do not show; so a canvas begins black. */
+void line_draw(unsigned char *canvas, int size, int channels, const double from[2], const double to[2],
+               double radius, const unsigned char *colour);
+
+/* points [count] (x, y) as dots on canvas [size, size, 3], which holds all from (0, 0) to (255, 255): the
+ * real x in -1..1 of a level is at pixel (x + 1)/2 size - 1/2. */
+void points_draw(unsigned char *canvas, int size, const unsigned char *points, int count,
+                 const unsigned char colour[3]);
 
 /* A chart as SVG, on its own or inside HTML, light or dark as the reader's system is. What is not finite is
  * left out; the beginning of a falling curve is cut off where its end would look flat. */
@@ -638,31 +654,38 @@ void put_escaped(FILE *out, const char *text);
 typedef enum { SPLIT_TRAIN, SPLIT_TEST } Split;
 
 typedef struct {
-    uint32_t count;          /* images; digits: 60000 for training and 10000 for testing */
+    uint32_t count;          /* images; built in: 60000 for training and 10000 for testing */
     int height, width, channels;
-    unsigned char *pixels;   /* [count, height, width, channels], or NULL: the built-in digits */
+    unsigned char *pixels;   /* [count, height, width, channels], or NULL: built in, digits or the swirl */
     Split split;
-    uint64_t seed;           /* of the built-in digits */
+    uint64_t seed;           /* of what is built in */
+    unsigned char *labels;   /* [count], below `classes`, or NULL: built in, or there are none */
+    int classes;             /* 0: there are no labels */
 } Dataset;
 
-/* Open `where`: the word "digits" (built in, drawn from `seed`), or a directory with MNIST or Fashion-MNIST
- * (train-images-idx3-ubyte, t10k-images-idx3-ubyte) or with those of CIFAR-10's data_batch_1.bin to
- * data_batch_5.bin, test_batch.bin that are there; MNIST comes first. All may be .gz; where both are, the
- * plain one is read, and a line on stderr says so. */
+/* Open `where`: the word "digits" or "swirl" (built in, drawn from `seed`; points of a spiral, images of 1x1
+ * pixels with the channels x and y), or a directory with MNIST or Fashion-MNIST (train-images-idx3-ubyte,
+ * t10k-images-idx3-ubyte; train-labels-idx1-ubyte, t10k-labels-idx1-ubyte where they are there) or with those
+ * of CIFAR-10's data_batch_1.bin to data_batch_5.bin, test_batch.bin that are there; MNIST comes first. All
+ * may be .gz; where both are, the plain one is read, and a line on stderr says so. */
 int dataset_open(Dataset *dataset, const char *where, Split split, uint64_t seed, Error *error);
 void dataset_close(Dataset *dataset);
 
-/* Copy image `index` to `out` [height, width, channels]. A digit is a function of (seed, split, index). */
+/* Copy image `index` to `out` [height, width, channels]. What is built in is a function of (seed, split,
+ * index). Its label, or -1 where there is none. */
 void dataset_image(const Dataset *dataset, uint32_t index, unsigned char *out);
+int dataset_label(const Dataset *dataset, uint32_t index);
 
-/* A hash of shape and pixels, or of split and seed of the built-in digits; the same on all machines. */
+/* A hash of shape and pixels, or of split and seed of what is built in; the same on all machines. */
 uint64_t dataset_digest(const Dataset *dataset);
 
 /* Index `position` in the order of an epoch: for each (seed, epoch) a permutation of 0..count-1. */
 uint32_t dataset_shuffle(uint64_t seed, uint32_t epoch, uint32_t position, uint32_t count);
 
-/* The images of an IDX file, which takes `bytes` over; of a CIFAR-10 batch, behind those already there. */
+/* The images of an IDX file; the labels of those images; images and labels of a CIFAR-10 batch, behind those
+ * already there. IDX takes `bytes` over. */
 int idx_parse(Bytes *bytes, const char *name, Dataset *dataset, Error *error);
+int idx_labels_parse(Bytes *bytes, const char *name, Dataset *dataset, Error *error);
 int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *error);
 
 /* ---- safetensors: https://github.com/huggingface/safetensors ---- */

@@ -86,19 +86,19 @@ void config_model_name(const Config *config, char name[32]) {
 }
 
 int unet_levels(int blocks, int height) {
-    for (int i = 0; i < blocks; i++) {
+    for (int i = 0; i < blocks && height > 1; i++) {
         height /= 2;
         if (height % 2 == 1 || height <= 8)
             return i + 1;
     }
-    return blocks;
+    return height > 1 ? blocks : 0;
 }
 
 /* `what` has n channels at its first level; every group normalisation in it must come out even. */
 static int check_channels(const char *option, int channels, int levels, Error *error) {
     if (channels < 4 || channels > MOST_CHANNELS || channels % 4)
         return fail(error, "%s %d: must be a multiple of 4 from 4 to %d", option, channels, MOST_CHANNELS);
-    for (int level = 0; level < levels; level++) {
+    for (int level = 0; level == 0 || level < levels; level++) {
         const int64_t width = (int64_t)channels << level;
         if (width > MOST_CHANNELS)
             return fail(error, "%s %d: level %d of the U-Net would have %lld channels, %d are the most",
@@ -122,8 +122,8 @@ int config_check(const Config *c, Error *error) {
     if (c->height < 1 || c->width < 1 || c->height > LARGEST_SIDE || c->width > LARGEST_SIDE)
         return fail(error, "image size %dx%d: each side must be from 1 to %d", c->height, c->width,
                     LARGEST_SIDE);
-    if (c->image_channels != 1 && c->image_channels != 3)
-        return fail(error, "image channels %d: must be 1 or 3", c->image_channels);
+    if (c->image_channels < 1 || c->image_channels > 3)
+        return fail(error, "image channels %d: must be 1 to 3", c->image_channels);
     if (c->score_blocks < 1 || c->score_blocks > MOST_BLOCKS || c->encoder_blocks < (c->kind == DIFFENC) ||
         c->encoder_blocks > MOST_BLOCKS)
         return fail(error, "model: L %d and E %d must be from 1 to %d", c->score_blocks, c->encoder_blocks,
@@ -338,10 +338,10 @@ static Tensor *flat_body(Network *n, Tensor *h, Tensor *time, int blocks) {
     return h;
 }
 
-/* Down and up through levels of halved resolution and doubled channels. */
+/* Down and up through levels of halved resolution and doubled channels. A single row has no level. */
 static Tensor *unet_body(Network *n, Tensor *h, Tensor *time, int blocks) {
     const int channels = h->channels, levels = unet_levels(blocks, h->height);
-    const int per_level = blocks / levels;
+    const int per_level = levels > 0 ? blocks / levels : 0;
     Tensor *kept[MOST_BLOCKS];
     for (int level = 0; level < levels; level++) {
         const size_t scope = scope_enter(n, "down", level);

@@ -412,47 +412,162 @@ static const unsigned char *next_chunk(const Bytes *file, size_t *at, const char
     return chunk + 8;
 }
 
-/* Read a PNG of stored blocks and compare its pixels. */
-static void check_png(const char *name, const unsigned char *pixels, int height, int width, int channels) {
+/* A zlib stream must hold this: it is read as gzip with the check sums of what is expected. */
+static void check_zlib(const unsigned char *data, size_t size, const unsigned char *expected, size_t length) {
+    uint32_t low = 1, high = 0, crc = crc_of(expected, length);
+    unsigned char *member = calloc(1, size + 12);
+    Bytes out;
+    memcpy(member, "\x1f\x8b\x08\0\0\0\0\0\0", 10);
+    memcpy(member + 10, data + 2, size - 6);
+    for (int b = 0; b < 4; b++) {
+        member[size + 4 + (size_t)b] = (unsigned char)(crc >> 8 * b);
+        member[size + 8 + (size_t)b] = (unsigned char)((uint32_t)length >> 8 * b);
+    }
+    for (size_t i = 0; i < length; i++) {
+        low = (low + expected[i]) % 65521;
+        high = (high + low) % 65521;
+    }
+    CHECK((data[0] * 256 + data[1]) % 31 == 0 && (data[0] & 15) == 8, "zlib header");
+    CHECK(big_endian(data + size - 4) == (high << 16 | low), "Adler-32");
+    ACCEPTED(gzip_inflate(member, size + 12, "zlib", SIZE_MAX, &out, &error));
+    CHECK(is_equal(out, expected, length), "other pixels");
+    free(out.data);
+    free(member);
+}
+
+/* Read a PNG, animated if there is a delay, and compare its pixels. Returns the size of the file. */
+static size_t check_png(const char *name, const unsigned char *pixels, int count, int height, int width,
+                        int channels, int delay) {
     Bytes file = read_file(name);
-    size_t at = 8, stride = (size_t)(width * channels) + 1, count = 0, length;
-    uint32_t low = 1, high = 0;
-    int last = 0, same = 1;
+    size_t at = 8, stride = (size_t)(width * channels) + 1, length, size = file.size;
+    uint32_t sequence = 0;
+    unsigned char *rows = calloc((size_t)height, stride);
     CHECK(file.size > 8 && memcmp(file.data, "\x89PNG\r\n\x1a\n", 8) == 0, "signature");
     const unsigned char *data = next_chunk(&file, &at, "IHDR", &length);
     CHECK(length == 13 && (int)big_endian(data) == width && (int)big_endian(data + 4) == height, "size");
     CHECK(memcmp(data + 8, channels == 3 ? "\x08\2\0\0" : "\x08\0\0\0", 5) == 0, "kind");
-    data = next_chunk(&file, &at, "IDAT", &length);
-    CHECK((data[0] * 256 + data[1]) % 31 == 0 && (data[0] & 15) == 8, "zlib header");
-    const unsigned char *block = data + 2, *end = data + length;
-    while (!last && block + 9 <= end) {
-        size_t size = block[1] | (size_t)block[2] << 8;
-        last = block[0];
-        CHECK((size ^ 0xffff) == (block[3] | (size_t)block[4] << 8), "block length");
-        for (block += 5; size > 0 && block < end; size--, count++) {
-            low = (low + *block) % 65521;
-            high = (high + low) % 65521;
-            if (*block++ != (count % stride == 0 ? 0 : *pixels++)) same = 0;
-        }
+    if (delay > 0) {
+        data = next_chunk(&file, &at, "acTL", &length);
+        CHECK(length == 8 && (int)big_endian(data) == count && big_endian(data + 4) == 0, "acTL");
     }
-    CHECK(last == 1 && block + 4 == end, "%s: the blocks do not fill their chunk", name);
-    CHECK(big_endian(end - 4) == (high << 16 | low), "Adler-32");
-    CHECK(same && count == stride * (size_t)height, "%s: other pixels", name);
+    for (int frame = 0; frame < count; frame++) {
+        for (int y = 0; y < height; y++, pixels += stride - 1)
+            memcpy(rows + (size_t)y * stride + 1, pixels, stride - 1);
+        if (delay > 0) {
+            data = next_chunk(&file, &at, "fcTL", &length);
+            CHECK(length == 26 && big_endian(data) == sequence++ && (int)big_endian(data + 4) == width &&
+                  (int)big_endian(data + 8) == height && big_endian(data + 12) + big_endian(data + 16) == 0 &&
+                  (int)big_endian(data + 20) == delay * 65536 + 1000 && data[24] + data[25] == 0, "fcTL");
+        }
+        data = next_chunk(&file, &at, frame > 0 ? "fdAT" : "IDAT", &length);
+        const size_t numbers = frame > 0 ? 4 : 0;
+        CHECK(frame == 0 || big_endian(data) == sequence++, "number of frame %d", frame);
+        check_zlib(data + numbers, length - numbers, rows, (size_t)height * stride);
+    }
     next_chunk(&file, &at, "IEND", &length);
     CHECK(length == 0 && at == file.size, "%s: no end", name);
+    free(rows);
+    free(file.data);
+    return size;
+}
+
+/* Digits that come out of noise, in 40 frames of 16: a megabyte must hold them. A program that no one here
+ * wrote reads the same frames. */
+static void test_animation(void) {
+    enum { FRAMES = 40, SIDE = 122 };
+    static unsigned char frames[FRAMES][SIDE * SIDE], images[16 * 784];
+    Dataset digits;
+    int height, width;
+    char command[2048], path[512];
+    dataset_open(&digits, "digits", SPLIT_TRAIN, 1, &error);
+    for (int f = 0; f < FRAMES; f++) {
+        const RandomStream stream = random_stream(1, RANDOM_CHECK, 0, (uint32_t)f);
+        for (uint32_t i = 0; i < 16; i++)
+            dataset_image(&digits, i, images + i * 784);
+        for (uint32_t p = 0; p < sizeof images; p++) {
+            const double noise = 256 * (random_uniform(stream, p) - 0.5), clean = (double)f / (FRAMES - 1);
+            const double mixed = clean * images[p] + (1 - clean) * (128 + noise);
+            images[p] = (unsigned char)fmin(fmax(mixed, 0), 255);
+        }
+        unsigned char *grid = image_grid(images, 16, 4, 28, 28, 1, &height, &width);
+        CHECK(height == SIDE && width == SIDE, "grid of %d x %d", height, width);
+        memcpy(frames[f], grid, sizeof frames[f]);
+        free(grid);
+    }
+    ACCEPTED(images_write(in_directory("a.apng"), frames[0], FRAMES, SIDE, SIDE, 1, 50, &error));
+    const size_t size = check_png("a.apng", frames[0], FRAMES, SIDE, SIDE, 1, 50);
+    CHECK(size < 650000, "40 frames of 16 digits take %d bytes", (int)size);
+    if (system("ffmpeg -version >/dev/null 2>&1") != 0) {
+        printf("skipped: an animation read by ffmpeg (there is none)\n");
+        return;
+    }
+    strcpy(path, in_directory("a.raw"));
+    snprintf(command, sizeof command, "ffmpeg -v error -nostdin -i %s -pix_fmt gray -f rawvideo %s",
+             in_directory("a.apng"), path);
+    CHECK(system(command) == 0, "ffmpeg does not read it");
+    Bytes raw = read_file("a.raw");
+    CHECK(is_equal(raw, frames, sizeof frames), "ffmpeg reads other frames, %d bytes", (int)raw.size);
+    free(raw.data);
+}
+
+static void test_npy(void) {
+    static const unsigned char pixels[2 * 1 * 3 * 2] = { 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 255 };
+    char expected[129];
+    ACCEPTED(images_write(in_directory("a.npy"), pixels, 2, 1, 3, 2, 0, &error));
+    Bytes file = read_file("a.npy");
+    snprintf(expected, sizeof expected, "..........%-117s\n",
+             "{'descr': '|u1', 'fortran_order': False, 'shape': (2, 1, 3, 2), }");
+    memcpy(expected, "\x93NUMPY\1\0\x76", 10);
+    CHECK(file.size == 128 + sizeof pixels && memcmp(file.data, expected, 128) == 0, "header");
+    CHECK(memcmp(file.data + 128, pixels, sizeof pixels) == 0, "pixels");
+    free(file.data);
+    ACCEPTED(image_write(in_directory("b.npy"), pixels, 4, 3, 1, &error));
+    file = read_file("b.npy");
+    CHECK(file.size == 140 && strstr((const char *)file.data + 10, "(1, 4, 3, 1)") != NULL, "one image");
     free(file.data);
 }
 
+/* Dots and lines are where they should be, in their colour, and nothing else is lit. */
+static void test_points(void) {
+    enum { SIZE = 512 };
+    static unsigned char canvas[SIZE * SIZE * 3];
+    static const unsigned char points[4] = { 0, 255, 100, 50 }, colour[3] = { 255, 128, 0 };
+    const double from[2] = { 300, 20 }, to[2] = { 400, 120 };
+    points_draw(canvas, SIZE, points, 2, colour);
+    line_draw(canvas, SIZE, 3, from, to, 1, colour);
+    int lit = 0, outside = 0, other = 0;
+    for (int p = 0; p < SIZE * SIZE; p++) {
+        const unsigned char *pixel = canvas + (size_t)p * 3;
+        const int x = p % SIZE, y = p / SIZE;
+        const int is_dot = (x < 4 && y > 507) || (abs(x - 200) < 4 && abs(y - 100) < 4);
+        lit += pixel[0] > 0;
+        outside += pixel[0] > 0 && !is_dot && abs(x - 300 - (y - 20)) > 4;
+        other += pixel[2] != 0 || abs(2 * pixel[1] - pixel[0]) > 2;
+    }
+    CHECK(lit > 200 && lit < 600 && outside + other == 0, "%d lit, %d outside, %d in other colours", lit,
+          outside, other);
+    CHECK(canvas[(100 * SIZE + 200) * 3] == 255 && canvas[(70 * SIZE + 350) * 3] == 255, "not lit");
+}
+
 static void test_images(void) {
-    enum { HEIGHT = 150, WIDTH = 160 };                  /* 72,150 bytes of PNG rows in colour: two blocks */
+    enum { HEIGHT = 150, WIDTH = 160 };
     static unsigned char pixels[HEIGHT * WIDTH * 3];
     for (size_t i = 0; i < sizeof pixels; i++) pixels[i] = (unsigned char)(i * i / 7);
     ACCEPTED(image_write(in_directory("a.png"), pixels, HEIGHT, WIDTH, 3, &error));
-    check_png("a.png", pixels, HEIGHT, WIDTH, 3);
+    check_png("a.png", pixels, 1, HEIGHT, WIDTH, 3, 0);
     ACCEPTED(image_write(in_directory("b.png"), pixels, HEIGHT, WIDTH, 1, &error));
-    check_png("b.png", pixels, HEIGHT, WIDTH, 1);
+    check_png("b.png", pixels, 1, HEIGHT, WIDTH, 1, 0);
     ACCEPTED(image_write(in_directory("c.png"), pixels, 257, 254, 1, &error));
-    check_png("c.png", pixels, 257, 254, 1);             /* exactly 65,535 bytes: one block, full */
+    check_png("c.png", pixels, 1, 257, 254, 1, 0);
+    for (int length = 0; length < 600; length++) {       /* runs of all lengths, in grey and in colour */
+        const int channels = length % 2 ? 1 : 3;
+        unsigned char runs[606] = { 0 };
+        for (int i = 0; i < 606; i++)
+            runs[i] = i < channels || i >= channels + length ? (unsigned char)(i * 37) : runs[i - channels];
+        ACCEPTED(image_write(in_directory("d.png"), runs, 2, 303 / channels, channels, &error));
+        const size_t size = check_png("d.png", runs, 1, 2, 303 / channels, channels, 0);
+        CHECK(length < 599 || size < 100, "%d bytes for what is even", (int)size);
+    }
 
     ACCEPTED(image_write(in_directory("a.pgm"), pixels, 2, 3, 1, &error));
     check_file("a.pgm", "P5\n3 2\n255\n", pixels, 6);
@@ -461,6 +576,12 @@ static void test_images(void) {
     ACCEPTED(image_write(in_directory("b.PPM"), (const unsigned char *)"\1\2", 1, 2, 1, &error));
     check_file("b.PPM", "P6\n2 1\n255\n", "\1\1\1\2\2\2", 6);
 
+    REFUSED(images_write(in_directory("x.png"), pixels, 2, 4, 4, 1, 0, &error), "x.png: holds one image");
+    REFUSED(images_write(in_directory("x.pgm"), pixels, 2, 4, 4, 1, 9, &error), "x.pgm: holds one image");
+    REFUSED(image_write(in_directory("x.png"), pixels, 4, 4, 2, &error), "x.png: images of two channels");
+    REFUSED(image_write(in_directory("x.png"), pixels, 30000, 30000, 1, &error), "is too large");
+    CHECK(image_path_check("x.npy", 2, &error) == 0 && image_path_check("x.apng", 3, &error) == 0, "%s",
+          error.text);
     CHECK(image_path_check("x.pgm", 1, &error) == 0 && image_path_check("x.png", 3, &error) == 0, "%s",
           error.text);
     REFUSED(image_path_check("x.pgm", 3, &error), "x.pgm: a .pgm holds grey images only");
@@ -533,6 +654,32 @@ static void test_chart(void) {
 
 /* ---- data sets ---- */
 
+static void test_idx_labels(void) {
+    static const unsigned char good[11] = { 0, 0, 8, 1, 0, 0, 0, 3, 4, 255, 0 };
+    static const struct { unsigned char place, value; size_t size; } bad[] = {
+        { 0, 0, 0 }, { 0, 0, 7 }, { 0, 0, 10 }, { 11, 0, 12 }, { 7, 2, 11 }, { 7, 4, 11 }, { 4, 1, 11 },
+        { 3, 3, 11 }, { 2, 9, 11 }, { 7, 2, 10 }, { 7, 4, 12 },
+    };
+    Dataset dataset = { .count = 3, .split = SPLIT_TEST };
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        unsigned char changed[12] = { 0 };
+        memcpy(changed, good, sizeof good);
+        changed[bad[i].place] = bad[i].value;
+        Bytes bytes = copy_of(changed, bad[i].size);
+        REFUSED(idx_labels_parse(&bytes, "x.idx", &dataset, &error),
+                "bytes, expected an IDX file of 3 labels for the images of t10k-images-idx3-ubyte");
+        CHECK(dataset.labels == NULL && dataset.classes == 0, "something is left");
+        free(bytes.data);
+    }
+    CHECK_MESSAGE("x.idx: holds 12 bytes");
+    Bytes bytes = copy_of(good, sizeof good);
+    ACCEPTED(idx_labels_parse(&bytes, "x.idx", &dataset, &error));
+    CHECK(bytes.data == NULL && dataset.classes == 256 && dataset_label(&dataset, 0) == 4 &&
+          dataset_label(&dataset, 1) == 255 && dataset_label(&dataset, 2) == 0, "labels");
+    leave_seed("idx", good, sizeof good);
+    dataset_close(&dataset);
+}
+
 static void test_idx(void) {
     static const unsigned char good[] = { 0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 3, 1, 2, 3, 4, 5, 6 };
     static const struct {
@@ -566,6 +713,7 @@ static void test_idx(void) {
     CHECK(bytes.data == NULL, "not taken over");
     dataset_close(&dataset);
     CHECK(dataset.pixels == NULL, "not closed");
+    test_idx_labels();
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
         bytes = copy_of(bad[i].data, bad[i].size);
         CHECK(idx_parse(&bytes, "x.idx", &dataset, &error) != 0, "accepted: %s", bad[i].message);
@@ -579,6 +727,7 @@ static void test_cifar(void) {
     static unsigned char batch[2 * RECORD], image[3072];
     Dataset dataset = { 0 };
     for (int i = 0; i < 2 * RECORD; i++) batch[i] = i % RECORD == 0 ? 9 : (unsigned char)(i * 31 / 7);
+    batch[RECORD] = 3;
     Bytes bytes = copy_of(batch, sizeof batch);
     ACCEPTED(cifar_parse(&bytes, "x.bin", &dataset, &error));
     CHECK(dataset.count == 2 && dataset.height == 32 && dataset.width == 32 && dataset.channels == 3,
@@ -589,6 +738,9 @@ static void test_cifar(void) {
         for (int c = 0; c < 3; c++) same &= image[3 * p + c] == batch[RECORD + 1 + 1024 * c + p];
     }
     CHECK(same, "planes are not turned into pixels");
+    ACCEPTED(cifar_parse(&bytes, "x.bin", &dataset, &error));
+    CHECK(dataset.count == 4 && dataset.classes == 10, "a second batch");
+    for (uint32_t i = 0; i < 4; i++) CHECK(dataset_label(&dataset, i) == (i % 2 ? 3 : 9), "label %d", (int)i);
     dataset_close(&dataset);
     leave_seed("cifar", batch, sizeof batch);
     bytes.size--;
@@ -605,12 +757,13 @@ static void test_cifar(void) {
     free(bytes.data);
 }
 
-/* The directory can be opened; pixel `at` of its images has this value. */
-static void check_open(Split split, uint32_t count, int channels, size_t at, int pixel) {
+/* The directory can be opened; pixel `at` of its images has this value, the last one this label. */
+static void check_open(Split split, uint32_t count, int channels, size_t at, int pixel, int label) {
     Dataset dataset;
     ACCEPTED(dataset_open(&dataset, directory, split, 0, &error));
     CHECK(dataset.count == count && dataset.split == split && dataset.channels == channels
           && dataset.pixels[at] == pixel, "other images");
+    CHECK(dataset_label(&dataset, count - 1) == label && !dataset.labels == (label < 0), "other labels");
     dataset_close(&dataset);
 }
 
@@ -627,16 +780,29 @@ static void test_open(void) {
     for (int i = 0; i < 2 * RECORD; i++) batch[i] = i % RECORD == 0 ? 1 : (unsigned char)(i / RECORD + 1);
     write_file("data_batch_2.bin", batch, 2 * RECORD);
     write_file("data_batch_5.bin", batch, RECORD);
-    check_open(SPLIT_TRAIN, 3, 3, 3072, 2);              /* batches are joined in their order */
-    check_open(SPLIT_TRAIN, 3, 3, 2 * 3072, 1);
+    check_open(SPLIT_TRAIN, 3, 3, 3072, 2, 1);           /* batches are joined in their order */
+    check_open(SPLIT_TRAIN, 3, 3, 2 * 3072, 1, 1);
     write_file("data_batch_4.bin", batch, RECORD - 1);
     REFUSED(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error), "/data_batch_4.bin: holds 3072 bytes");
     REFUSED(dataset_open(&dataset, directory, SPLIT_TEST, 0, &error),
             "holds neither t10k-images-idx3-ubyte (MNIST) nor test_batch.bin");
     write_file("test_batch.bin", batch, RECORD);
-    check_open(SPLIT_TEST, 1, 3, 0, 1);
+    check_open(SPLIT_TEST, 1, 3, 0, 1, 1);
     write_file("train-images-idx3-ubyte", idx, sizeof idx);
-    check_open(SPLIT_TRAIN, 1, 1, 1, 8);
+    check_open(SPLIT_TRAIN, 1, 1, 1, 8, -1);
+
+    /* Labels beside the images, plain or packed; absent ones are no error, others that are wrong are one. */
+    static const unsigned char labels[] = { 0, 0, 8, 1, 0, 0, 0, 1, 6 };
+    write_file("train-labels-idx1-ubyte", labels, sizeof labels);
+    check_open(SPLIT_TRAIN, 1, 1, 1, 8, 6);
+    write_file("train-labels-idx1-ubyte", labels, sizeof labels - 1);
+    REFUSED(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error), "/train-labels-idx1-ubyte: holds 8 "
+            "bytes, expected an IDX file of 1 labels for the images of train-images-idx3-ubyte");
+    CHECK(dataset.pixels == NULL && dataset.labels == NULL, "not closed");
+    unlink(in_directory("train-labels-idx1-ubyte"));
+    write_file("train-labels-idx1-ubyte.gz", gzip_stored, sizeof gzip_stored);
+    REFUSED(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error), "/train-labels-idx1-ubyte.gz: holds ");
+    unlink(in_directory("train-labels-idx1-ubyte.gz"));
     write_file("t10k-images-idx3-ubyte.gz", gzip_stored, sizeof gzip_stored);
     REFUSED(dataset_open(&dataset, directory, SPLIT_TEST, 0, &error),
             "/t10k-images-idx3-ubyte.gz: magic number 0x44696666, expected");
@@ -652,7 +818,7 @@ static void test_open(void) {
     for (int b = 0; b < 4; b++) packed[33 + b] = (unsigned char)(crc_of(idx, sizeof idx) >> 8 * b);
     packed[37] = sizeof idx;
     write_file("train-images-idx3-ubyte", packed, 41);
-    check_open(SPLIT_TRAIN, 1, 1, 1, 8);
+    check_open(SPLIT_TRAIN, 1, 1, 1, 8, -1);
     make_bomb(packed + 41, BOMB);
     write_file("train-images-idx3-ubyte", packed, 41 + BOMB);
     free(packed);
@@ -666,7 +832,7 @@ static void test_open(void) {
     write_file("train-images-idx3-ubyte.gz", gzip_stored, sizeof gzip_stored);
     const int terminal = dup(STDERR_FILENO);
     CHECK(freopen(in_directory("said"), "w", stderr) != NULL, "no stderr");
-    check_open(SPLIT_TRAIN, 1, 1, 1, 8);
+    check_open(SPLIT_TRAIN, 1, 1, 1, 8, -1);
     fflush(stderr);
     dup2(terminal, STDERR_FILENO);
     Bytes said = read_file("said");
@@ -684,16 +850,16 @@ static void test_digest(void) {
     Dataset sets[10];
     for (int i = 0; i < 6; i++)
         for (int p = 0; p < 24; p++) pixels[i][p] = (unsigned char)(p * 37);
-    for (int i = 0; i < 6; i++) sets[i] = (Dataset){ 2, 3, 4, 1, pixels[i], SPLIT_TRAIN, 5 };
+    for (int i = 0; i < 6; i++) sets[i] = (Dataset){ 2, 3, 4, 1, pixels[i], SPLIT_TRAIN, .seed = 5 };
     pixels[1][23] ^= 1;
     at = pixels[2];
     at[7] ^= 128, at[15] ^= 128;                         /* the highest bits of two words */
     memcpy(pixels[3], pixels[0] + 12, 12);
     memcpy(pixels[3] + 12, pixels[0], 12);               /* the images the other way round */
-    sets[4] = (Dataset){ 1, 3, 4, 1, pixels[4], SPLIT_TRAIN, 5 };
-    sets[5] = (Dataset){ 2, 4, 3, 1, pixels[5], SPLIT_TRAIN, 5 };
+    sets[4] = (Dataset){ 1, 3, 4, 1, pixels[4], SPLIT_TRAIN, .seed = 5 };
+    sets[5] = (Dataset){ 2, 4, 3, 1, pixels[5], SPLIT_TRAIN, .seed = 5 };
     for (int i = 6; i < 9; i++)
-        sets[i] = (Dataset){ 2, 3, 4, 1, NULL, i == 6 ? SPLIT_TEST : SPLIT_TRAIN, i == 8 ? 6 : 5 };
+        sets[i] = (Dataset){ 2, 3, 4, 1, NULL, i == 6 ? SPLIT_TEST : SPLIT_TRAIN, .seed = i == 8 ? 6 : 5 };
     for (int i = 0; i < 9; i++) {
         digests[i] = dataset_digest(&sets[i]);
         for (int j = 0; j < i; j++) CHECK(digests[i] != digests[j], "sets %d and %d have one digest", i, j);
@@ -730,7 +896,70 @@ static void test_digits(void) {
         dataset_image(&other, i, a);
         CHECK(memcmp(a, b, 784) != 0, "digit %u does not depend on the seed", (unsigned)i);
     }
+    /* The labels tell: a test digit is nearest to the mean of its own class far more often than not. */
+    static double mean[10][784];
+    int right = 0;
+    for (uint32_t i = 0; i < 2000; i++) {
+        dataset_image(&train, i, a);
+        for (int p = 0; p < 784; p++) mean[dataset_label(&train, i)][p] += a[p] / 200.0;
+    }
+    for (uint32_t i = 0; i < 500; i++) {
+        int nearest = 0;
+        double distance[10] = { 0 };
+        dataset_image(&test, i, a);
+        for (int k = 0; k < 10; k++) {
+            for (int p = 0; p < 784; p++) distance[k] += (a[p] - mean[k][p]) * (a[p] - mean[k][p]);
+            nearest = distance[k] < distance[nearest] ? k : nearest;
+        }
+        right += nearest == dataset_label(&test, i);
+    }
+    CHECK(right > 300 && train.classes == 10, "%d of 500 digits are like their class", right);
     dataset_close(&train);
+}
+
+/* Points lie on a spiral of 2.5 turns, spread about it by 3 and as many everywhere along it; they are not cut
+ * off at 0 and 255, and fill most of what there is. */
+static void test_swirl(void) {
+    enum { COUNT = 10000 };
+    Dataset train, test, other;
+    const double two_pi = 8 * atan(1), turn = 116 / 2.5;
+    double square = 0;
+    int counted = 0, low = 255, high = 0, edge = 0, same = 0, inner = 0;
+    ACCEPTED(dataset_open(&train, "swirl", SPLIT_TRAIN, 1, &error));
+    ACCEPTED(dataset_open(&test, "swirl", SPLIT_TEST, 1, &error));
+    ACCEPTED(dataset_open(&other, "swirl", SPLIT_TRAIN, 2, &error));
+    CHECK(train.count == 60000 && test.count == 10000 && train.height == 1 && train.width == 1 &&
+          train.channels == 2 && train.classes == 0 && dataset_label(&train, 7) == -1, "shape");
+    CHECK(dataset_digest(&train) != dataset_digest(&test) && dataset_digest(&train) != dataset_digest(&other),
+          "digests");
+    for (uint32_t i = 0; i < COUNT; i++) {
+        unsigned char p[2], again[2];
+        dataset_image(&train, i, p);
+        dataset_image(&train, i, again);
+        CHECK(memcmp(p, again, 2) == 0, "point %d is another the second time", (int)i);
+        dataset_image(&test, i, again);
+        same += memcmp(p, again, 2) == 0;
+        dataset_image(&other, i, again);
+        same += memcmp(p, again, 2) == 0;
+        for (int axis = 0; axis < 2; axis++) {
+            low = p[axis] < low ? p[axis] : low;
+            high = p[axis] > high ? p[axis] : high;
+            edge += p[axis] == 0 || p[axis] == 255;
+        }
+        const double x = p[0] - 127.5, y = p[1] - 127.5, r = sqrt(x * x + y * y);
+        const double first = turn * (atan2(y, x) / two_pi + (y < 0));
+        const double k = fmax(0, nearbyint((r - first) / turn));
+        inner += r < 58;
+        if (r > 20 && r < 100) {
+            square += (r - first - k * turn) * (r - first - k * turn);
+            counted++;
+        }
+    }
+    const double spread = sqrt(square / counted);
+    CHECK(spread > 2.7 && spread < 3.5, "spread %.3f", spread);
+    CHECK(low < 20 && high > 235 && edge < COUNT / 1000, "%d to %d, %d at the edge", low, high, edge);
+    CHECK(inner > 0.22 * COUNT && inner < 0.29 * COUNT, "%d in the inner half", inner);
+    CHECK(same < 20, "%d points do not depend on split or seed", same);
 }
 
 static void test_shuffle(void) {
@@ -767,8 +996,9 @@ static void test_mnist(void) {
         Split split;
         uint32_t count;
         uint64_t sum, weighted, digest;  /* of all pixels; of pixel * (place % 251) of the first 100 images */
-    } known[2] = { { SPLIT_TRAIN, 60000, 1567298545, 317163866, 0x3aea0b5a31fc24b9 },
-                   { SPLIT_TEST, 10000, 264923200, 298271224, 0x959af0812824e46d } };
+        int labels[5];
+    } known[2] = { { SPLIT_TRAIN, 60000, 1567298545, 317163866, 0x3aea0b5a31fc24b9, { 5, 0, 4, 1, 9 } },
+                   { SPLIT_TEST, 10000, 264923200, 298271224, 0x959af0812824e46d, { 7, 2, 1, 0, 4 } } };
     const char *where = getenv("MNIST_DIR");
     if (where == NULL) printf("skipped: MNIST_DIR is not set\n");
     for (int i = 0; i < 2 && where != NULL; i++) {
@@ -785,6 +1015,8 @@ static void test_mnist(void) {
         CHECK(dataset_digest(&dataset) == known[i].digest, "digest of MNIST");
         CHECK(SANITIZED || seconds_now() - start < 0.1, "a digest takes %.3f s", seconds_now() - start);
         CHECK(sum == known[i].sum && weighted == known[i].weighted, "pixels of MNIST");
+        for (uint32_t k = 0; k < 5 && dataset.labels; k++)
+            CHECK(dataset_label(&dataset, k) == known[i].labels[k], "label %d of MNIST", (int)k);
         dataset_close(&dataset);
     }
 }
@@ -1013,10 +1245,14 @@ int main(void) {
     test_printable();
     test_gzip();
     test_images();
+    test_animation();
+    test_npy();
+    test_points();
     test_chart();
     test_idx();
     test_cifar();
     test_digits();
+    test_swirl();
     test_shuffle();
     test_mnist();
     test_tensors();

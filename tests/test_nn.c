@@ -70,7 +70,11 @@ static void test_config_check(void) {
     accept(d, "the default");
     c = d; c.height = 0; refuse(c, "image size 0x28");
     c = d; c.width = 5000; refuse(c, "image size 28x5000");
-    c = d; c.image_channels = 2; refuse(c, "image channels 2");
+    c = d; c.image_channels = 0; refuse(c, "image channels 0");
+    c = d; c.image_channels = 4; refuse(c, "image channels 4: must be 1 to 3");
+    c = d; c.height = c.width = 1; c.image_channels = 2; accept(c, "points");
+    c.net = NET_UNET; accept(c, "points in a U-Net, which has no level");
+    c.channels = 132; refuse(c, "132 channels do not divide into 32 groups");
     c = d; c.score_blocks = 0; refuse(c, "L 0");
     c = d; c.score_blocks = 257; refuse(c, "L 257");
     c = d; c.encoder_blocks = -1; refuse(c, "E -1");
@@ -106,11 +110,11 @@ static void test_config_check(void) {
 }
 
 static void test_unet_levels(void) {
-    /* blocks, height, levels: stop behind the level that leaves the height odd or at most 8 */
-    static const int known[14][3] = {{2, 28, 2}, {8, 28, 2}, {1, 28, 1}, {2, 32, 2}, {8, 32, 2},
+    /* blocks, height, levels: stop behind the level that leaves the height odd or at most 8; height 1: none */
+    static const int known[16][3] = {{2, 28, 2}, {8, 28, 2}, {1, 28, 1}, {2, 32, 2}, {8, 32, 2},
                                      {2, 12, 1}, {1, 8, 1},  {4, 8, 1},  {4, 16, 1}, {8, 64, 3},
-                                     {2, 64, 2}, {1, 64, 1}, {4, 20, 2}, {3, 36, 2}};
-    for (int i = 0; i < 14; i++)
+                                     {2, 64, 2}, {1, 64, 1}, {4, 20, 2}, {3, 36, 2}, {2, 1, 0},  {3, 2, 1}};
+    for (int i = 0; i < 16; i++)
         CHECK(unet_levels(known[i][0], known[i][1]) == known[i][2],
               "%d blocks on height %d: %d levels, not %d", known[i][0], known[i][1],
               unet_levels(known[i][0], known[i][1]), known[i][2]);
@@ -223,6 +227,18 @@ static const Expected ENCODER[] = {
     {"encoder.up.1.upsample", UPSAMPLE, 8, 4}, {"encoder.up.1.0", RES_BLOCK, 8, 4},
     {"encoder.norm_out", NORM, 1, 4}, {"encoder.conv_out", CONV, 4, 1}};
 
+/* n = 4 on 1x1x2: a U-Net without a level. */
+static const Expected ENCODER_OF_POINTS[] = {
+    {"encoder.time.dense0", DENSE, 4, 16}, {"encoder.time.dense1", DENSE, 16, 16},
+    {"encoder.conv_in", CONV, 2, 4}, {"encoder.mid.0", RES_BLOCK, 4, 4},
+    {"encoder.mid.attn", ATTENTION, 4, 4}, {"encoder.mid.1", RES_BLOCK, 4, 4},
+    {"encoder.norm_out", NORM, 1, 4}, {"encoder.conv_out", CONV, 4, 2}};
+static const Expected SCORE_OF_POINTS[] = {
+    {"score.time.dense0", DENSE, 4, 16}, {"score.time.dense1", DENSE, 16, 16},
+    {"score.conv_in", CONV, 10, 4}, {"score.mid.0", RES_BLOCK, 4, 4},
+    {"score.mid.attn", ATTENTION, 4, 4}, {"score.mid.1", RES_BLOCK, 4, 4},
+    {"score.norm_out", NORM, 1, 4}, {"score.conv_out", CONV, 4, 2}};
+
 static const Expected LEARNED[] = {{"gamma.b", NUMBER, 1, 1}, {"gamma.w", NUMBER, 1, 1}};
 
 static void expect_all(Listing *l, const Expected *list, size_t bytes, int time) {
@@ -277,6 +293,13 @@ static void test_parameters(void) {
     CHECK(m.params[parameter_named(&m, "gamma.b")->offset] == (real)-13.3, "gamma.b starts at gamma_min");
     CHECK(m.params[parameter_named(&m, "gamma.w")->offset] == (real)18.3,
           "gamma.w starts at gamma_max - gamma_min");
+    model_free(&m);
+
+    model_make(&m, small_model("diffenc-2-2", NET_UNET, 4, 1, 1, 2), 1);
+    Listing points = {&m, 0, 0};
+    expect_all(&points, SCORE_OF_POINTS, sizeof SCORE_OF_POINTS, 16);
+    expect_all(&points, ENCODER_OF_POINTS, sizeof ENCODER_OF_POINTS, 16);
+    check_complete(&points, "diffenc-2-2 of points");
     model_free(&m);
 }
 
