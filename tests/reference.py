@@ -19,6 +19,7 @@ and the method (section 3) are the mathematics; the rest is files, checks and cl
 import argparse
 import collections
 import ctypes
+import gzip
 import json
 import math
 import os
@@ -93,13 +94,15 @@ def write_safetensors(path, tensors, metadata=None):
 
 
 # kind is "vdm", "nt" or "diffenc"; L and E count ResBlocks; T is 0 for continuous time;
-# w is sigma_Q^2 / sigma_P^2.
+# w is sigma_Q^2 / sigma_P^2; fourier lists the powers of two of z's features.
 Config = collections.namedtuple("Config", "model kind L E net channels encoder_channels height width "
-                                          "image_channels predict schedule T w gamma_min gamma_max")
+                                          "image_channels predict schedule T w gamma_min gamma_max "
+                                          "fourier")
 
 
 def make_config(model="vdm-1", net="flat", channels=4, encoder_channels=4, height=8, width=8,
-                image_channels=1, predict="v", schedule="fixed", T=0, w=1.0, gamma_min=-13.3, gamma_max=5.0):
+                image_channels=1, predict="v", schedule="fixed", T=0, w=1.0, gamma_min=-13.3, gamma_max=5.0,
+                fourier=(6, 7)):
     """Takes the model's name apart (vdm-L, diffenc-L-nt, diffenc-L-E) and refuses what has no meaning."""
     parts = model.split("-")
     try:
@@ -125,16 +128,19 @@ def make_config(model="vdm-1", net="flat", channels=4, encoder_channels=4, heigh
     if T == 0 and w != 1:
         raise Failure(f"variance ratio {w:g}: in continuous time it must be 1, the loss would be infinite")
     return Config(model, kind, L, E, net, channels, encoder_channels, height, width, image_channels, predict,
-                  schedule, T, w, gamma_min, gamma_max)
+                  schedule, T, w, gamma_min, gamma_max, fourier)
 
 
 def config_of_metadata(metadata):
+    """A checkpoint that does not name the features' powers is older than the setting, and has the paper's."""
     try:
+        first, last = (int(power) for power in metadata.get("fourier", "6..7").split(".."))
         return make_config(metadata["model"], metadata["net"], int(metadata["channels"]),
                            int(metadata["encoder_channels"]), int(metadata["height"]), int(metadata["width"]),
                            int(metadata["image_channels"]), metadata["predict"], metadata["schedule"],
                            int(metadata["timesteps"]), float(metadata["variance_ratio"]),
-                           float(metadata["gamma_min"]), float(metadata["gamma_max"]))
+                           float(metadata["gamma_min"]), float(metadata["gamma_max"]),
+                           tuple(range(first, last + 1)))
     except KeyError as error:
         raise Failure(f"the metadata lack {error}")
     except ValueError as error:
@@ -146,7 +152,8 @@ def metadata_of_config(c):
             "channels": str(c.channels), "encoder_channels": str(c.encoder_channels), "height": str(c.height),
             "width": str(c.width), "image_channels": str(c.image_channels), "predict": c.predict,
             "schedule": c.schedule, "timesteps": str(c.T), "variance_ratio": f"{c.w:g}",
-            "gamma_min": f"{c.gamma_min:g}", "gamma_max": f"{c.gamma_max:g}", "dropout": "0"}
+            "gamma_min": f"{c.gamma_min:g}", "gamma_max": f"{c.gamma_max:g}", "dropout": "0",
+            **({"fourier": f"{c.fourier[0]}..{c.fourier[-1]}"} if c.fourier != (6, 7) else {})}
 
 
 def from_file_layout(name, array, dtype):
@@ -242,9 +249,10 @@ def output(p, name, h):
     return convolution(p, name + ".conv_out", F.silu(group_norm(p, name + ".norm_out", h)))
 
 
-def fourier_features(z):
-    """[B, C, H, W] -> [B, 5C, H, W]: z, then sin, then cos of 2^f 2 pi z; f = 6, 7 side by side."""
-    frequencies = 2 * math.pi * torch.tensor([64.0, 128.0], dtype=z.dtype)
+def fourier_features(c, z):
+    """[B, C, H, W] -> [B, 5C, H, W]: z, then sin, then cos of 2^f 2 pi z; f = 6, 7 side by side. With n powers
+    of two instead of the paper's two, (1 + 2n) C channels."""
+    frequencies = 2 * math.pi * torch.tensor([2.0 ** power for power in c.fourier], dtype=z.dtype)
     angles = (z[:, :, None] * frequencies[:, None, None]).flatten(1, 2)
     return torch.cat([z, angles.sin(), angles.cos()], 1)
 
@@ -293,7 +301,7 @@ def unet_body(p, name, h, time, blocks, dropout):
 def score(p, c, z, t_norm, dropout=0.0):
     """The score network's output for z_t [B, C, H, W] and t_norm [B]; c.predict says what it stands for."""
     time = time_embedding(p, "score", t_norm, c.channels)
-    h = convolution(p, "score.conv_in", fourier_features(z))
+    h = convolution(p, "score.conv_in", fourier_features(c, z))
     body = flat_body if c.net == "flat" else unet_body
     return z + output(p, "score", body(p, "score", h, time, c.L, dropout))
 
@@ -365,7 +373,7 @@ def parameter_shapes(c):
         norm(name + ".norm_out", n)
         layer(name + ".conv_out", 3, 3, n, c.image_channels)
 
-    network("score", c.channels, 5 * c.image_channels, flat if c.net == "flat" else unet, c.L)
+    network("score", c.channels, (1 + 2 * len(c.fourier)) * c.image_channels, flat if c.net == "flat" else unet, c.L)
     if c.kind == "diffenc":
         network("encoder", c.encoder_channels, c.image_channels, unet, c.E)
     if c.schedule == "learned":
@@ -596,17 +604,17 @@ def ancestral_sample(p, c, count, T, layout):
 # 4. grad: the loss terms and gradients of a given batch, from file to file, in float64
 # ------------------------------------------------------------------------------------------------------------
 
-def load_parameters(c, tensors):
-    """The checkpoint's params.*, which must be exactly the ones of this configuration."""
+def load_parameters(c, tensors, kind="params"):
+    """The checkpoint's params.* or ema.*, which must be exactly the ones of this configuration."""
     shapes = parameter_shapes(c)
-    held = {name[len("params."):] for name in tensors if name.startswith("params.")}
+    held = {name[len(kind) + 1:] for name in tensors if name.startswith(kind + ".")}
     if held != set(shapes):
         raise Failure(f"parameters are missing or unknown: {', '.join(sorted(held ^ set(shapes))[:5])}")
     p = {}
     for name, shape in shapes.items():
-        array = tensors["params." + name]
+        array = tensors[f"{kind}.{name}"]
         if array.shape != tuple(shape):
-            raise Failure(f"params.{name}: has shape {list(array.shape)}, should be {list(shape)}")
+            raise Failure(f"{kind}.{name}: has shape {list(array.shape)}, should be {list(shape)}")
         p[name] = from_file_layout(name, array, torch.float64).requires_grad_()
     return p
 
@@ -643,11 +651,12 @@ def gradients(p, c, batch, tangent=tangent_by_forward_mode):
     return result
 
 
-def gradients_of_files(checkpoint_path, batch_path):
+def case_of_files(checkpoint_path, batch_path, kind):
+    """A checkpoint and a batch as losses() wants them: (p, c, batch). kind: "params" or "ema"."""
     tensors, metadata = read_safetensors(checkpoint_path)
     try:
         c = config_of_metadata(metadata)
-        p = load_parameters(c, tensors)
+        p = load_parameters(c, tensors, kind)
     except Failure as failure:
         raise Failure(f"{checkpoint_path}: {failure}")
     tensors, _ = read_safetensors(batch_path)
@@ -655,11 +664,52 @@ def gradients_of_files(checkpoint_path, batch_path):
         batch = load_batch(c, tensors)
     except Failure as failure:
         raise Failure(f"{batch_path}: {failure}")
-    return gradients(p, c, batch)
+    return p, c, batch
+
+
+def gradients_of_files(checkpoint_path, batch_path):
+    return gradients(*case_of_files(checkpoint_path, batch_path, "params"))
 
 
 def command_grad(options):
     write_safetensors(options.out, gradients_of_files(options.checkpoint, options.batch))
+
+
+def command_eval(options):
+    """The bound as `diffenc eval` has it, with the averaged weights, on the draws of a batch."""
+    p, c, batch = case_of_files(options.checkpoint, options.batch, "ema")
+    for tensor in p.values():
+        tensor.requires_grad_(False)
+    nats_per_bit = batch[0][0].numel() * math.log(2)
+    table = torch.stack(losses(p, c, *batch), 1) / nats_per_bit
+    table = torch.cat([table, table.sum(1, keepdim=True)], 1)
+    print("example         t       recon      latent   diffusion       total   (bits per dimension)")
+    for i, row in enumerate(table.tolist()):
+        print(f"{i:7d}  {batch[1][i]:.6f}" + "".join(f"  {value:10.7f}" for value in row))
+    print("mean             " + "".join(f"  {value:10.7f}" for value in table.mean(0).tolist()))
+    if len(table) > 1:
+        error = table.std(0) / math.sqrt(len(table))
+        print("standard error   " + "".join(f"  {value:10.7f}" for value in error.tolist()))
+
+
+def command_batch(options):
+    """Draws for `eval` and `grad`: the first images of an IDX file, or random ones; evenly spread times."""
+    c = config_of_metadata(read_safetensors(options.checkpoint)[1])
+    rng = np.random.Generator(np.random.PCG64(options.seed))
+    t = (rng.random() + np.arange(options.count) / options.count) % 1
+    if c.T:
+        t = np.floor(t * c.T + 1) / c.T
+    batch = random_batch(c, rng, t)
+    if options.images:
+        try:
+            with (gzip.open if options.images.endswith(".gz") else open)(options.images, "rb") as file:
+                content = file.read(16 + batch["images"].size)
+        except OSError as error:
+            raise Failure(f"{options.images}: {error.strerror or error}")
+        if content[:4] != b"\0\0\x08\x03" or len(content) < 16 + batch["images"].size:
+            raise Failure(f"{options.images}: not an IDX file of {options.count} such images")
+        batch["images"] = np.frombuffer(content, "u1", offset=16).reshape(batch["images"].shape)
+    write_safetensors(options.out, batch)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1234,7 +1284,10 @@ def parse_arguments(arguments):
                "    tests/reference.py --bench --model vdm-4\n"
                "    tests/reference.py --bench --model diffenc-4-2\n"
                "    tests/reference.py --bench-sampling --model vdm-4 --steps 10 --count 64\n"
-               "(--bench and --bench-sampling are the commands bench and bench-sampling by another name.)\n"
+               "To hold the program's loss terms against these, on the same images, times and noise:\n"
+               "    tests/reference.py batch CHECKPOINT --images mnist/t10k-images-idx3-ubyte.gz --out FILE\n"
+               "    tests/reference.py --eval CHECKPOINT --batch FILE\n"
+               "(--bench, --bench-sampling and --eval are the commands of these names.)\n"
                "Needs python3-torch; for honest speeds also libopenblas0-openmp.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -1248,6 +1301,18 @@ def parse_arguments(arguments):
     grad.add_argument("checkpoint", metavar="CHECKPOINT")
     grad.add_argument("--batch", required=True, metavar="FILE", help="safetensors with images, t, eps, eps0")
     grad.add_argument("--out", required=True, metavar="FILE", help="where to write loss.*, bpd and grad.*")
+
+    evaluation = command("eval", command_eval, "the loss terms of each example of a batch with the averaged "
+                         "weights, in bits per dimension, and their mean; in float64")
+    evaluation.add_argument("checkpoint", metavar="CHECKPOINT")
+    evaluation.add_argument("--batch", required=True, metavar="FILE", help="as for grad")
+
+    batch = command("batch", command_batch, "writes a batch for eval and grad: images, times and noise")
+    batch.add_argument("checkpoint", metavar="CHECKPOINT", help="says of which shape")
+    batch.add_argument("--images", metavar="FILE", help="IDX, plain or .gz; without it random pixels")
+    batch.add_argument("--count", type=positive, default=32, help="examples")
+    batch.add_argument("--seed", type=int, default=1, help="of times and noise")
+    batch.add_argument("--out", required=True, metavar="FILE", help="where to write it")
 
     golden = command("golden", command_golden, "regenerates the golden files of the tests")
     golden.add_argument("--directory", default=GOLDEN_DIRECTORY, metavar="DIR", help="where to write them")
@@ -1278,7 +1343,7 @@ def parse_arguments(arguments):
     bench_options(sampling, (10, "steps T of the sampler"))
     sampling.add_argument("--count", type=positive, default=64, help="images made at once")
 
-    for flag in ("bench", "bench-sampling"):
+    for flag in ("bench", "bench-sampling", "eval"):
         if "--" + flag in arguments:
             arguments = [flag] + [a for a in arguments if a != "--" + flag]
     return parser.parse_args(arguments)
