@@ -365,7 +365,8 @@ static void terms_of(LossTerms terms, double out[3]) {
 }
 
 /* An example's share of the gradient of the mean over the batch. */
-static void differentiate(const Method *m, LossTerms terms, int batch) {
+static void differentiate(const Method *m, LossTerms terms, int batch, double terms_out[3]) {
+    terms_of(terms, terms_out);
     backward(bits_per_dimension(m, terms), 1.0 / batch);
 }
 
@@ -375,14 +376,12 @@ typedef struct {
     int batch;
     uint32_t step;
     uint64_t seed;
-    double u, emphasis, (*terms)[3];   /* [batch] */
+    double u, (*terms)[3];         /* [batch] */
 } Batch;
 
-/* The encoder costs most and learns slowest: one example in four trains it, by the bound as it is with recon
- * and latent, which move nothing else. AdamW and Muon do not feel that its gradient is a quarter of the whole.
- * The others train the score network alone, with an emphasis on the noise where samples take shape, which the
- * encoder must not see: it would learn to please it. Where the end points of the schedule are learned, every
- * example trains all. */
+/* The encoder costs most and learns slowest: one example in four trains it and has recon and latent, which
+ * move nothing else. AdamW and Muon do not feel that its gradient is a quarter of the whole. Where the end
+ * points of the schedule are learned, recon and latent move them, and every example trains all. */
 static int trains_encoder(const Batch *b, const Config *c, int i) {
     return c->schedule == SCHEDULE_LEARNED || b->batch < 4 || (b->step + (uint32_t)i) % 4 == 0;
 }
@@ -405,12 +404,7 @@ static void training_example(Network *n, int i, void *context) {
         terms.diffusion = diffusion_loss(&m, scale_pixels(&m, example.k), example);
     else
         terms = objective(&m, example);
-    terms_of(terms, b->terms[i]);
-    if (n->encoder_fixed) {
-        const double sigma2 = number_of(sigma_squared(gamma_at(&m, example.t)));
-        terms.diffusion = affine(1 + b->emphasis * sigma2, terms.diffusion, 0);
-    }
-    differentiate(&m, terms, b->batch);
+    differentiate(&m, terms, b->batch, b->terms[i]);
 }
 
 /* The mean of each term over a batch, in bits per dimension. */
@@ -444,7 +438,6 @@ int training_step(Model *model, Workers *workers, const Optimizer *optimizer, co
                   int batch, uint64_t seed, StepReport *r, Error *error) {
     const uint32_t step = (uint32_t)model->step;
     Batch b = {.images = images, .batch = batch, .step = step, .seed = seed,
-               .emphasis = optimizer->emphasis,
                .u = random_uniform(random_stream(seed, RANDOM_TIME, step, 0), 0),
                .terms = workers_results(workers, (size_t)batch, sizeof *b.terms)};
     double mean[3];
@@ -462,9 +455,7 @@ static void given_example(Network *n, int i, void *context) {
     const Batch *b = context;
     n->graph.dropout = 0;
     const Method m = method_begin(n);
-    const LossTerms terms = objective(&m, b->given[i]);
-    terms_of(terms, b->terms[i]);
-    differentiate(&m, terms, b->batch);
+    differentiate(&m, objective(&m, b->given[i]), b->batch, b->terms[i]);
 }
 
 const real *batch_gradient(Workers *workers, const Example *examples, int batch, double (*terms)[3]) {

@@ -451,7 +451,6 @@ const real *workers_gradient(Workers *workers, int count, ExampleWork work, void
 typedef struct {
     double learning_rate;              /* 2e-4 */
     double encoder_rate;               /* the encoder's weights learn at this share of it; 1 */
-    double emphasis;                   /* the diffusion loss trains times 1 + emphasis sigma_t^2; 0 */
     int muon;                          /* kernels by Muon instead of AdamW; 0 */
     int warmup;                        /* steps of linear warm-up; 0: none */
     double cooldown, steps;            /* over this last fraction of `steps` the rate falls to zero */

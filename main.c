@@ -191,7 +191,6 @@ static const Option OPTIONS[] = {
     {"optimizer", SETTING, CHOICE, O(muon), 0, 0, "adamw|muon", "of the kernels; AdamW has the rest"},
     {"lr", SETTING, NUMBER, O(learning_rate), 0, 1e6, "X", "learning rate"},
     {"encoder-lr", SETTING, NUMBER, O(encoder_rate), 0, 1e6, "X", "of the encoder, as a share of --lr"},
-    {"emphasis", SETTING, NUMBER, O(emphasis), 0, 1e6, "X", "diffusion loss times 1 + X sigma_t^2"},
     {"warmup", SETTING, INT, O(warmup), 0, 2e9, "N", "steps over which the learning rate rises from 0"},
     {"cooldown", SETTING, NUMBER, O(cooldown), 0, 1, "X", "over this last share of the steps it falls to 0"},
     {"weight-decay", SETTING, NUMBER, O(weight_decay), 0, 1e6, "X", "of kernels and scales"},
@@ -250,7 +249,7 @@ static Settings settings_default(void) {
     Optimizer *o = &s.optimizer;
     c->net = NET_UNET, c->channels = 16, c->encoder_channels = 8, c->dropout = 0;
     c->fourier_first = 0, c->fourier_last = 7;
-    o->muon = 1, o->learning_rate = 0.016, o->encoder_rate = 0.1, o->emphasis = 3;
+    o->muon = 1, o->learning_rate = 0.016, o->encoder_rate = 0.1;
     o->warmup = 200, o->cooldown = 1, o->clip = 1;
     s.batch = 16;
     return s;

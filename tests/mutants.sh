@@ -176,9 +176,6 @@ mutant 'training step: recon and latent summed instead of averaged' diffenc.c \
 mutant 'training step: other examples train the encoder too' diffenc.c \
     'n->encoder_fixed = !trains_encoder(b, m.config, i);' \
     'n->encoder_fixed = 0;'
-mutant 'training step: emphasis by sigma_t' diffenc.c \
-    'sigma2 = number_of(sigma_squared(' \
-    'sigma2 = number_of(sigma_of('
 mutant 'training step: the same noise at every step' diffenc.c \
     'random_stream(b->seed, RANDOM_NOISE, b->step, index)' \
     'random_stream(b->seed, RANDOM_NOISE, 0, index)'

@@ -127,7 +127,7 @@ static void examples_of_step(const Case *c, int step, Example *example, real *no
     }
 }
 
-typedef struct { const Case *c; const Example *example; int step; double (*terms)[3], emphasis; } ByHand;
+typedef struct { const Case *c; const Example *example; int step; double (*terms)[3]; } ByHand;
 
 /* One example in four trains the encoder, all of them where the schedule is learned. */
 static int trains_encoder(const Case *c, int step, int i) {
@@ -141,8 +141,6 @@ static void training_by_hand(Network *n, int i, void *context) {
     LossTerms l = objective(&m, b->example[i]);
     b->terms[i][0] = number_of(l.recon), b->terms[i][1] = number_of(l.latent);
     b->terms[i][2] = number_of(l.diffusion);
-    const double sigma2 = 1 / (1 + exp(-number_of(gamma_at(&m, b->example[i].t))));
-    l.diffusion = affine(n->encoder_fixed ? 1 + b->emphasis * sigma2 : 1, l.diffusion, 0);
     backward(bits_per_dimension(&m, l), 1.0 / COUNT);
 }
 
@@ -151,7 +149,7 @@ static void test_training_step(const char *name, int timesteps, ScheduleKind sch
     Case c, same;
     Optimizer o = optimizer_default();
     Error error;
-    o.learning_rate = 0.01, o.emphasis = 2;
+    o.learning_rate = 0.01;
     case_new(&c, name, timesteps, 0, schedule, 1), case_new(&same, name, timesteps, 0, schedule, 3);
     for (int step = 0; step < 3; step++) {
         Example example[COUNT];
@@ -159,7 +157,7 @@ static void test_training_step(const char *name, int timesteps, ScheduleKind sch
         double terms[COUNT][3], mean[4] = {0}, worst = 0;
         StepReport r;
         examples_of_step(&same, step, example, noise);
-        ByHand b = {&same, example, step, terms, o.emphasis};
+        ByHand b = {&same, example, step, terms};
         const real *gradient = workers_gradient(&same.workers, COUNT, training_by_hand, &b);
         const double norm = optimizer_step(&same.workers, &o, gradient);
         CHECK(training_step(&c.model, &c.workers, &o, c.images, COUNT, SEED, &r, &error) == 0, "%s", name);
