@@ -227,7 +227,8 @@ static const Option OPTIONS[] = {
     {"eval-every", TRAIN, INT, IN(eval_every), 0, 2e9, "N", "between bounds on test images; 0: none"},
     {"eval-limit", TRAIN, INT, IN(eval_limit), 1, 1e9, "N", "test images of such a bound"},
     {"out", TRAIN, TEXT, IN(out), 0, 0, "DIR", "where checkpoint, log.csv, report.html and samples go"},
-    {"out", SAMPLE, TEXT, IN(out), 0, 0, "FILE", "a grid of the images: .png, .pgm or .ppm"},
+    {"out", SAMPLE, TEXT, IN(out), 0, 0, "FILE",
+     "a grid: .png, .pgm, .ppm or -; each: N-%03d.png; all: .npy"},
     {"out", SHOW, TEXT, IN(out), 0, 0, "FILE", "of each image x_t, y, (x_t - x_s)/(t - s) over t"},
     {"out", GRAD, TEXT, IN(out), 0, 0, "FILE", "loss.recon, .latent, .diffusion in nats, bpd, grad.NAME"},
     {"resume", TRAIN, INT, IN(resume), 0, 1, "", "go on where the checkpoint in --out stands"},
@@ -631,6 +632,10 @@ static int file_take(Job *job, const char *path, int (*take)(Job *, const Tensor
 
 /* ---- data and pictures ---- */
 
+static void path_in(const char *directory, const char *name, char path[TEXT_SIZE]) {
+    snprintf(path, TEXT_SIZE, "%.*s/%.60s", TEXT_SIZE - 64, directory, name);
+}
+
 /* Whether the images of what is called `name` are those that the model is for. */
 static int shape_check(Job *job, const char *name, const Dataset *data) {
     const Config *c = &job->settings.config;
@@ -666,12 +671,65 @@ static unsigned char *images_of(Job *job, const Dataset *data, int count) {
     return images;
 }
 
-static int grid_write(Job *job, const char *path, const unsigned char *images, int count, int columns,
-                      int channels) {
-    const Config *c = &job->model.config;
+static int is_stdout(const char *path) { return strcmp(path, "-") == 0; }
+
+/* Whether files can be made there is better known before minutes of work than after, and whether that would
+ * spoil an input. */
+static int output_check(Job *job, const char *input) {
+    const char *const outputs[3] = {job->out, job->chart, job->csv};
+    for (int i = 0; i < 3; i++) {
+        char directory[TEXT_SIZE];
+        struct stat in, out;
+        if (!*outputs[i] || (job->command->taker & (SAMPLE | SHOW) && is_stdout(outputs[i])))
+            continue;
+        snprintf(directory, sizeof directory, "%s", outputs[i]);
+        char *slash = strrchr(directory, '/');
+        strcpy(slash ? slash + 1 : directory, ".");
+        if (access(directory, W_OK | X_OK))
+            return fail(&job->error, "%s: %s", outputs[i], strerror(errno));
+        if (stat(outputs[i], &out) == 0 && stat(input, &in) == 0 && out.st_dev == in.st_dev &&
+            out.st_ino == in.st_ino)
+            return fail(&job->error, "%s: is the same file as the input %s", outputs[i], input);
+    }
+    return 0;
+}
+
+/* Images [count, height, width, channels]. */
+typedef struct {
+    unsigned char *pixels;
+    int count, height, width, channels;
+} Pictures;
+
+/* Where a line goes that tells of what was written. */
+static FILE *tell(const Job *job) { return is_stdout(job->out) ? stderr : stdout; }
+
+/* image_write, which writes whole files only: what goes to stdout lies in one for a moment. */
+static int picture_write(Job *job, const char *path, const unsigned char *pixels, int h, int w,
+                         int channels) {
+    char directory[] = "/tmp/diffenc.XXXXXX", file[TEXT_SIZE];
+    if (!is_stdout(path))
+        return image_write(path, pixels, h, w, channels, &job->error);
+    if (!mkdtemp(directory))
+        return fail(&job->error, "%s: cannot be created: %s", directory, strerror(errno));
+    path_in(directory, "picture.png", file);
+    const int status = image_write(file, pixels, h, w, channels, &job->error);
+    FILE *in = fopen(file, "rb");
+    for (int byte; in && (byte = getc(in)) != EOF;)
+        putchar(byte);
+    if (in)
+        fclose(in);
+    unlink(file);
+    rmdir(directory);
+    return status;
+}
+
+/* Several as a grid, a single one without a border. */
+static int grid_write(Job *job, const char *path, Pictures p, int columns) {
+    if (p.count == 1)
+        return picture_write(job, path, p.pixels, p.height, p.width, p.channels);
     int h, w;
-    unsigned char *grid = image_grid(images, count, columns, c->height, c->width, channels, &h, &w);
-    const int status = image_write(path, grid, h, w, channels, &job->error);
+    unsigned char *grid = image_grid(p.pixels, p.count, columns, p.height, p.width, p.channels, &h, &w);
+    const int status = picture_write(job, path, grid, h, w, p.channels);
     free(grid);
     return status;
 }
@@ -699,10 +757,6 @@ static void mean_by_term(double (*terms)[4], double (*minus)[4], int count, doub
 }
 
 /* ---- diffenc train: its directory ---- */
-
-static void path_in(const char *directory, const char *name, char path[TEXT_SIZE]) {
-    snprintf(path, TEXT_SIZE, "%.*s/%.60s", TEXT_SIZE - 64, directory, name);
-}
 
 static void grid_path(const Job *job, unsigned long long step, char path[TEXT_SIZE]) {
     char name[64];
@@ -991,13 +1045,46 @@ static int result_check(Job *job, const char *name, int finite) {
     return finite ? 0 : fail(&job->error, "%s: the result is not finite", name);
 }
 
-/* Samples as a grid in a file. */
+static int ends_in(const char *path, const char *end) {
+    return strlen(path) > strlen(end) && strcmp(path + strlen(path) - strlen(end), end) == 0;
+}
+
+/* Whether a path has one %d, %3d or %03d, and no other %: then it may be a format. */
+static int is_numbered(const char *path) {
+    const char *number = strchr(path, '%');
+    const size_t digits = number ? strspn(number + 1, "0123456789") : 0;
+    return number && digits < 3 && number[1 + digits] == 'd' && !strchr(number + 1, '%');
+}
+
+/* A file for each image; none of them may be the checkpoint. */
+static int files_write(Job *job, const unsigned char *images, int count) {
+    const Config *c = &job->model.config;
+    char pattern[TEXT_SIZE];
+    int status = 0;
+    strcpy(pattern, job->out);
+    for (int i = 0; i < count && status == 0; i++, images += image_size(c)) {
+        snprintf(job->out, TEXT_SIZE, pattern, i);
+        status = output_check(job, job->checkpoint);
+        if (status == 0)
+            status = image_write(job->out, images, c->height, c->width, c->image_channels, &job->error);
+    }
+    strcpy(job->out, pattern);
+    return status;
+}
+
+/* Samples in one file, all of them or as a grid; or in a file each. */
 static int sample_to(Job *job, const char *path, int count, int steps, uint64_t seed) {
-    unsigned char *images = arena_allocate(job->arena, (size_t)count, image_size(&job->model.config));
+    const Config *c = &job->model.config;
+    unsigned char *images = arena_allocate(job->arena, (size_t)count, image_size(c));
+    const Pictures p = {images, count, c->height, c->width, c->image_channels};
     const int status = sample_images(&job->workers, count, steps, job->sampler, seed, job->draw, images);
     if (result_check(job, path, status == 0) || (job->log && directory_check(job, &job->error)))
         return -1;
-    return grid_write(job, path, images, count, (int)ceil(sqrt(count)), job->model.config.image_channels);
+    if (ends_in(path, ".npy"))
+        return images_write(path, images, count, c->height, c->width, c->image_channels, 0, &job->error);
+    if (!job->log && is_numbered(path))
+        return files_write(job, images, count);
+    return grid_write(job, path, p, (int)ceil(sqrt(count)));
 }
 
 /* A grid of a training. What goes wrong with it ends no training, and one that a signal ended is drawn again
@@ -1170,27 +1257,6 @@ static int train(Job *job) {
 
 /* ---- what the commands on a checkpoint have in common ---- */
 
-/* Whether files can be made there is better known before minutes of work than after, and whether that would
- * spoil an input. */
-static int output_check(Job *job, const char *input) {
-    const char *const outputs[3] = {job->out, job->chart, job->csv};
-    for (int i = 0; i < 3; i++) {
-        char directory[TEXT_SIZE];
-        struct stat in, out;
-        if (!*outputs[i])
-            continue;
-        snprintf(directory, sizeof directory, "%s", outputs[i]);
-        char *slash = strrchr(directory, '/');
-        strcpy(slash ? slash + 1 : directory, ".");
-        if (access(directory, W_OK | X_OK))
-            return fail(&job->error, "%s: %s", outputs[i], strerror(errno));
-        if (stat(outputs[i], &out) == 0 && stat(input, &in) == 0 && out.st_dev == in.st_dev &&
-            out.st_ino == in.st_ino)
-            return fail(&job->error, "%s: is the same file as the input %s", outputs[i], input);
-    }
-    return 0;
-}
-
 /* Of the paths in a checkpoint none is opened that was not asked for: the file may be a stranger's. */
 static int job_data(Job *job, Split split) {
     const char *trained_on = job->settings.data;
@@ -1219,11 +1285,11 @@ static int sample(Job *job) {
     const Config *c = &job->model.config;
     const int steps = job->steps > 0 ? job->steps : c->timesteps > 0 ? c->timesteps : 250;
     /* Thrice the images: as they are, as a grid, as a file. */
-    if (image_path_check(job->out, c->image_channels, &job->error) ||
+    if (image_path_check(is_stdout(job->out) ? "-.png" : job->out, c->image_channels, &job->error) ||
         memory_check(job, 3.0 * job->count * (double)image_size(c)) ||
         sample_to(job, job->out, job->count, steps, job->seed))
         return -1;
-    printf("%s: %d images, %d steps\n", job->out, job->count, steps);
+    fprintf(tell(job), "%s: %d images, %d steps\n", job->out, job->count, steps);
     return 0;
 }
 
@@ -1594,7 +1660,7 @@ static int show(Job *job) {
     if (times_parse(job, &s))
         return USAGE;
     const size_t pixels = (size_t)s.times * c->height * c->width, each = 3 * SHOW_ROWS * pixels;
-    if (image_path_check(job->out, 3, &job->error))
+    if (image_path_check(is_stdout(job->out) ? "-.png" : job->out, 3, &job->error))
         return -1;
     if (c->kind == VDM)
         return fail(&job->error, "%s: vdm-%d has no encoder to show: x_t = x", job->checkpoint,
@@ -1622,10 +1688,12 @@ static int show(Job *job) {
     if (result_check(job, job->checkpoint, stop_signal || memchr(s.broken, 1, (size_t)count) == NULL))
         return -1;
     const double scale = draw_changes(&s, count, job->amplify);
-    if (grid_write(job, job->out, s.pictures, count * SHOW_ROWS * s.times, s.times, 3))
+    const Pictures p = {s.pictures, count * SHOW_ROWS * s.times, c->height, c->width, 3};
+    if (grid_write(job, job->out, p, s.times))
         return -1;
-    printf("%s: rows x_t, y, (x_t - x_s)/(t - s) of %d images, columns t = %s, blue -%.4g .. red +%.4g\n",
-           job->out, count, job->times, scale, scale);
+    fprintf(tell(job),
+            "%s: rows x_t, y, (x_t - x_s)/(t - s) of %d images, columns t = %s, blue -%.4g .. red +%.4g\n",
+            job->out, count, job->times, scale, scale);
     return 0;
 }
 

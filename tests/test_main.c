@@ -351,7 +351,7 @@ static void test_help(void) {
          "model net channels encoder-channels predict schedule gamma-min gamma-max timesteps variance-ratio "
          "batch seed data dropout lr warmup weight-decay clip ema steps threads save-every sample-every "
          "sample-steps eval-every eval-limit out resume"},
-        {"sample", "count steps seed pixels threads out"},
+        {"sample", "count steps seed sampler pixels threads out"},
         {"eval", "data split limit repeats timesteps variance-ratio seed threads chart csv"},
         {"show", "data count times amplify threads out"},
         {"grad", "batch out threads"},
@@ -1356,6 +1356,59 @@ static void test_images(void) {
     CHECK(strstr(o.out, "1 images, 4 steps"), "a model of finite T takes T steps: %s", o.out);
 }
 
+/* The first `size` bytes of a file that has no fewer, or zeros after a failed check; free() the result. */
+static unsigned char *bytes_of(const char *name, size_t size) {
+    unsigned char *bytes = allocate_zeroed(1, size);
+    FILE *stream = fopen(name, "rb");
+    const size_t found = stream ? fread(bytes, 1, size, stream) : 0;
+    if (stream)
+        fclose(stream);
+    CHECK(found == size, "%s has %zu bytes, expected %zu", name, found, size);
+    return bytes;
+}
+
+/* The same five images in every form: all as numbers, each in a file, in a grid, on stdout. */
+static void test_forms(void) {
+    enum { SIZE = 28 * 28, HEAD = 128 };
+    char text[TEXT];
+    Outcome o = succeed("$D sample good --count 5 --steps 3 --out five.npy");
+    CHECK(strstr(o.out, "five.npy: 5 images, 3 steps"), "%s", o.out);
+    succeed("test $(wc -c <five.npy) = %d && grep -q \"'shape': (5, 28, 28, 1)\" five.npy", HEAD + 5 * SIZE);
+    unsigned char *all = bytes_of("five.npy", HEAD + 5 * SIZE);
+    succeed("$D sample good --count 5 --steps 3 --out five.pgm");
+    unsigned char *grid = bytes_of("five.pgm", 13 + 92 * 62);
+    o = succeed("$D sample good --count 5 --steps 3 --out each-%%02d.pgm");
+    CHECK(strstr(o.out, "each-%02d.pgm: 5 images, 3 steps") && file_count("each-*") == 5, "%s", o.out);
+    for (int i = 0; i < 5; i++) {
+        const unsigned char *image = all + HEAD + i * SIZE;
+        int same = 1;
+        for (int y = 0; y < 28; y++)
+            same &= memcmp(grid + 13 + (i / 3 * 30 + 2 + y) * 92 + i % 3 * 30 + 2, image + y * 28, 28) == 0;
+        CHECK(same, "image %d of the grid is not that of five.npy", i);
+        snprintf(text, sizeof text, "each-%02d.pgm", i);
+        unsigned char *one = bytes_of(text, 13 + SIZE);
+        CHECK(memcmp(one, "P5\n28 28\n255\n", 13) == 0 && memcmp(one + 13, image, SIZE) == 0,
+              "%s is not image %d of five.npy", text, i);
+        free(one);
+    }
+    free(all);
+    free(grid);
+    succeed("$D sample good --count 1 --steps 3 --out one.pgm && cmp one.pgm each-00.pgm");
+    succeed("$D sample good --count 2 --steps 3 --out %%d.pgm && cmp 0.pgm one.pgm && cmp 1.pgm each-01.pgm");
+    succeed("$D sample good --count 2 --steps 1 --out '%%d%%d.png' && test -f '%%d%%d.png'");
+    succeed("$D sample good --count 2 --steps 1 --out %%s.png && test -f %%s.png");
+    o = succeed(
+        "$D sample good --count 5 --steps 3 --out std.png && $D sample good --count 5 --steps 3 --out - "
+        ">std2.png && cmp std.png std2.png");
+    CHECK(strcmp(o.error, "-: 5 images, 3 steps\n") == 0, "beside a picture on stdout: %s", o.error);
+    o = run("$D sample good --count 1 --steps 1 --out - >/dev/full");
+    CHECK(o.status == 1 && strstr(o.error, "standard output: No space left"), "exits with %d: %s", o.status,
+          o.error);
+    succeed("cp good like-1.png");
+    refuse(1, "is the same file as the input", "$D sample like-1.png --count 3 --steps 1 --out like-%%d.png");
+    CHECK(same_files("good", "like-1.png"), "a checkpoint was overwritten");
+}
+
 /* Nine times across; two images of three rows each. What nt shows can be computed by hand: x_t = alpha_t^2 x,
  * where the first pixel of the first image is black, -255/256. */
 static void test_show(void) {
@@ -1650,6 +1703,7 @@ int main(void) {
         {"settings", test_changed_settings},
         {"changed data", test_changed_data},
         {"images", test_images},
+        {"forms", test_forms},
         {"show", test_show},
         {"eval", test_eval},
         {"comparison", test_comparison},
