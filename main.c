@@ -186,7 +186,8 @@ static const Option OPTIONS[] = {
     {"variance-ratio", FIXED, NUMBER, C(variance_ratio), 0, 1e9, "W", "sigma_Q^2/sigma_P^2, finite T only"},
     {"batch", FIXED, INT, IN(settings.batch), 1, MAX_BATCH, "N", "examples in a step"},
     {"seed", FIXED, COUNT, IN(settings.seed), 0, 0, "N", "same seed, binary and machine: the same bits"},
-    {"data", SETTING, TEXT, IN(settings.data), 0, 0, "DIR|digits", "(Fashion-)MNIST, CIFAR-10; built in"},
+    {"data", SETTING, TEXT, IN(settings.data), 0, 0, "DIR|digits|swirl",
+     "(Fashion-)MNIST, CIFAR-10; built in"},
     {"dropout", SETTING, NUMBER, C(dropout), -1e9, 1e9, "X", "rate in training"},
     {"optimizer", SETTING, CHOICE, O(muon), 0, 0, "adamw|muon", "of the kernels; AdamW has the rest"},
     {"lr", SETTING, NUMBER, O(learning_rate), 0, 1e6, "X", "learning rate"},
@@ -201,7 +202,8 @@ static const Option OPTIONS[] = {
     {"height", RECORD, INT, C(height), -1e9, 1e9, "", ""},
     {"width", RECORD, INT, C(width), -1e9, 1e9, "", ""},
     {"image-channels", RECORD, INT, C(image_channels), -1e9, 1e9, "", ""},
-    {"data", EVAL | SHOW, TEXT, IN(where), 0, 0, "DIR|digits", "needed unless it was trained on digits"},
+    {"data", EVAL | SHOW, TEXT, IN(where), 0, 0, "DIR|digits|swirl",
+     "needed unless it was trained on what is built in"},
     {"split", EVAL, CHOICE, IN(split), 0, 0, "train|test", "which images"},
     {"limit", EVAL, INT, IN(limit), 0, 1e9, "N", "only N images, evenly over the split; 0: all"},
     {"repeats", EVAL, INT, IN(repeats), 1, 1e6, "N", "draws of time and noise for each image"},
@@ -209,9 +211,9 @@ static const Option OPTIONS[] = {
     {"variance-ratio", EVAL, TEXT, IN(ratio), 0, 0, "W|optimal", "as for train, or the best at each t"},
     {"chart", EVAL, TEXT, IN(chart), 0, 0, "FILE.svg", "the loss over t and lambda, the counterterm's error"},
     {"csv", EVAL, TEXT, IN(csv), 0, 0, "FILE.csv", "the values, a line for each checkpoint"},
-    {"count", SAMPLE, INT, IN(count), 1, 65536, "N", "images"},
-    {"count", SHOW, INT, IN(count), 0, 64, "N",
-     "test images, evenly over the split; 0: one of each class, or 4"},
+    {"count", SAMPLE, INT, IN(count), 0, 65536, "N", "images; 0: 64, or 2000 points"},
+    {"count", SHOW, INT, IN(count), 0, 4096, "N",
+     "test images, evenly over the split; 0: one of each class, or 4; 500 points"},
     {"times", SHOW, TEXT, IN(times), 0, 0, "T,T,...", "ascending, from 0 to 1"},
     {"amplify", SHOW, NUMBER, IN(amplify), 1e-3, 1e6, "X", "red and blue by this factor"},
     {"steps", TRAIN, INT, IN(steps), 0, 2e9, "N", "in total, resumed or not; 0: initial checkpoint only"},
@@ -263,7 +265,7 @@ static Job *job_new(const Command *command, char **arguments) {
     job->threads = smaller(omp_get_max_threads(), MAX_THREADS);
     job->save_every = 500, job->sample_steps = 100, job->eval_limit = 256;
     job->split = SPLIT_TEST, job->repeats = 1, job->timesteps = -1, job->seed = 1;
-    job->count = command->taker == SHOW ? 0 : 64, job->amplify = 1;
+    job->amplify = 1;
     strcpy(job->times, "0,0.125,0.25,0.375,0.5,0.625,0.75,0.875,1");
     if (command->taker == TRAIN) {
         job->steps = 10000;
@@ -734,6 +736,29 @@ static int grid_write(Job *job, const char *path, Pictures p, int columns) {
     return status;
 }
 
+/* Points, the images of the swirl, are seen together, in panels that begin black. */
+enum { PANEL = 512, PANEL_SIZE = 3 * PANEL * PANEL, MANY_POINTS = 2000, FEW_POINTS = 500 };
+static const unsigned char POINT_COLOUR[3] = {255, 200, 90};
+
+static int is_points(const Config *c) { return c->image_channels == 2 && image_size(c) == 2; }
+
+static unsigned char *panels_new(Job *job, int count) {
+    unsigned char *panels = arena_allocate(job->arena, (size_t)count, PANEL_SIZE);
+    memset(panels, 0, (size_t)count * PANEL_SIZE);
+    return panels;
+}
+
+/* Images [sets, count] as pictures: each of them, or a panel for each set of points. */
+static Pictures pictures_of(Job *job, unsigned char *images, int sets, int count) {
+    const Config *c = &job->model.config;
+    if (!is_points(c))
+        return (Pictures){images, sets * count, c->height, c->width, c->image_channels};
+    unsigned char *panels = panels_new(job, sets);
+    for (size_t i = 0; i < (size_t)sets; i++)
+        points_draw(panels + i * PANEL_SIZE, PANEL, images + 2 * i * (size_t)count, count, POINT_COLOUR);
+    return (Pictures){panels, sets, PANEL, PANEL, 3};
+}
+
 /* ---- means ---- */
 
 /* Mean and standard error of x[i * stride] - minus[i * stride], i < count; minus may be NULL. */
@@ -1072,11 +1097,11 @@ static int files_write(Job *job, const unsigned char *images, int count) {
     return status;
 }
 
-/* Samples in one file, all of them or as a grid; or in a file each. */
+/* Samples in one file, all of them or as a grid, points beside as many of the data; or in a file each. */
 static int sample_to(Job *job, const char *path, int count, int steps, uint64_t seed) {
     const Config *c = &job->model.config;
-    unsigned char *images = arena_allocate(job->arena, (size_t)count, image_size(c));
-    const Pictures p = {images, count, c->height, c->width, c->image_channels};
+    const size_t all = (size_t)count * image_size(c);
+    unsigned char *images = arena_allocate(job->arena, 1 + (size_t)is_points(c), all);
     const int status = sample_images(&job->workers, count, steps, job->sampler, seed, job->draw, images);
     if (result_check(job, path, status == 0) || (job->log && directory_check(job, &job->error)))
         return -1;
@@ -1084,7 +1109,13 @@ static int sample_to(Job *job, const char *path, int count, int steps, uint64_t 
         return images_write(path, images, count, c->height, c->width, c->image_channels, 0, &job->error);
     if (!job->log && is_numbered(path))
         return files_write(job, images, count);
-    return grid_write(job, path, p, (int)ceil(sqrt(count)));
+    if (!is_points(c))
+        return grid_write(job, path, pictures_of(job, images, 1, count), (int)ceil(sqrt(count)));
+    if (job->data.count == 0 && data_open(job, "swirl", SPLIT_TEST, &job->data))
+        return -1;
+    memcpy(images + all, images, all);
+    memcpy(images, images_of(job, &job->data, count), all);
+    return grid_write(job, path, pictures_of(job, images, 2, count), 2);
 }
 
 /* A grid of a training. What goes wrong with it ends no training, and one that a signal ended is drawn again
@@ -1096,7 +1127,8 @@ static void sample_grid(Job *job) {
     if (steps == 0)
         return;
     grid_path(job, job->model.step, path);
-    const int status = sample_to(job, path, 64, steps, job->settings.seed);
+    const int count = is_points(&job->model.config) ? MANY_POINTS : 64;
+    const int status = sample_to(job, path, count, steps, job->settings.seed);
     if (stop_signal)
         return;
     end_line(job);
@@ -1260,7 +1292,7 @@ static int train(Job *job) {
 /* Of the paths in a checkpoint none is opened that was not asked for: the file may be a stranger's. */
 static int job_data(Job *job, Split split) {
     const char *trained_on = job->settings.data;
-    if (!*job->where && strcmp(trained_on, "digits") != 0)
+    if (!*job->where && strcmp(trained_on, "digits") != 0 && strcmp(trained_on, "swirl") != 0)
         return fail(&job->error, "%s: was trained on '%s'; give --data with a path of your own",
                     job->checkpoint, trained_on);
     if (!*job->where)
@@ -1284,12 +1316,14 @@ static int job_data(Job *job, Split split) {
 static int sample(Job *job) {
     const Config *c = &job->model.config;
     const int steps = job->steps > 0 ? job->steps : c->timesteps > 0 ? c->timesteps : 250;
-    /* Thrice the images: as they are, as a grid, as a file. */
-    if (image_path_check(is_stdout(job->out) ? "-.png" : job->out, c->image_channels, &job->error) ||
-        memory_check(job, 3.0 * job->count * (double)image_size(c)) ||
-        sample_to(job, job->out, job->count, steps, job->seed))
+    const int count = job->count ? job->count : is_points(c) ? MANY_POINTS : 64;
+    const int channels = is_points(c) && !ends_in(job->out, ".npy") ? 3 : c->image_channels;
+    /* Thrice the pictures: as they are, as a grid, as a file. */
+    const double each = count * (double)image_size(c) + (is_points(c) ? PANEL_SIZE : 0);
+    if (image_path_check(is_stdout(job->out) ? "-.png" : job->out, channels, &job->error) ||
+        memory_check(job, 3 * each) || sample_to(job, job->out, count, steps, job->seed))
         return -1;
-    fprintf(tell(job), "%s: %d images, %d steps\n", job->out, job->count, steps);
+    fprintf(tell(job), "%s: %d images, %d steps\n", job->out, count, steps);
     return 0;
 }
 
@@ -1654,6 +1688,25 @@ static double draw_changes(const Show *s, int count, double amplify) {
     return most / amplify;
 }
 
+/* For each time the points x_t, with lines from x. */
+static int show_points(Job *job, const Show *s, int count) {
+    static const unsigned char blue[3] = {60, 90, 130};
+    const Pictures p = {panels_new(job, s->times), s->times, PANEL, PANEL, 3};
+    for (int i = 0; i < count * s->times; i++) {
+        const int example = i / s->times, column = i % s->times;
+        const unsigned char *x = s->images + 2 * example,
+                            *x_t = s->pictures + 3 * (SHOW_ROWS * (i - column) + column);
+        const double from[2] = {(x[0] + 0.5) * PANEL / 256 - 0.5, (x[1] + 0.5) * PANEL / 256 - 0.5};
+        const double to[2] = {(x_t[0] + 0.5) * PANEL / 256 - 0.5, (x_t[1] + 0.5) * PANEL / 256 - 0.5};
+        line_draw(p.pixels + column * PANEL_SIZE, PANEL, 3, from, to, 0.5, blue);
+        points_draw(p.pixels + column * PANEL_SIZE, PANEL, x_t, 1, POINT_COLOUR);
+    }
+    if (grid_write(job, job->out, p, (int)ceil(sqrt(s->times))))
+        return -1;
+    fprintf(tell(job), "%s: %d points x_t and their way from x, t = %s\n", job->out, count, job->times);
+    return 0;
+}
+
 static int show(Job *job) {
     const Config *c = &job->model.config;
     Show s = {.config = c};
@@ -1668,8 +1721,10 @@ static int show(Job *job) {
     if (job_data(job, SPLIT_TEST))
         return -1;
     const int classes = job->count ? 0 : smaller(job->data.classes, 64);
-    const int count = limited(&job->data, job->count ? job->count : classes ? classes : 4);
-    if (memory_check(job, count * (3.0 * (double)each + (double)pixels * sizeof(double))))
+    const int usual = classes ? classes : is_points(c) ? FEW_POINTS : 4;
+    const int count = limited(&job->data, job->count ? job->count : usual);
+    const double panels = is_points(c) ? 3.0 * s.times * PANEL_SIZE : 0;
+    if (memory_check(job, count * (3.0 * (double)each + (double)pixels * sizeof(double)) + panels))
         return -1;
     unsigned char *images = images_of(job, &job->data, count);
     for (int class = 0; class < smaller(classes, count); class ++) { /* the first one of each */
@@ -1687,6 +1742,8 @@ static int show(Job *job) {
     workers_run(&job->workers, job->model.ema, count, show_example, &s);
     if (result_check(job, job->checkpoint, stop_signal || memchr(s.broken, 1, (size_t)count) == NULL))
         return -1;
+    if (is_points(c))
+        return show_points(job, &s, count);
     const double scale = draw_changes(&s, count, job->amplify);
     const Pictures p = {s.pictures, count * SHOW_ROWS * s.times, c->height, c->width, 3};
     if (grid_write(job, job->out, p, s.times))

@@ -1409,6 +1409,59 @@ static void test_forms(void) {
     CHECK(same_files("good", "like-1.png"), "a checkpoint was overwritten");
 }
 
+/* How many values in panel `column` of a row of two are not those of points; with lines, how many are darker:
+ * lines only brighten. */
+static int panel_differs(const char *name, int column, const unsigned char *points, int count, int lines) {
+    enum { PANEL = 512, GAP = 2, WIDTH = 2 * PANEL + 3 * GAP, HEIGHT = PANEL + 2 * GAP, HEAD = 16 };
+    static const unsigned char colour[3] = {255, 200, 90};
+    unsigned char *file = bytes_of(name, HEAD + 3 * WIDTH * HEIGHT);
+    unsigned char *want = allocate_zeroed(1, 3 * PANEL * PANEL);
+    points_draw(want, PANEL, points, count, colour);
+    int differ = memcmp(file, "P6\n1030 516\n255\n", HEAD) != 0;
+    for (int i = 0; i < 3 * PANEL * PANEL; i++) {
+        const int y = GAP + i / 3 / PANEL, x = GAP + column * (PANEL + GAP) + i / 3 % PANEL;
+        const int value = file[HEAD + 3 * (y * WIDTH + x) + i % 3];
+        differ += lines ? value < want[i] : value != want[i];
+    }
+    free(file);
+    free(want);
+    return differ;
+}
+
+/* Points instead of images: data beside samples; and where the encoder moves them, at first nowhere and in
+ * the end, where there is only alpha_1^2 x, into the middle. */
+static void test_swirl(void) {
+    unsigned char data[2 * 50];
+    Dataset swirl;
+    Error error;
+    CHECK(dataset_open(&swirl, "swirl", SPLIT_TEST, 1, &error) == 0, "%s", error.text);
+    for (int i = 0; i < 50; i++)
+        dataset_image(&swirl, (uint32_t)i * swirl.count / 50, data + 2 * i);
+    dataset_close(&swirl);
+    succeed("$D train $TINY --data swirl --model diffenc-1-nt --steps 2 --eval-every 1 --out points &&"
+            " cp points/checkpoint.safetensors swirl");
+    unsigned char *png = bytes_of("points/samples-2.png", 26);
+    CHECK(memcmp(png + 16, "\0\0\4\6\0\0\2\4\10\2", 10) == 0, "the points of a training are no 1030x516");
+    free(png);
+    Outcome o = succeed("$D eval swirl --limit 5");
+    CHECK(strstr(o.out, "5 test images of swirl"), "%s", o.out);
+    succeed("$D sample swirl --count 50 --steps 5 --out swirl.ppm");
+    succeed("$D sample swirl --count 50 --steps 5 --out swirl.npy");
+    unsigned char *samples = bytes_of("swirl.npy", 128 + 2 * 50);
+    CHECK(panel_differs("swirl.ppm", 0, data, 50, 0) == 0, "the data are not on the left");
+    CHECK(panel_differs("swirl.ppm", 1, samples + 128, 50, 0) == 0, "the samples are not on the right");
+    free(samples);
+    o = succeed("$D show swirl --count 50 --times 0,1 --out swirl.ppm");
+    CHECK(strstr(o.out, "50 points"), "%s", o.out);
+    CHECK(panel_differs("swirl.ppm", 0, data, 50, 1) == 0 && panel_differs("swirl.ppm", 0, data, 50, 0) < 500,
+          "x_t at t = 0 is not x, or there are lines that lead away");
+    for (int i = 0; i < 100; i++)
+        data[i] = (unsigned char)nearest_level((2 * (data[i] + 0.5) / 256 - 1) / (1 + exp(5)));
+    CHECK(panel_differs("swirl.ppm", 1, data, 50, 1) == 0, "x_t at t = 1 is not alpha_1^2 x");
+    CHECK(panel_differs("swirl.ppm", 1, data, 50, 0) > 5000, "there are no lines from x to x_t");
+    refuse(1, "holds grey images only", "$D sample swirl --count 1 --out swirl.pgm");
+}
+
 /* Nine times across; two images of three rows each. What nt shows can be computed by hand: x_t = alpha_t^2 x,
  * where the first pixel of the first image is black, -255/256. */
 static void test_show(void) {
@@ -1704,6 +1757,7 @@ int main(void) {
         {"changed data", test_changed_data},
         {"images", test_images},
         {"forms", test_forms},
+        {"swirl", test_swirl},
         {"show", test_show},
         {"eval", test_eval},
         {"comparison", test_comparison},
