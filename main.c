@@ -105,7 +105,7 @@ typedef struct Evaluated Evaluated;
 typedef struct {
     /* Options; which command has which is said by OPTIONS. */
     int threads, steps, save_every, sample_every, sample_steps, eval_every, eval_limit, resume;
-    int count, sampler, draw, split, limit, repeats, timesteps;
+    int count, sampler, draw, trajectory, split, limit, repeats, timesteps;
     uint64_t seed;
     char out[TEXT_SIZE], chart[TEXT_SIZE], csv[TEXT_SIZE]; /* files to be written */
     char ratio[TEXT_SIZE], batch[TEXT_SIZE], times[TEXT_SIZE];
@@ -211,7 +211,7 @@ static const Option OPTIONS[] = {
     {"variance-ratio", EVAL, TEXT, IN(ratio), 0, 0, "W|optimal", "as for train, or the best at each t"},
     {"chart", EVAL, TEXT, IN(chart), 0, 0, "FILE.svg", "the loss over t and lambda, the counterterm's error"},
     {"csv", EVAL, TEXT, IN(csv), 0, 0, "FILE.csv", "the values, a line for each checkpoint"},
-    {"count", SAMPLE, INT, IN(count), 0, 65536, "N", "images; 0: 64, or 2000 points"},
+    {"count", SAMPLE, INT, IN(count), 0, 65536, "N", "images; 0: 64, 8 of a trajectory, 2000 points"},
     {"count", SHOW, INT, IN(count), 0, 4096, "N",
      "test images, evenly over the split; 0: one of each class, or 4; 500 points"},
     {"times", SHOW, TEXT, IN(times), 0, 0, "T,T,...", "ascending, from 0 to 1"},
@@ -229,6 +229,8 @@ static const Option OPTIONS[] = {
     {"eval-every", TRAIN, INT, IN(eval_every), 0, 2e9, "N", "between bounds on test images; 0: none"},
     {"eval-limit", TRAIN, INT, IN(eval_limit), 1, 1e9, "N", "test images of such a bound"},
     {"out", TRAIN, TEXT, IN(out), 0, 0, "DIR", "where checkpoint, log.csv, report.html and samples go"},
+    {"trajectory", SAMPLE, INT, IN(trajectory), 0, 1, "",
+     "x^ above z_t from noise to image; x^ alone as .apng"},
     {"out", SAMPLE, TEXT, IN(out), 0, 0, "FILE",
      "a grid: .png, .pgm, .ppm or -; each: N-%03d.png; all: .npy"},
     {"out", SHOW, TEXT, IN(out), 0, 0, "FILE", "of each image x_t, y, (x_t - x_s)/(t - s) over t"},
@@ -506,7 +508,8 @@ static int memory_check(Job *job, double more) {
 }
 
 /* The same for the vectors of a model, in place of the one before, and one example's graph for each thread;
- * in training also the gradient slots, and the gradients in the graph; a chart takes a second pass. */
+ * in training also the gradient slots, and the gradients in the graph; a chart and a trajectory take a second
+ * pass. */
 static int model_memory_check(Job *job, size_t weights) {
     const int training = job->command->load != LOAD_EMA;
     Model m = {.config = job->settings.config};
@@ -515,7 +518,7 @@ static int model_memory_check(Job *job, size_t weights) {
     const Method method = method_begin(&n);
     const Example example = {NULL, 0.5, NULL, NULL};
     objective(&method, example);
-    const double graphs = (training ? 1.5 : *job->chart ? 2 : 1) * job->threads;
+    const double graphs = (training ? 1.5 : *job->chart || job->trajectory ? 2 : 1) * job->threads;
     job->need -= job->model_need;
     job->model_need = graphs * (double)n.graph.bytes +
                       (double)weights * sizeof(real) * (5 + (training ? GRADIENT_SLOTS : 0));
@@ -1313,15 +1316,53 @@ static int job_data(Job *job, Split split) {
 
 /* ---- diffenc sample ---- */
 
+enum { TIMES = 10, FRAMES = 40, HELD = 12, DELAY = 80 }; /* of a picture; of an animation */
+
+/* Rows are samples, columns times: x^ above z_t. An animation shows x^ alone, its end for a second more. */
+static int trajectory_write(Job *job, int count, int steps) {
+    const int animated = ends_in(job->out, ".apng"), times = smaller(animated ? FRAMES : TIMES, steps + 1);
+    const size_t all = (size_t)count * image_size(&job->model.config), sets = 2 * (size_t)times;
+    unsigned char *images = arena_allocate(job->arena, sets + 1, all), *film = NULL;
+    const int status = sample_trajectory(&job->workers, count, steps, job->sampler, job->seed, job->draw,
+                                         images + sets * all, times, images);
+    if (result_check(job, job->out, status == 0))
+        return -1;
+    Pictures p = pictures_of(job, images, (int)sets, count);
+    const size_t size = (size_t)p.height * p.width * p.channels, rows = p.count / sets;
+    if (!animated) {
+        film = arena_allocate(job->arena, (size_t)p.count, size);
+        for (size_t i = 0; i < (size_t)p.count; i++) {
+            const size_t time = i % times, is_z = i / times % 2, row = i / sets;
+            memcpy(film + i * size, p.pixels + ((2 * time + is_z) * rows + row) * size, size);
+        }
+        p.pixels = film;
+        return grid_write(job, job->out, p, times);
+    }
+    int h = 0, w = 0;
+    for (int i = 0; i < times + HELD; i++) {
+        const unsigned char *x_hat = p.pixels + smaller(i, times - 1) * 2 * rows * size;
+        unsigned char *grid = image_grid(x_hat, (int)rows, (int)ceil(sqrt((double)rows)), p.height, p.width,
+                                         p.channels, &h, &w);
+        const size_t frame = (size_t)h * w * p.channels;
+        film = i > 0 ? film : arena_allocate(job->arena, (size_t)times + HELD, frame);
+        memcpy(film + i * frame, grid, frame);
+        free(grid);
+    }
+    return images_write(job->out, film, times + HELD, h, w, p.channels, DELAY, &job->error);
+}
+
 static int sample(Job *job) {
     const Config *c = &job->model.config;
     const int steps = job->steps > 0 ? job->steps : c->timesteps > 0 ? c->timesteps : 250;
-    const int count = job->count ? job->count : is_points(c) ? MANY_POINTS : 64;
+    const int count = job->count ? job->count : is_points(c) ? MANY_POINTS : job->trajectory ? 8 : 64;
     const int channels = is_points(c) && !ends_in(job->out, ".npy") ? 3 : c->image_channels;
     /* Thrice the pictures: as they are, as a grid, as a file. */
     const double each = count * (double)image_size(c) + (is_points(c) ? PANEL_SIZE : 0);
     if (image_path_check(is_stdout(job->out) ? "-.png" : job->out, channels, &job->error) ||
-        memory_check(job, 3 * each) || sample_to(job, job->out, count, steps, job->seed))
+        memory_check(job, 3 * each * (job->trajectory ? 2 * FRAMES : 1)))
+        return -1;
+    if (job->trajectory ? trajectory_write(job, count, steps)
+                        : sample_to(job, job->out, count, steps, job->seed))
         return -1;
     fprintf(tell(job), "%s: %d images, %d steps\n", job->out, count, steps);
     return 0;

@@ -351,7 +351,7 @@ static void test_help(void) {
          "model net channels encoder-channels predict schedule gamma-min gamma-max timesteps variance-ratio "
          "batch seed data dropout lr warmup weight-decay clip ema steps threads save-every sample-every "
          "sample-steps eval-every eval-limit out resume"},
-        {"sample", "count steps seed sampler pixels threads out"},
+        {"sample", "count steps seed sampler pixels trajectory threads out"},
         {"eval", "data split limit repeats timesteps variance-ratio seed threads chart csv"},
         {"show", "data count times amplify threads out"},
         {"grad", "batch out threads"},
@@ -1409,6 +1409,65 @@ static void test_forms(void) {
     CHECK(same_files("good", "like-1.png"), "a checkpoint was overwritten");
 }
 
+/* From noise to images: what the last column shows is what is sampled; as many columns as there are times. */
+static void test_trajectory(void) {
+    enum { ACROSS = 302, DOWN = 182, HEAD = 15 };
+    const Outcome o = succeed("$D sample good --trajectory --count 3 --steps 12 --out way.pgm");
+    CHECK(strstr(o.out, "3 images, 12 steps"), "%s", o.out);
+    succeed("$D sample good --count 3 --steps 12 --out end-%%d.pgm");
+    unsigned char *way = bytes_of("way.pgm", HEAD + ACROSS * DOWN);
+    CHECK(memcmp(way, "P5\n302 182\n255\n", HEAD) == 0, "way.pgm begins with %.15s", (char *)way);
+    for (int row = 0; row < 6; row++) {
+        char name[32];
+        snprintf(name, sizeof name, "end-%d.pgm", row / 2);
+        unsigned char *end = bytes_of(name, 13 + 28 * 28);
+        int apart[2] = {0, 0}; /* in the last column, and in the first */
+        for (int i = 0; i < 28 * 28; i++)
+            for (int first = 0; first < 2; first++) {
+                const int x = 2 + (first ? 0 : 9 * 30) + i % 28, y = 2 + row * 30 + i / 28;
+                const int gap = abs(way[HEAD + y * ACROSS + x] - end[13 + i]);
+                apart[first] = gap > apart[first] ? gap : apart[first];
+            }
+        CHECK(apart[0] <= 2 && apart[1] > 50, "row %d is %d levels from the image at the end, %d at first",
+              row, apart[0], apart[1]);
+        free(end);
+    }
+    free(way);
+    succeed("$D sample good --trajectory --count 3 --steps 12 --threads 3 --out way3.pgm && cmp way.pgm "
+            "way3.pgm");
+    char head[TEXT];
+    succeed(
+        "$D sample finite --trajectory --out short.pgm"); /* 5 times of 12x8 images, 8 of them by default */
+    read_text("short.pgm", head);
+    CHECK(strncmp(head, "P5\n52 226\n255\n", 14) == 0, "a trajectory of 4 steps: %.14s", head);
+
+    /* 40 frames of 2 by 2 images, the last one 12 times more; read by a program that has no part in this one. */
+    enum { FRAME = 62 * 62, FRAMES = 52 };
+    succeed("$D sample good --trajectory --count 4 --steps 50 --out way.apng");
+    unsigned char *png = bytes_of("way.apng", 45);
+    CHECK(memcmp(png + 37, "acTL\0\0\0\64", 8) == 0, "way.apng has no %d frames", FRAMES);
+    free(png);
+    if (run("command -v ffmpeg").status) {
+        printf("skipped: an animation of samples read by ffmpeg (there is none)\n");
+        return;
+    }
+    succeed("ffmpeg -v error -nostdin -i way.apng -pix_fmt gray -f rawvideo way.raw &&"
+            " test $(wc -c <way.raw) = %d && $D sample good --count 4 --steps 50 --out four.pgm",
+            FRAME * FRAMES);
+    unsigned char *raw = bytes_of("way.raw", FRAME * FRAMES), *four = bytes_of("four.pgm", 13 + FRAME);
+    int apart = 0;
+    for (int i = 0; i < FRAME; i++)
+        apart =
+            abs(raw[39 * FRAME + i] - four[13 + i]) > apart ? abs(raw[39 * FRAME + i] - four[13 + i]) : apart;
+    CHECK(apart <= 2, "the animation ends %d levels from the samples", apart);
+    CHECK(memcmp(raw, raw + 39 * FRAME, FRAME) != 0 &&
+              memcmp(raw + 38 * FRAME, raw + 39 * FRAME, FRAME) != 0 &&
+              memcmp(raw + 39 * FRAME, raw + 51 * FRAME, FRAME) == 0,
+          "the animation does not hold its last image");
+    free(raw);
+    free(four);
+}
+
 /* How many values in panel `column` of a row of two are not those of points; with lines, how many are darker:
  * lines only brighten. */
 static int panel_differs(const char *name, int column, const unsigned char *points, int count, int lines) {
@@ -1459,6 +1518,9 @@ static void test_swirl(void) {
         data[i] = (unsigned char)nearest_level((2 * (data[i] + 0.5) / 256 - 1) / (1 + exp(5)));
     CHECK(panel_differs("swirl.ppm", 1, data, 50, 1) == 0, "x_t at t = 1 is not alpha_1^2 x");
     CHECK(panel_differs("swirl.ppm", 1, data, 50, 0) > 5000, "there are no lines from x to x_t");
+    succeed("$D sample swirl --trajectory --count 9 --steps 3 --out way.ppm && head -n 2 way.ppm | grep -qx "
+            "'2058 "
+            "1030'");
     refuse(1, "holds grey images only", "$D sample swirl --count 1 --out swirl.pgm");
 }
 
@@ -1757,6 +1819,7 @@ int main(void) {
         {"changed data", test_changed_data},
         {"images", test_images},
         {"forms", test_forms},
+        {"trajectory", test_trajectory},
         {"swirl", test_swirl},
         {"show", test_show},
         {"eval", test_eval},
