@@ -265,12 +265,12 @@ static Job *job_new(const Command *command, char **arguments) {
     job->command = command, job->arguments = arguments, job->settings = settings_default();
     job->arena = arena_new();
     job->threads = smaller(omp_get_max_threads(), MAX_THREADS);
-    job->save_every = 500, job->sample_steps = 100, job->eval_limit = 256;
+    job->save_every = 1000, job->sample_steps = 100, job->eval_limit = 256;
     job->split = SPLIT_TEST, job->repeats = 1, job->timesteps = -1, job->seed = 1;
     job->amplify = 1;
     strcpy(job->times, "0,0.125,0.25,0.375,0.5,0.625,0.75,0.875,1");
     if (command->taker == TRAIN) {
-        job->steps = 10000;
+        job->steps = 60000;
         strcpy(job->out, "run");
     }
     return job;
