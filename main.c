@@ -892,13 +892,15 @@ static int log_check(FILE *log, uint64_t step, long *kept) {
     double value[COLUMNS], last = 0;
     if (fgets(line, sizeof line, log) && strcmp(line, LOG_HEADER) != 0)
         return 0;
-    for (*kept = ftell(log); fgets(line, sizeof line, log); last = value[0]) {
+    *kept = ftell(log);
+    while (fgets(line, sizeof line, log)) {
         if (!log_line(line, value))
             return feof(log) && last >= (double)step && strspn(line, "0123456789.,+-einfa") == strlen(line);
         if (value[0] != last + 1 && (last > 0 || value[0] > (double)step + 1))
             return 0;
         if (value[0] <= (double)step)
             *kept = ftell(log);
+        last = value[0];
     }
     return last == 0 || last >= (double)step;
 }

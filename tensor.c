@@ -296,6 +296,7 @@ INLINE void block_product(const int R, const int N, const int width, const Produ
         for (int n = 0; n < N; n++)
             sum[r][n] = 0;
     const ptrdiff_t a_row = p->a_row, a_inner = p->a_inner;
+    const int stored = width < N ? width : N;
     for (int s = 0; s < p->segments; s++) {
         const real *ak = a + s * p->a_segment, *bk = b + s * b_segment;
         for (int k = 0; k < p->inner; k++, ak += a_inner, bk += b_inner)
@@ -307,14 +308,14 @@ INLINE void block_product(const int R, const int N, const int width, const Produ
     for (int r = 0; r < R; r++) {
         if (bias)
 #pragma omp simd
-            for (int n = 0; n < width; n++)
+            for (int n = 0; n < stored; n++)
                 sum[r][n] += bias[n];
         if (start)
 #pragma omp simd
-            for (int n = 0; n < width; n++)
+            for (int n = 0; n < stored; n++)
                 sum[r][n] += start[r * p->c_row + n];
 #pragma omp simd
-        for (int n = 0; n < width; n++)
+        for (int n = 0; n < stored; n++)
             c[r * p->c_row + n] = sum[r][n];
     }
 }

@@ -237,7 +237,7 @@ static void poison(const char *from, const char *to, const char *tensor) {
     TensorOut *out = tensors_again(&file);
     const TensorEntry *entry = tensors_find(&file, tensor);
     CHECK(entry != NULL, "%s holds no %s", from, tensor);
-    if (entry)
+    if (entry && file.bytes.data)
         memset(file.bytes.data + (entry->data - file.bytes.data), 0xff, entry->size / entry->count);
     write_tensors(to, out, file.tensor_count, file.metadata, file.metadata_count);
     free(out);
