@@ -671,24 +671,18 @@ static int limited(const Dataset *data, int limit) {
     return limit > 0 && (uint32_t)limit < data->count ? limit : (int)data->count;
 }
 
-/* `count` images are taken evenly over the whole split: files may be sorted. */
-static uint32_t index_of(const Dataset *data, int i, int count) {
-    return (uint32_t)((uint64_t)i * data->count / (unsigned)count);
-}
-
-static unsigned char *images_of(Job *job, const Dataset *data, int count) {
+/* `count` images, evenly over the whole split: files may be sorted. And their labels, or NULL. */
+static unsigned char *images_of(Job *job, const Dataset *data, int count, unsigned char **labels) {
     const size_t d = (size_t)data->height * data->width * data->channels;
     unsigned char *images = arena_allocate(job->arena, (size_t)count, d);
-    for (int i = 0; i < count; i++)
-        dataset_image(data, index_of(data, i, count), images + (size_t)i * d);
+    *labels = data->classes ? arena_allocate(job->arena, (size_t)count, 1) : NULL;
+    for (int i = 0; i < count; i++) {
+        const uint32_t index = (uint32_t)((uint64_t)i * data->count / (unsigned)count);
+        dataset_image(data, index, images + (size_t)i * d);
+        if (*labels)
+            (*labels)[i] = (unsigned char)dataset_label(data, index);
+    }
     return images;
-}
-
-static unsigned char *labels_of(Job *job, const Dataset *data, int count) {
-    unsigned char *labels = arena_allocate(job->arena, (size_t)count, 1);
-    for (int i = 0; i < count; i++)
-        labels[i] = (unsigned char)dataset_label(data, index_of(data, i, count));
-    return data->classes ? labels : NULL;
 }
 
 static int grid_write(Job *job, const char *path, const unsigned char *images, int count, int columns,
@@ -1018,22 +1012,22 @@ static int result_check(Job *job, const char *name, int finite) {
 
 enum { OF_A_CLASS = 8 };
 
-/* How many classes samples are to be drawn of; 0: of one, or the model knows of none. */
+/* The classes of which samples are drawn in turn: 0 where there are none, or --class says which. */
 static int sampled_classes(const Job *job) { return job->one_class < 0 ? job->model.config.classes : 0; }
 
-/* If nobody asks for another number: as many of each class, or 64. */
 static int sample_count(const Job *job) {
     const int classes = sampled_classes(job);
-    return classes ? OF_A_CLASS * classes : 64;
+    return job->count > 0 ? job->count : classes > 0 ? OF_A_CLASS * classes : 64;
 }
 
 /* Samples as a grid in a file. A row has one class, the next row the next one, and so on around. */
-static int sample_to(Job *job, const char *path, int count, int steps, uint64_t seed) {
-    const int classes = sampled_classes(job), columns = classes ? OF_A_CLASS : (int)ceil(sqrt(count));
+static int sample_to(Job *job, const char *path, int steps, uint64_t seed) {
+    const int count = sample_count(job), classes = sampled_classes(job);
+    const int columns = classes > 0 ? OF_A_CLASS : (int)ceil(sqrt(count));
     unsigned char *images = arena_allocate(job->arena, (size_t)count, image_size(&job->model.config));
     unsigned char *labels = arena_allocate(job->arena, (size_t)count, 1);
     for (int i = 0; i < count; i++)
-        labels[i] = (unsigned char)(classes ? i / OF_A_CLASS % classes : job->one_class);
+        labels[i] = (unsigned char)(classes > 0 ? i / OF_A_CLASS % classes : job->one_class);
     const int status =
         sample_images(&job->workers, labels, count, steps, job->sampler, seed, job->draw, images);
     if (result_check(job, path, status == 0) || (job->log && directory_check(job, &job->error)))
@@ -1050,7 +1044,7 @@ static void sample_grid(Job *job) {
     if (steps == 0)
         return;
     grid_path(job, job->model.step, path);
-    const int status = sample_to(job, path, sample_count(job), steps, job->settings.seed);
+    const int status = sample_to(job, path, steps, job->settings.seed);
     if (stop_signal)
         return;
     end_line(job);
@@ -1148,8 +1142,7 @@ static int train_data(Job *job) {
         return 0;
     const int status = data_open(job, s->data, SPLIT_TEST, &test);
     job->test_count = limited(&test, job->eval_limit);
-    job->test = status ? NULL : images_of(job, &test, job->test_count);
-    job->test_labels = status ? NULL : labels_of(job, &test, job->test_count);
+    job->test = status ? NULL : images_of(job, &test, job->test_count, &job->test_labels);
     dataset_close(&test);
     return status;
 }
@@ -1263,7 +1256,7 @@ static int job_data(Job *job, Split split) {
 static int sample(Job *job) {
     const Config *c = &job->model.config;
     const int steps = job->steps > 0 ? job->steps : c->timesteps > 0 ? c->timesteps : 250;
-    const int count = job->count > 0 ? job->count : sample_count(job);
+    const int count = sample_count(job);
     if (job->one_class >= 0 && job->one_class >= c->classes) {
         fail(&job->error, "class %d: the model has %d classes, counted from 0", job->one_class, c->classes);
         return USAGE;
@@ -1271,7 +1264,7 @@ static int sample(Job *job) {
     /* Thrice the images: as they are, as a grid, as a file. */
     if (image_path_check(job->out, c->image_channels, &job->error) ||
         memory_check(job, 3.0 * count * (double)image_size(c)) ||
-        sample_to(job, job->out, count, steps, job->seed))
+        sample_to(job, job->out, steps, job->seed))
         return -1;
     printf("%s: %d images, %d steps\n", job->out, count, steps);
     return 0;
@@ -1533,7 +1526,7 @@ static int eval(Job *job) {
             return status;
     double *distance = arena_allocate(job->arena, distances, sizeof *distance), all = 0;
     double(*draws)[DRAW_COLUMNS] = draw_count ? arena_allocate(job->arena, draw_count, sizeof *draws) : NULL;
-    unsigned char *images = images_of(job, &job->data, count), *labels = labels_of(job, &job->data, count);
+    unsigned char *labels, *images = images_of(job, &job->data, count, &labels);
     for (int i = 0; i < n; i++)
         if (eval_take(job, i) || eval_one(job, i, images, labels, count, draws))
             return -1;
@@ -1658,7 +1651,7 @@ static int show(Job *job) {
     const int count = limited(&job->data, job->count ? job->count : classes ? classes : 4);
     if (memory_check(job, count * (3.0 * (double)each + (double)pixels * sizeof(double))))
         return -1;
-    unsigned char *images = images_of(job, &job->data, count), *labels = labels_of(job, &job->data, count);
+    unsigned char *labels, *images = images_of(job, &job->data, count, &labels);
     for (int class = 0; class < smaller(classes, count); class ++) { /* the first one of each */
         uint32_t i = 0;
         while (i < job->data.count && dataset_label(&job->data, i) != class)
