@@ -70,13 +70,12 @@ $(BUILD)/command: always
 $(BUILD)/test_%: $(BUILD)/test_%.o $(LIBRARY) $(BUILD)/derivatives.o
 	$(CC) $(FLAGS) $(LDFLAGS) $^ -o $@ -lm
 
-# The main job in about a minute: train a small DiffEnc on the built-in digits and draw samples.
+# The main job in less than a minute: train a small DiffEnc on the built-in digits and draw samples.
 RUN = run-digits
 run: all
 	@test ! -e $(RUN) || { echo "$(RUN) is there already: RUN=DIRECTORY names another, or move it away."; exit 1; }
-	./$(PROGRAM) train --data digits --model diffenc-2-2 --net unet --channels 16 --encoder-channels 8 \
-	    --batch 16 --steps 900 --lr 2e-3 --warmup 50 --clip 1 --save-every 300 --sample-steps 60 --out $(RUN)
-	@echo "Look at $(RUN)/samples-900.png and $(RUN)/report.html; \`./$(PROGRAM) train --resume --out $(RUN)\` goes on."
+	./$(PROGRAM) train --data digits --steps 2400 --out $(RUN)
+	@echo "Look at $(RUN)/samples-2400.png and $(RUN)/report.html."
 
 # All tests, in single and in double precision; the last line is the sum of both. MNIST_DIR=DIR adds the real data.
 test:
@@ -117,7 +116,7 @@ fuzz:
 	    SANITIZE=fuzzer-no-link,address,undefined
 
 fuzzing: $(BUILD)/test_data $(FUZZERS:%=$(BUILD)/fuzz_%)
-	@mkdir -p $(FUZZERS:%=$(BUILD)/corpus/%) $(FUZZERS:%=$(BUILD)/seeds/%)
+	@mkdir -p $(FUZZERS:%=$(BUILD)/corpus/%) $(addprefix $(BUILD)/seeds/,idx cifar gzip tensors batch log)
 	@cp tests/golden/*.batch.safetensors tests/golden/*.checkpoint.safetensors $(BUILD)/seeds/batch
 	@printf 'step,bpd,recon,latent,diffusion,gradient_norm,test_bpd,test_error,seconds\n1,2,.1,.1,1.8,3,,,0.1\n2,2,.1,.1,1.8,3,1.9,.1,0' \
 	    >$(BUILD)/seeds/log/log.csv

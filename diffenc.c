@@ -561,7 +561,24 @@ typedef struct {
     const unsigned char *labels;   /* [count] */
     unsigned char *images;   /* [count, d] */
     char *finite;            /* [count]: whether z_0 is */
+    int count, frames;
+    unsigned char *trajectory;   /* [frames, 2, count, d] */
 } Sampling;
+
+/* x^ and z_t as pixels, if t = step/T is the time of a frame. */
+static void keep_frame(const Method *m, const Sampling *s, int i, int step, Tensor *z_t) {
+    const int T = s->timesteps, past = T - step, last = s->frames - 1;
+    const int frame = (past * last + T - 1) / T;   /* the first one that is not before this step */
+    if (last < 1 || frame * T / last != past)
+        return;
+    const size_t d = (size_t)dimension(m), all = (size_t)s->count * d;
+    const Tensor *x_hat = predict(m, z_t, (double)step / T).x_hat;
+    unsigned char *out = s->trajectory + 2 * all * (size_t)frame + d * (size_t)i;
+    for (size_t k = 0; k < d; k++) {
+        out[k] = (unsigned char)nearest_level(x_hat->value[k]);
+        out[all + k] = (unsigned char)nearest_level(z_t->value[k]);
+    }
+}
 
 /* z_1 ~ N(0, I);  z_s ~ p(z_s | z_t), or the deterministic step, for t = 1, .., 1/T;  then pixels. */
 static void sample_example(Network *n, int i, void *context) {
@@ -574,6 +591,7 @@ static void sample_example(Network *n, int i, void *context) {
     for (int step = T; step >= 1 && !network_stopped(n); step--) {
         z = network_renew(n, z);   /* a graph for each step, which begins with z_t alone */
         m = method_begin(n);
+        keep_frame(&m, s, i, step, z);
         const double before = (step - 1.0) / T, t = (double)step / T;
         if (s->deterministic)
             z = deterministic_step(&m, z, predict(&m, z, t).x_hat, before, t);
@@ -581,16 +599,24 @@ static void sample_example(Network *n, int i, void *context) {
             z = ancestral_step(&m, z, before, t, gaussian_image(&m, random_stream(s->seed, RANDOM_SAMPLER,
                                                                                   (uint32_t)step, index)));
     }
+    keep_frame(&m, s, i, 0, z);
     s->finite[i] = isfinite(number_of(squared_norm(z))) != 0;
     const RandomStream pixels = random_stream(s->seed, RANDOM_PIXELS, 0, index);
     decode_pixels(&m, z, s->draw_pixels ? &pixels : NULL, s->images + (size_t)i * dimension(&m));
 }
 
-int sample_images(Workers *workers, const unsigned char *labels, int count, int timesteps, int deterministic,
-                  uint64_t seed, int draw_pixels, unsigned char *images) {
+int sample_trajectory(Workers *workers, const unsigned char *labels, int count, int timesteps,
+                      int deterministic, uint64_t seed, int draw_pixels, unsigned char *images, int frames,
+                      unsigned char *trajectory) {
     Sampling s = {timesteps, deterministic, draw_pixels, seed, labels, images,
-                  workers_results(workers, (size_t)count, 1)};
+                  workers_results(workers, (size_t)count, 1), count, frames, trajectory};
     memset(s.finite, 1, (size_t)count);
     workers_run(workers, workers->model->ema, count, sample_example, &s);
     return memchr(s.finite, 0, (size_t)count) ? -1 : 0;
+}
+
+int sample_images(Workers *workers, const unsigned char *labels, int count, int timesteps, int deterministic,
+                  uint64_t seed, int draw_pixels, unsigned char *images) {
+    return sample_trajectory(workers, labels, count, timesteps, deterministic, seed, draw_pixels, images, 0,
+                             NULL);
 }

@@ -595,6 +595,12 @@ void step_distances(Workers *workers, const unsigned char *images, const unsigne
 int sample_images(Workers *workers, const unsigned char *labels, int count, int timesteps, int deterministic,
                   uint64_t seed, int draw_pixels, unsigned char *images);
 
+/* The same, and the way there: x^ and z_t as pixels, [frames, 2, count, height, width, channels], at times
+ * evenly from 1 to 0. There may be 2 to T + 1 frames, up to 1000, or none. */
+int sample_trajectory(Workers *workers, const unsigned char *labels, int count, int timesteps,
+                      int deterministic, uint64_t seed, int draw_pixels, unsigned char *images, int frames,
+                      unsigned char *trajectory);
+
 /* ==== beside: data.c =================================================================================== */
 
 /* Functions that return int return 0, or -1 with error and then nothing to free. */

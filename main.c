@@ -105,7 +105,7 @@ typedef struct Evaluated Evaluated;
 typedef struct {
     /* Options; which command has which is said by OPTIONS. */
     int threads, steps, save_every, sample_every, sample_steps, eval_every, eval_limit, resume;
-    int count, one_class, sampler, draw, split, limit, repeats, timesteps;
+    int count, one_class, sampler, draw, trajectory, split, limit, repeats, timesteps;
     uint64_t seed;
     char out[TEXT_SIZE], chart[TEXT_SIZE], csv[TEXT_SIZE]; /* files to be written */
     char ratio[TEXT_SIZE], batch[TEXT_SIZE], times[TEXT_SIZE];
@@ -187,7 +187,8 @@ static const Option OPTIONS[] = {
     {"conditional", FIXED, INT, IN(settings.conditional), 0, 1, "", "the networks see each image's label"},
     {"batch", FIXED, INT, IN(settings.batch), 1, MAX_BATCH, "N", "examples in a step"},
     {"seed", FIXED, COUNT, IN(settings.seed), 0, 0, "N", "same seed, binary and machine: the same bits"},
-    {"data", SETTING, TEXT, IN(settings.data), 0, 0, "DIR|digits", "(Fashion-)MNIST, CIFAR-10; built in"},
+    {"data", SETTING, TEXT, IN(settings.data), 0, 0, "DIR|digits|swirl",
+     "(Fashion-)MNIST, CIFAR-10; built in"},
     {"dropout", SETTING, NUMBER, C(dropout), -1e9, 1e9, "X", "rate in training"},
     {"optimizer", SETTING, CHOICE, O(muon), 0, 0, "adamw|muon", "of the kernels; AdamW has the rest"},
     {"lr", SETTING, NUMBER, O(learning_rate), 0, 1e6, "X", "learning rate"},
@@ -203,7 +204,8 @@ static const Option OPTIONS[] = {
     {"width", RECORD, INT, C(width), -1e9, 1e9, "", ""},
     {"image-channels", RECORD, INT, C(image_channels), -1e9, 1e9, "", ""},
     {"classes", RECORD, INT, C(classes), -1e9, 1e9, "", ""},
-    {"data", EVAL | SHOW, TEXT, IN(where), 0, 0, "DIR|digits", "needed unless it was trained on digits"},
+    {"data", EVAL | SHOW, TEXT, IN(where), 0, 0, "DIR|digits|swirl",
+     "needed unless it was trained on what is built in"},
     {"split", EVAL, CHOICE, IN(split), 0, 0, "train|test", "which images"},
     {"limit", EVAL, INT, IN(limit), 0, 1e9, "N", "only N images, evenly over the split; 0: all"},
     {"repeats", EVAL, INT, IN(repeats), 1, 1e6, "N", "draws of time and noise for each image"},
@@ -211,10 +213,11 @@ static const Option OPTIONS[] = {
     {"variance-ratio", EVAL, TEXT, IN(ratio), 0, 0, "W|optimal", "as for train, or the best at each t"},
     {"chart", EVAL, TEXT, IN(chart), 0, 0, "FILE.svg", "the loss over t and lambda, the counterterm's error"},
     {"csv", EVAL, TEXT, IN(csv), 0, 0, "FILE.csv", "the values, a line for each checkpoint"},
-    {"count", SAMPLE, INT, IN(count), 0, 65536, "N", "images; 0: 64, or 8 of each class, one a row"},
-    {"class", SAMPLE, INT, IN(one_class), -1, 255, "K", "only this class; -1: all, in rows of 8"},
-    {"count", SHOW, INT, IN(count), 0, 64, "N",
-     "test images, evenly over the split; 0: one of each class, or 4"},
+    {"count", SAMPLE, INT, IN(count), 0, 65536, "N",
+     "images; 0: 64, or 8 of each class, one a row; 8 of a trajectory, or one of each class; 2000 points"},
+    {"class", SAMPLE, INT, IN(one_class), -1, 255, "K", "only this class; -1: all of them"},
+    {"count", SHOW, INT, IN(count), 0, 4096, "N",
+     "test images, evenly over the split; 0: one of each class, or 4; 500 points"},
     {"times", SHOW, TEXT, IN(times), 0, 0, "T,T,...", "ascending, from 0 to 1"},
     {"amplify", SHOW, NUMBER, IN(amplify), 1e-3, 1e6, "X", "red and blue by this factor"},
     {"steps", TRAIN, INT, IN(steps), 0, 2e9, "N", "in total, resumed or not; 0: initial checkpoint only"},
@@ -231,7 +234,10 @@ static const Option OPTIONS[] = {
     {"eval-every", TRAIN, INT, IN(eval_every), 0, 2e9, "N", "between bounds on test images; 0: none"},
     {"eval-limit", TRAIN, INT, IN(eval_limit), 1, 1e9, "N", "test images of such a bound"},
     {"out", TRAIN, TEXT, IN(out), 0, 0, "DIR", "where checkpoint, log.csv, report.html and samples go"},
-    {"out", SAMPLE, TEXT, IN(out), 0, 0, "FILE", "a grid of the images: .png, .pgm or .ppm"},
+    {"trajectory", SAMPLE, INT, IN(trajectory), 0, 1, "",
+     "x^ above z_t from noise to image; x^ alone as .apng"},
+    {"out", SAMPLE, TEXT, IN(out), 0, 0, "FILE",
+     "a grid: .png, .pgm, .ppm or -; each: N-%03d.png; all: .npy"},
     {"out", SHOW, TEXT, IN(out), 0, 0, "FILE", "of each image x_t, y, (x_t - x_s)/(t - s) over t"},
     {"out", GRAD, TEXT, IN(out), 0, 0, "FILE", "loss.recon, .latent, .diffusion in nats, bpd, grad.NAME"},
     {"resume", TRAIN, INT, IN(resume), 0, 1, "", "go on where the checkpoint in --out stands"},
@@ -264,12 +270,12 @@ static Job *job_new(const Command *command, char **arguments) {
     job->command = command, job->arguments = arguments, job->settings = settings_default();
     job->arena = arena_new();
     job->threads = smaller(omp_get_max_threads(), MAX_THREADS);
-    job->save_every = 500, job->sample_steps = 100, job->eval_limit = 256;
+    job->save_every = 1000, job->sample_steps = 100, job->eval_limit = 256;
     job->split = SPLIT_TEST, job->repeats = 1, job->timesteps = -1, job->seed = 1;
     job->one_class = -1, job->amplify = 1;
     strcpy(job->times, "0,0.125,0.25,0.375,0.5,0.625,0.75,0.875,1");
     if (command->taker == TRAIN) {
-        job->steps = 10000;
+        job->steps = 60000;
         strcpy(job->out, "run");
     }
     return job;
@@ -510,7 +516,8 @@ static int memory_check(Job *job, double more) {
 }
 
 /* The same for the vectors of a model, in place of the one before, and one example's graph for each thread;
- * in training also the gradient slots, and the gradients in the graph; a chart takes a second pass. */
+ * in training also the gradient slots, and the gradients in the graph; a chart and a trajectory take a second
+ * pass. */
 static int model_memory_check(Job *job, size_t weights) {
     const int training = job->command->load != LOAD_EMA;
     Model m = {.config = job->settings.config};
@@ -519,7 +526,7 @@ static int model_memory_check(Job *job, size_t weights) {
     const Method method = method_begin(&n);
     const Example example = {NULL, 0.5, NULL, NULL, 0};
     objective(&method, example);
-    const double graphs = (training ? 1.5 : *job->chart ? 2 : 1) * job->threads;
+    const double graphs = (training ? 1.5 : *job->chart || job->trajectory ? 2 : 1) * job->threads;
     job->need -= job->model_need;
     job->model_need = graphs * (double)n.graph.bytes +
                       (double)weights * sizeof(real) * (5 + (training ? GRADIENT_SLOTS : 0));
@@ -638,6 +645,10 @@ static int file_take(Job *job, const char *path, int (*take)(Job *, const Tensor
 
 /* ---- data and pictures ---- */
 
+static void path_in(const char *directory, const char *name, char path[TEXT_SIZE]) {
+    snprintf(path, TEXT_SIZE, "%.*s/%.60s", TEXT_SIZE - 64, directory, name);
+}
+
 /* Whether the images of what is called `name`, and their labels, are what the model is for. */
 static int shape_check(Job *job, const char *name, const Dataset *data) {
     const Config *c = &job->settings.config;
@@ -685,14 +696,90 @@ static unsigned char *images_of(Job *job, const Dataset *data, int count, unsign
     return images;
 }
 
-static int grid_write(Job *job, const char *path, const unsigned char *images, int count, int columns,
-                      int channels) {
-    const Config *c = &job->model.config;
+static int is_stdout(const char *path) { return strcmp(path, "-") == 0; }
+
+/* Whether files can be made there is better known before minutes of work than after, and whether that would
+ * spoil an input. */
+static int output_check(Job *job, const char *input) {
+    const char *const outputs[3] = {job->out, job->chart, job->csv};
+    for (int i = 0; i < 3; i++) {
+        char directory[TEXT_SIZE];
+        struct stat in, out;
+        if (!*outputs[i] || (job->command->taker & (SAMPLE | SHOW) && is_stdout(outputs[i])))
+            continue;
+        snprintf(directory, sizeof directory, "%s", outputs[i]);
+        char *slash = strrchr(directory, '/');
+        strcpy(slash ? slash + 1 : directory, ".");
+        if (access(directory, W_OK | X_OK))
+            return fail(&job->error, "%s: %s", outputs[i], strerror(errno));
+        if (stat(outputs[i], &out) == 0 && stat(input, &in) == 0 && out.st_dev == in.st_dev &&
+            out.st_ino == in.st_ino)
+            return fail(&job->error, "%s: is the same file as the input %s", outputs[i], input);
+    }
+    return 0;
+}
+
+/* Images [count, height, width, channels]. */
+typedef struct {
+    unsigned char *pixels;
+    int count, height, width, channels;
+} Pictures;
+
+/* Where a line goes that tells of what was written. */
+static FILE *tell(const Job *job) { return is_stdout(job->out) ? stderr : stdout; }
+
+/* image_write, which writes whole files only: what goes to stdout lies in one for a moment. */
+static int picture_write(Job *job, const char *path, const unsigned char *pixels, int h, int w,
+                         int channels) {
+    char directory[] = "/tmp/diffenc.XXXXXX", file[TEXT_SIZE];
+    if (!is_stdout(path))
+        return image_write(path, pixels, h, w, channels, &job->error);
+    if (!mkdtemp(directory))
+        return fail(&job->error, "%s: cannot be created: %s", directory, strerror(errno));
+    path_in(directory, "picture.png", file);
+    const int status = image_write(file, pixels, h, w, channels, &job->error);
+    FILE *in = fopen(file, "rb");
+    for (int byte; in && (byte = getc(in)) != EOF;)
+        putchar(byte);
+    if (in)
+        fclose(in);
+    unlink(file);
+    rmdir(directory);
+    return status;
+}
+
+/* Several as a grid, a single one without a border. */
+static int grid_write(Job *job, const char *path, Pictures p, int columns) {
+    if (p.count == 1)
+        return picture_write(job, path, p.pixels, p.height, p.width, p.channels);
     int h, w;
-    unsigned char *grid = image_grid(images, count, columns, c->height, c->width, channels, &h, &w);
-    const int status = image_write(path, grid, h, w, channels, &job->error);
+    unsigned char *grid = image_grid(p.pixels, p.count, columns, p.height, p.width, p.channels, &h, &w);
+    const int status = picture_write(job, path, grid, h, w, p.channels);
     free(grid);
     return status;
+}
+
+/* Points, the images of the swirl, are seen together, in panels that begin black. */
+enum { PANEL = 512, PANEL_SIZE = 3 * PANEL * PANEL, MANY_POINTS = 2000, FEW_POINTS = 500 };
+static const unsigned char POINT_COLOUR[3] = {255, 200, 90};
+
+static int is_points(const Config *c) { return c->image_channels == 2 && image_size(c) == 2; }
+
+static unsigned char *panels_new(Job *job, int count) {
+    unsigned char *panels = arena_allocate(job->arena, (size_t)count, PANEL_SIZE);
+    memset(panels, 0, (size_t)count * PANEL_SIZE);
+    return panels;
+}
+
+/* Images [sets, count] as pictures: each of them, or a panel for each set of points. */
+static Pictures pictures_of(Job *job, unsigned char *images, int sets, int count) {
+    const Config *c = &job->model.config;
+    if (!is_points(c))
+        return (Pictures){images, sets * count, c->height, c->width, c->image_channels};
+    unsigned char *panels = panels_new(job, sets);
+    for (size_t i = 0; i < (size_t)sets; i++)
+        points_draw(panels + i * PANEL_SIZE, PANEL, images + 2 * i * (size_t)count, count, POINT_COLOUR);
+    return (Pictures){panels, sets, PANEL, PANEL, 3};
 }
 
 /* ---- means ---- */
@@ -718,10 +805,6 @@ static void mean_by_term(double (*terms)[4], double (*minus)[4], int count, doub
 }
 
 /* ---- diffenc train: its directory ---- */
-
-static void path_in(const char *directory, const char *name, char path[TEXT_SIZE]) {
-    snprintf(path, TEXT_SIZE, "%.*s/%.60s", TEXT_SIZE - 64, directory, name);
-}
 
 static void grid_path(const Job *job, unsigned long long step, char path[TEXT_SIZE]) {
     char name[64];
@@ -1010,29 +1093,80 @@ static int result_check(Job *job, const char *name, int finite) {
     return finite ? 0 : fail(&job->error, "%s: the result is not finite", name);
 }
 
-enum { OF_A_CLASS = 8 };
-
-/* The classes of which samples are drawn in turn: 0 where there are none, or --class says which. */
+/* The classes that samples take turns in: 0 where there are none, or --class says which. */
 static int sampled_classes(const Job *job) { return job->one_class < 0 ? job->model.config.classes : 0; }
 
+/* How many samples of one class follow one another: a row of a grid, or of a trajectory. */
+static int of_a_class(const Job *job) { return job->trajectory ? 1 : 8; }
+
 static int sample_count(const Job *job) {
-    const int classes = sampled_classes(job);
-    return job->count > 0 ? job->count : classes > 0 ? OF_A_CLASS * classes : 64;
+    if (job->count > 0)
+        return job->count;
+    if (is_points(&job->model.config))
+        return MANY_POINTS;
+    if (sampled_classes(job) > 0)
+        return of_a_class(job) * sampled_classes(job);
+    return job->trajectory ? 8 : 64;
 }
 
-/* Samples as a grid in a file. A row has one class, the next row the next one, and so on around. */
-static int sample_to(Job *job, const char *path, int steps, uint64_t seed) {
-    const int count = sample_count(job), classes = sampled_classes(job);
-    const int columns = classes > 0 ? OF_A_CLASS : (int)ceil(sqrt(count));
-    unsigned char *images = arena_allocate(job->arena, (size_t)count, image_size(&job->model.config));
+static unsigned char *sample_labels(Job *job, int count) {
+    const int classes = sampled_classes(job);
     unsigned char *labels = arena_allocate(job->arena, (size_t)count, 1);
     for (int i = 0; i < count; i++)
-        labels[i] = (unsigned char)(classes > 0 ? i / OF_A_CLASS % classes : job->one_class);
+        labels[i] = (unsigned char)(classes > 0 ? i / of_a_class(job) % classes : job->one_class);
+    return labels;
+}
+
+static int ends_in(const char *path, const char *end) {
+    return strlen(path) > strlen(end) && strcmp(path + strlen(path) - strlen(end), end) == 0;
+}
+
+/* Whether a path has one %d, %3d or %03d, and no other %: then it may be a format. */
+static int is_numbered(const char *path) {
+    const char *number = strchr(path, '%');
+    const size_t digits = number ? strspn(number + 1, "0123456789") : 0;
+    return number && digits < 3 && number[1 + digits] == 'd' && !strchr(number + 1, '%');
+}
+
+/* A file for each image; none of them may be the checkpoint. */
+static int files_write(Job *job, const unsigned char *images, int count) {
+    const Config *c = &job->model.config;
+    char pattern[TEXT_SIZE];
+    int status = 0;
+    strcpy(pattern, job->out);
+    for (int i = 0; i < count && status == 0; i++, images += image_size(c)) {
+        snprintf(job->out, TEXT_SIZE, pattern, i);
+        status = output_check(job, job->checkpoint);
+        if (status == 0)
+            status = image_write(job->out, images, c->height, c->width, c->image_channels, &job->error);
+    }
+    strcpy(job->out, pattern);
+    return status;
+}
+
+/* Samples in one file, all of them or as a grid, points beside as many of the data; or in a file each. */
+static int sample_to(Job *job, const char *path, int steps, uint64_t seed) {
+    const Config *c = &job->model.config;
+    const int count = sample_count(job);
+    const int columns = sampled_classes(job) > 0 ? of_a_class(job) : (int)ceil(sqrt(count));
+    const size_t all = (size_t)count * image_size(c);
+    unsigned char *images = arena_allocate(job->arena, 1 + (size_t)is_points(c), all);
+    unsigned char *labels = sample_labels(job, count);
     const int status =
         sample_images(&job->workers, labels, count, steps, job->sampler, seed, job->draw, images);
     if (result_check(job, path, status == 0) || (job->log && directory_check(job, &job->error)))
         return -1;
-    return grid_write(job, path, images, count, columns, job->model.config.image_channels);
+    if (ends_in(path, ".npy"))
+        return images_write(path, images, count, c->height, c->width, c->image_channels, 0, &job->error);
+    if (!job->log && is_numbered(path))
+        return files_write(job, images, count);
+    if (!is_points(c))
+        return grid_write(job, path, pictures_of(job, images, 1, count), columns);
+    if (job->data.count == 0 && data_open(job, "swirl", SPLIT_TEST, &job->data))
+        return -1;
+    memcpy(images + all, images, all);
+    memcpy(images, images_of(job, &job->data, count, &labels), all);
+    return grid_write(job, path, pictures_of(job, images, 2, count), 2);
 }
 
 /* A grid of a training. What goes wrong with it ends no training, and one that a signal ended is drawn again
@@ -1208,31 +1342,10 @@ static int train(Job *job) {
 
 /* ---- what the commands on a checkpoint have in common ---- */
 
-/* Whether files can be made there is better known before minutes of work than after, and whether that would
- * spoil an input. */
-static int output_check(Job *job, const char *input) {
-    const char *const outputs[3] = {job->out, job->chart, job->csv};
-    for (int i = 0; i < 3; i++) {
-        char directory[TEXT_SIZE];
-        struct stat in, out;
-        if (!*outputs[i])
-            continue;
-        snprintf(directory, sizeof directory, "%s", outputs[i]);
-        char *slash = strrchr(directory, '/');
-        strcpy(slash ? slash + 1 : directory, ".");
-        if (access(directory, W_OK | X_OK))
-            return fail(&job->error, "%s: %s", outputs[i], strerror(errno));
-        if (stat(outputs[i], &out) == 0 && stat(input, &in) == 0 && out.st_dev == in.st_dev &&
-            out.st_ino == in.st_ino)
-            return fail(&job->error, "%s: is the same file as the input %s", outputs[i], input);
-    }
-    return 0;
-}
-
 /* Of the paths in a checkpoint none is opened that was not asked for: the file may be a stranger's. */
 static int job_data(Job *job, Split split) {
     const char *trained_on = job->settings.data;
-    if (!*job->where && strcmp(trained_on, "digits") != 0)
+    if (!*job->where && strcmp(trained_on, "digits") != 0 && strcmp(trained_on, "swirl") != 0)
         return fail(&job->error, "%s: was trained on '%s'; give --data with a path of your own",
                     job->checkpoint, trained_on);
     if (!*job->where)
@@ -1253,6 +1366,41 @@ static int job_data(Job *job, Split split) {
 
 /* ---- diffenc sample ---- */
 
+enum { TIMES = 10, FRAMES = 40, HELD = 12, DELAY = 80 }; /* of a picture; of an animation */
+
+/* Rows are samples, columns times: x^ above z_t. An animation shows x^ alone, its end for a second more. */
+static int trajectory_write(Job *job, int count, int steps) {
+    const int animated = ends_in(job->out, ".apng"), times = smaller(animated ? FRAMES : TIMES, steps + 1);
+    const size_t all = (size_t)count * image_size(&job->model.config), sets = 2 * (size_t)times;
+    unsigned char *images = arena_allocate(job->arena, sets + 1, all), *film = NULL;
+    const int status = sample_trajectory(&job->workers, sample_labels(job, count), count, steps, job->sampler,
+                                         job->seed, job->draw, images + sets * all, times, images);
+    if (result_check(job, job->out, status == 0))
+        return -1;
+    Pictures p = pictures_of(job, images, (int)sets, count);
+    const size_t size = (size_t)p.height * p.width * p.channels, rows = p.count / sets;
+    if (!animated) {
+        film = arena_allocate(job->arena, (size_t)p.count, size);
+        for (size_t i = 0; i < (size_t)p.count; i++) {
+            const size_t time = i % times, is_z = i / times % 2, row = i / sets;
+            memcpy(film + i * size, p.pixels + ((2 * time + is_z) * rows + row) * size, size);
+        }
+        p.pixels = film;
+        return grid_write(job, job->out, p, times);
+    }
+    int h = 0, w = 0;
+    for (int i = 0; i < times + HELD; i++) {
+        const unsigned char *x_hat = p.pixels + smaller(i, times - 1) * 2 * rows * size;
+        unsigned char *grid = image_grid(x_hat, (int)rows, (int)ceil(sqrt((double)rows)), p.height, p.width,
+                                         p.channels, &h, &w);
+        const size_t frame = (size_t)h * w * p.channels;
+        film = i > 0 ? film : arena_allocate(job->arena, (size_t)times + HELD, frame);
+        memcpy(film + i * frame, grid, frame);
+        free(grid);
+    }
+    return images_write(job->out, film, times + HELD, h, w, p.channels, DELAY, &job->error);
+}
+
 static int sample(Job *job) {
     const Config *c = &job->model.config;
     const int steps = job->steps > 0 ? job->steps : c->timesteps > 0 ? c->timesteps : 250;
@@ -1261,12 +1409,15 @@ static int sample(Job *job) {
         fail(&job->error, "class %d: the model has %d classes, counted from 0", job->one_class, c->classes);
         return USAGE;
     }
-    /* Thrice the images: as they are, as a grid, as a file. */
-    if (image_path_check(job->out, c->image_channels, &job->error) ||
-        memory_check(job, 3.0 * count * (double)image_size(c)) ||
-        sample_to(job, job->out, steps, job->seed))
+    const int channels = is_points(c) && !ends_in(job->out, ".npy") ? 3 : c->image_channels;
+    /* Thrice the pictures: as they are, as a grid, as a file. */
+    const double each = count * (double)image_size(c) + (is_points(c) ? PANEL_SIZE : 0);
+    if (image_path_check(is_stdout(job->out) ? "-.png" : job->out, channels, &job->error) ||
+        memory_check(job, 3 * each * (job->trajectory ? 2 * FRAMES : 1)))
         return -1;
-    printf("%s: %d images, %d steps\n", job->out, count, steps);
+    if (job->trajectory ? trajectory_write(job, count, steps) : sample_to(job, job->out, steps, job->seed))
+        return -1;
+    fprintf(tell(job), "%s: %d images, %d steps\n", job->out, count, steps);
     return 0;
 }
 
@@ -1634,13 +1785,32 @@ static double draw_changes(const Show *s, int count, double amplify) {
     return most / amplify;
 }
 
+/* For each time the points x_t, with lines from x. */
+static int show_points(Job *job, const Show *s, int count) {
+    static const unsigned char blue[3] = {60, 90, 130};
+    const Pictures p = {panels_new(job, s->times), s->times, PANEL, PANEL, 3};
+    for (int i = 0; i < count * s->times; i++) {
+        const int example = i / s->times, column = i % s->times;
+        const unsigned char *x = s->images + 2 * example,
+                            *x_t = s->pictures + 3 * (SHOW_ROWS * (i - column) + column);
+        const double from[2] = {(x[0] + 0.5) * PANEL / 256 - 0.5, (x[1] + 0.5) * PANEL / 256 - 0.5};
+        const double to[2] = {(x_t[0] + 0.5) * PANEL / 256 - 0.5, (x_t[1] + 0.5) * PANEL / 256 - 0.5};
+        line_draw(p.pixels + column * PANEL_SIZE, PANEL, 3, from, to, 0.5, blue);
+        points_draw(p.pixels + column * PANEL_SIZE, PANEL, x_t, 1, POINT_COLOUR);
+    }
+    if (grid_write(job, job->out, p, (int)ceil(sqrt(s->times))))
+        return -1;
+    fprintf(tell(job), "%s: %d points x_t and their way from x, t = %s\n", job->out, count, job->times);
+    return 0;
+}
+
 static int show(Job *job) {
     const Config *c = &job->model.config;
     Show s = {.config = c};
     if (times_parse(job, &s))
         return USAGE;
     const size_t pixels = (size_t)s.times * c->height * c->width, each = 3 * SHOW_ROWS * pixels;
-    if (image_path_check(job->out, 3, &job->error))
+    if (image_path_check(is_stdout(job->out) ? "-.png" : job->out, 3, &job->error))
         return -1;
     if (c->kind == VDM)
         return fail(&job->error, "%s: vdm-%d has no encoder to show: x_t = x", job->checkpoint,
@@ -1648,8 +1818,10 @@ static int show(Job *job) {
     if (job_data(job, SPLIT_TEST))
         return -1;
     const int classes = job->count ? 0 : smaller(job->data.classes, 64);
-    const int count = limited(&job->data, job->count ? job->count : classes ? classes : 4);
-    if (memory_check(job, count * (3.0 * (double)each + (double)pixels * sizeof(double))))
+    const int usual = classes ? classes : is_points(c) ? FEW_POINTS : 4;
+    const int count = limited(&job->data, job->count ? job->count : usual);
+    const double panels = is_points(c) ? 3.0 * s.times * PANEL_SIZE : 0;
+    if (memory_check(job, count * (3.0 * (double)each + (double)pixels * sizeof(double)) + panels))
         return -1;
     unsigned char *labels, *images = images_of(job, &job->data, count, &labels);
     for (int class = 0; class < smaller(classes, count); class ++) { /* the first one of each */
@@ -1669,11 +1841,15 @@ static int show(Job *job) {
     workers_run(&job->workers, job->model.ema, count, show_example, &s);
     if (result_check(job, job->checkpoint, stop_signal || memchr(s.broken, 1, (size_t)count) == NULL))
         return -1;
+    if (is_points(c))
+        return show_points(job, &s, count);
     const double scale = draw_changes(&s, count, job->amplify);
-    if (grid_write(job, job->out, s.pictures, count * SHOW_ROWS * s.times, s.times, 3))
+    const Pictures p = {s.pictures, count * SHOW_ROWS * s.times, c->height, c->width, 3};
+    if (grid_write(job, job->out, p, s.times))
         return -1;
-    printf("%s: rows x_t, y, (x_t - x_s)/(t - s) of %d images, columns t = %s, blue -%.4g .. red +%.4g\n",
-           job->out, count, job->times, scale, scale);
+    fprintf(tell(job),
+            "%s: rows x_t, y, (x_t - x_s)/(t - s) of %d images, columns t = %s, blue -%.4g .. red +%.4g\n",
+            job->out, count, job->times, scale, scale);
     return 0;
 }
 

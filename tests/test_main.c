@@ -351,7 +351,7 @@ static void test_help(void) {
          "model net channels encoder-channels predict schedule gamma-min gamma-max timesteps variance-ratio "
          "batch seed data dropout lr warmup weight-decay clip ema steps threads save-every sample-every "
          "sample-steps eval-every eval-limit out resume"},
-        {"sample", "count steps seed pixels threads out"},
+        {"sample", "count steps seed sampler pixels trajectory threads out"},
         {"eval", "data split limit repeats timesteps variance-ratio seed threads chart csv"},
         {"show", "data count times amplify threads out"},
         {"grad", "batch out threads"},
@@ -1312,7 +1312,7 @@ static void test_classes(void) {
         {"conditional takes no value", "$D train --conditional=1 --out out"},
     };
     unsigned char all[(3 * TILE_HEIGHT + 2) * (8 * TILE_WIDTH + 2)];
-    unsigned char of_one[(5 * TILE_HEIGHT + 2) * (5 * TILE_WIDTH + 2)];
+    unsigned char of_one[(6 * TILE_HEIGHT + 2) * (5 * TILE_WIDTH + 2)], way[sizeof of_one];
     char text[64];
     setenv("C", "tests/golden/diffenc-unet-v-3-classes.checkpoint.safetensors", 1);
     succeed("$D train $TINY --data named --conditional --steps 0 --out c");
@@ -1346,6 +1346,12 @@ static void test_classes(void) {
         for (int i = 0; i < COUNT; i++)
             CHECK(same_tile(i, all, 8, of_one, 5) == (i / 8 == class), "sample %d, class %d", i, class);
     }
+    succeed("$D sample conditional --trajectory --steps 4 --out way.pgm");
+    read_grid("way.pgm", 2 * CLASSES, 5, way);   /* x^ above z_t, at 5 times */
+    succeed("$D sample conditional --trajectory --class 1 --count 3 --steps 4 --out one.pgm");
+    read_grid("one.pgm", 2 * CLASSES, 5, of_one);
+    for (int i = 0; i < CLASSES; i++)
+        CHECK(same_tile(10 * i + 4, way, 5, of_one, 5) == (i == 1), "trajectory %d is of class %d", i, i);
 
     rewrite("conditional", "unconditional", "conditional", "0", NULL);
     rewrite("conditional", "many", "classes", "300", NULL);
@@ -1455,6 +1461,174 @@ static void test_images(void) {
     CHECK(!same_files("pic.pgm", "pic2.pgm"), "the samplers draw the same samples");
     const Outcome o = succeed("$D sample finite --count 1 --out pic2.pgm");
     CHECK(strstr(o.out, "1 images, 4 steps"), "a model of finite T takes T steps: %s", o.out);
+}
+
+/* The first `size` bytes of a file that has no fewer, or zeros after a failed check; free() the result. */
+static unsigned char *bytes_of(const char *name, size_t size) {
+    unsigned char *bytes = allocate_zeroed(1, size);
+    FILE *stream = fopen(name, "rb");
+    const size_t found = stream ? fread(bytes, 1, size, stream) : 0;
+    if (stream)
+        fclose(stream);
+    CHECK(found == size, "%s has %zu bytes, expected %zu", name, found, size);
+    return bytes;
+}
+
+/* The same five images in every form: all as numbers, each in a file, in a grid, on stdout. */
+static void test_forms(void) {
+    enum { SIZE = 28 * 28, HEAD = 128 };
+    char text[TEXT];
+    Outcome o = succeed("$D sample good --count 5 --steps 3 --out five.npy");
+    CHECK(strstr(o.out, "five.npy: 5 images, 3 steps"), "%s", o.out);
+    succeed("test $(wc -c <five.npy) = %d && grep -q \"'shape': (5, 28, 28, 1)\" five.npy", HEAD + 5 * SIZE);
+    unsigned char *all = bytes_of("five.npy", HEAD + 5 * SIZE);
+    succeed("$D sample good --count 5 --steps 3 --out five.pgm");
+    unsigned char *grid = bytes_of("five.pgm", 13 + 92 * 62);
+    o = succeed("$D sample good --count 5 --steps 3 --out each-%%02d.pgm");
+    CHECK(strstr(o.out, "each-%02d.pgm: 5 images, 3 steps") && file_count("each-*") == 5, "%s", o.out);
+    for (int i = 0; i < 5; i++) {
+        const unsigned char *image = all + HEAD + i * SIZE;
+        int same = 1;
+        for (int y = 0; y < 28; y++)
+            same &= memcmp(grid + 13 + (i / 3 * 30 + 2 + y) * 92 + i % 3 * 30 + 2, image + y * 28, 28) == 0;
+        CHECK(same, "image %d of the grid is not that of five.npy", i);
+        snprintf(text, sizeof text, "each-%02d.pgm", i);
+        unsigned char *one = bytes_of(text, 13 + SIZE);
+        CHECK(memcmp(one, "P5\n28 28\n255\n", 13) == 0 && memcmp(one + 13, image, SIZE) == 0,
+              "%s is not image %d of five.npy", text, i);
+        free(one);
+    }
+    free(all);
+    free(grid);
+    succeed("$D sample good --count 1 --steps 3 --out one.pgm && cmp one.pgm each-00.pgm");
+    succeed("$D sample good --count 2 --steps 3 --out %%d.pgm && cmp 0.pgm one.pgm && cmp 1.pgm each-01.pgm");
+    succeed("$D sample good --count 2 --steps 1 --out '%%d%%d.png' && test -f '%%d%%d.png'");
+    succeed("$D sample good --count 2 --steps 1 --out %%s.png && test -f %%s.png");
+    o = succeed(
+        "$D sample good --count 5 --steps 3 --out std.png && $D sample good --count 5 --steps 3 --out - "
+        ">std2.png && cmp std.png std2.png");
+    CHECK(strcmp(o.error, "-: 5 images, 3 steps\n") == 0, "beside a picture on stdout: %s", o.error);
+    o = run("$D sample good --count 1 --steps 1 --out - >/dev/full");
+    CHECK(o.status == 1 && strstr(o.error, "standard output: No space left"), "exits with %d: %s", o.status,
+          o.error);
+    succeed("cp good like-1.png");
+    refuse(1, "is the same file as the input", "$D sample like-1.png --count 3 --steps 1 --out like-%%d.png");
+    CHECK(same_files("good", "like-1.png"), "a checkpoint was overwritten");
+}
+
+/* From noise to images: what the last column shows is what is sampled; as many columns as there are times. */
+static void test_trajectory(void) {
+    enum { ACROSS = 302, DOWN = 182, HEAD = 15 };
+    const Outcome o = succeed("$D sample good --trajectory --count 3 --steps 12 --out way.pgm");
+    CHECK(strstr(o.out, "3 images, 12 steps"), "%s", o.out);
+    succeed("$D sample good --count 3 --steps 12 --out end-%%d.pgm");
+    unsigned char *way = bytes_of("way.pgm", HEAD + ACROSS * DOWN);
+    CHECK(memcmp(way, "P5\n302 182\n255\n", HEAD) == 0, "way.pgm begins with %.15s", (char *)way);
+    for (int row = 0; row < 6; row++) {
+        char name[32];
+        snprintf(name, sizeof name, "end-%d.pgm", row / 2);
+        unsigned char *end = bytes_of(name, 13 + 28 * 28);
+        int apart[2] = {0, 0}; /* in the last column, and in the first */
+        for (int i = 0; i < 28 * 28; i++)
+            for (int first = 0; first < 2; first++) {
+                const int x = 2 + (first ? 0 : 9 * 30) + i % 28, y = 2 + row * 30 + i / 28;
+                const int gap = abs(way[HEAD + y * ACROSS + x] - end[13 + i]);
+                apart[first] = gap > apart[first] ? gap : apart[first];
+            }
+        CHECK(apart[0] <= 2 && apart[1] > 50, "row %d is %d levels from the image at the end, %d at first",
+              row, apart[0], apart[1]);
+        free(end);
+    }
+    free(way);
+    succeed("$D sample good --trajectory --count 3 --steps 12 --threads 3 --out way3.pgm && cmp way.pgm "
+            "way3.pgm");
+    char head[TEXT];
+    succeed(
+        "$D sample finite --trajectory --out short.pgm"); /* 5 times of 12x8 images, 8 of them by default */
+    read_text("short.pgm", head);
+    CHECK(strncmp(head, "P5\n52 226\n255\n", 14) == 0, "a trajectory of 4 steps: %.14s", head);
+
+    /* 40 frames of 2 by 2 images, the last one 12 times more; read by a program that has no part in this one. */
+    enum { FRAME = 62 * 62, FRAMES = 52 };
+    succeed("$D sample good --trajectory --count 4 --steps 50 --out way.apng");
+    unsigned char *png = bytes_of("way.apng", 45);
+    CHECK(memcmp(png + 37, "acTL\0\0\0\64", 8) == 0, "way.apng has no %d frames", FRAMES);
+    free(png);
+    if (run("command -v ffmpeg").status) {
+        printf("skipped: an animation of samples read by ffmpeg (there is none)\n");
+        return;
+    }
+    succeed("ffmpeg -v error -nostdin -i way.apng -pix_fmt gray -f rawvideo way.raw &&"
+            " test $(wc -c <way.raw) = %d && $D sample good --count 4 --steps 50 --out four.pgm",
+            FRAME * FRAMES);
+    unsigned char *raw = bytes_of("way.raw", FRAME * FRAMES), *four = bytes_of("four.pgm", 13 + FRAME);
+    int apart = 0;
+    for (int i = 0; i < FRAME; i++)
+        apart =
+            abs(raw[39 * FRAME + i] - four[13 + i]) > apart ? abs(raw[39 * FRAME + i] - four[13 + i]) : apart;
+    CHECK(apart <= 2, "the animation ends %d levels from the samples", apart);
+    CHECK(memcmp(raw, raw + 39 * FRAME, FRAME) != 0 &&
+              memcmp(raw + 38 * FRAME, raw + 39 * FRAME, FRAME) != 0 &&
+              memcmp(raw + 39 * FRAME, raw + 51 * FRAME, FRAME) == 0,
+          "the animation does not hold its last image");
+    free(raw);
+    free(four);
+}
+
+/* How many values in panel `column` of a row of two are not those of points; with lines, how many are darker:
+ * lines only brighten. */
+static int panel_differs(const char *name, int column, const unsigned char *points, int count, int lines) {
+    enum { PANEL = 512, GAP = 2, WIDTH = 2 * PANEL + 3 * GAP, HEIGHT = PANEL + 2 * GAP, HEAD = 16 };
+    static const unsigned char colour[3] = {255, 200, 90};
+    unsigned char *file = bytes_of(name, HEAD + 3 * WIDTH * HEIGHT);
+    unsigned char *want = allocate_zeroed(1, 3 * PANEL * PANEL);
+    points_draw(want, PANEL, points, count, colour);
+    int differ = memcmp(file, "P6\n1030 516\n255\n", HEAD) != 0;
+    for (int i = 0; i < 3 * PANEL * PANEL; i++) {
+        const int y = GAP + i / 3 / PANEL, x = GAP + column * (PANEL + GAP) + i / 3 % PANEL;
+        const int value = file[HEAD + 3 * (y * WIDTH + x) + i % 3];
+        differ += lines ? value < want[i] : value != want[i];
+    }
+    free(file);
+    free(want);
+    return differ;
+}
+
+/* Points instead of images: data beside samples; and where the encoder moves them, at first nowhere and in
+ * the end, where there is only alpha_1^2 x, into the middle. */
+static void test_swirl(void) {
+    unsigned char data[2 * 50];
+    Dataset swirl;
+    Error error;
+    CHECK(dataset_open(&swirl, "swirl", SPLIT_TEST, 1, &error) == 0, "%s", error.text);
+    for (int i = 0; i < 50; i++)
+        dataset_image(&swirl, (uint32_t)i * swirl.count / 50, data + 2 * i);
+    dataset_close(&swirl);
+    succeed("$D train $TINY --data swirl --model diffenc-1-nt --steps 2 --eval-every 1 --out points &&"
+            " cp points/checkpoint.safetensors swirl");
+    unsigned char *png = bytes_of("points/samples-2.png", 26);
+    CHECK(memcmp(png + 16, "\0\0\4\6\0\0\2\4\10\2", 10) == 0, "the points of a training are no 1030x516");
+    free(png);
+    Outcome o = succeed("$D eval swirl --limit 5");
+    CHECK(strstr(o.out, "5 test images of swirl"), "%s", o.out);
+    succeed("$D sample swirl --count 50 --steps 5 --out swirl.ppm");
+    succeed("$D sample swirl --count 50 --steps 5 --out swirl.npy");
+    unsigned char *samples = bytes_of("swirl.npy", 128 + 2 * 50);
+    CHECK(panel_differs("swirl.ppm", 0, data, 50, 0) == 0, "the data are not on the left");
+    CHECK(panel_differs("swirl.ppm", 1, samples + 128, 50, 0) == 0, "the samples are not on the right");
+    free(samples);
+    o = succeed("$D show swirl --count 50 --times 0,1 --out swirl.ppm");
+    CHECK(strstr(o.out, "50 points"), "%s", o.out);
+    CHECK(panel_differs("swirl.ppm", 0, data, 50, 1) == 0 && panel_differs("swirl.ppm", 0, data, 50, 0) < 500,
+          "x_t at t = 0 is not x, or there are lines that lead away");
+    for (int i = 0; i < 100; i++)
+        data[i] = (unsigned char)nearest_level((2 * (data[i] + 0.5) / 256 - 1) / (1 + exp(5)));
+    CHECK(panel_differs("swirl.ppm", 1, data, 50, 1) == 0, "x_t at t = 1 is not alpha_1^2 x");
+    CHECK(panel_differs("swirl.ppm", 1, data, 50, 0) > 5000, "there are no lines from x to x_t");
+    succeed("$D sample swirl --trajectory --count 9 --steps 3 --out way.ppm && head -n 2 way.ppm | grep -qx "
+            "'2058 "
+            "1030'");
+    refuse(1, "holds grey images only", "$D sample swirl --count 1 --out swirl.pgm");
 }
 
 /* Nine times across; two images of three rows each. What nt shows can be computed by hand: x_t = alpha_t^2 x,
@@ -1754,6 +1928,9 @@ int main(void) {
         {"settings", test_changed_settings},
         {"changed data", test_changed_data},
         {"images", test_images},
+        {"forms", test_forms},
+        {"trajectory", test_trajectory},
+        {"swirl", test_swirl},
         {"show", test_show},
         {"eval", test_eval},
         {"comparison", test_comparison},

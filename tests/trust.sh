@@ -49,6 +49,8 @@ small_work() {   # small_work DIR THREADS PROGRAM...
         --threads "$threads" --out "$dir/flat" &&
     "$@" eval "$dir/checkpoint.safetensors" --data "$work/small" --limit 3 --timesteps 2 --variance-ratio optimal \
         --threads "$threads" &&
+    "$@" eval "$dir/checkpoint.safetensors" "$dir/flat/checkpoint.safetensors" --data "$work/small" --limit 3 \
+        --csv "$dir/eval.csv" --chart "$dir/eval.svg" --threads "$threads" &&
     "$@" sample "$dir/checkpoint.safetensors" --count 3 --steps 2 --pixels drawn --threads "$threads" --out "$dir/s.png" &&
     "$@" show "$dir/checkpoint.safetensors" --data "$work/small" --count 1 --threads "$threads" --out "$dir/show.png" &&
     "$@" grad tests/golden/diffenc-unet-x-T4.checkpoint.safetensors --threads "$threads" \
