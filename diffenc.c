@@ -273,10 +273,16 @@ static Tensor *diffusion_loss(const Method *m, Tensor *x, Example e) {
     return continuous_loss(m, continuous_residual(m, at_t, p, gamma_t, eps), gamma_t);
 }
 
+/* x; and from now on the networks see the example's class. The bound is then one on -log p(x | class). */
+static Tensor *example_begin(const Method *m, Example e) {
+    m->network->label = e.label;
+    return scale_pixels(m, e.k);
+}
+
 /* -log p(x) <= recon + latent + diffusion. [VDM (11)] */
 LossTerms objective(const Method *m, Example e) {
     const Config *c = m->config;
-    Tensor *x = scale_pixels(m, e.k);
+    Tensor *x = example_begin(m, e);
     Tensor *eps_0 = constant(m->graph, c->height, c->width, c->image_channels, e.eps_0);
     const Encoded at_0 = encode(m, x, 0, 0), at_1 = encode(m, x, 1, 0);
     LossTerms terms;
@@ -370,8 +376,13 @@ static void differentiate(const Method *m, LossTerms terms, int batch, double te
     backward(bits_per_dimension(m, terms), 1.0 / batch);
 }
 
+static int label_of(const unsigned char *labels, int i) {
+    return labels ? labels[i] : 0;
+}
+
 typedef struct {
     const unsigned char *images;   /* [batch, d] */
+    const unsigned char *labels;   /* [batch] or NULL; likewise below */
     const Example *given;          /* NULL, or [batch]: these, instead of draws of time and noise */
     int batch;
     uint32_t step;
@@ -397,11 +408,12 @@ static void training_example(Network *n, int i, void *context) {
         .k = b->images + (size_t)i * dimension(&m),
         .t = example_time(b->u, i, b->batch, m.config->timesteps),
         .eps = gaussian_image(&m, random_stream(b->seed, RANDOM_NOISE, b->step, index))->value,
-        .eps_0 = gaussian_image(&m, random_stream(b->seed, RANDOM_NOISE_0, b->step, index))->value};
+        .eps_0 = gaussian_image(&m, random_stream(b->seed, RANDOM_NOISE_0, b->step, index))->value,
+        .label = label_of(b->labels, i)};
     LossTerms terms = {number(m.graph, 0), number(m.graph, 0), NULL};
     n->encoder_fixed = !trains_encoder(b, m.config, i);
     if (n->encoder_fixed)
-        terms.diffusion = diffusion_loss(&m, scale_pixels(&m, example.k), example);
+        terms.diffusion = diffusion_loss(&m, example_begin(&m, example), example);
     else
         terms = objective(&m, example);
     differentiate(&m, terms, b->batch, b->terms[i]);
@@ -435,9 +447,9 @@ static int diverged(const Model *m, const double mean[3], const real *gradient, 
 }
 
 int training_step(Model *model, Workers *workers, const Optimizer *optimizer, const unsigned char *images,
-                  int batch, uint64_t seed, StepReport *r, Error *error) {
+                  const unsigned char *labels, int batch, uint64_t seed, StepReport *r, Error *error) {
     const uint32_t step = (uint32_t)model->step;
-    Batch b = {.images = images, .batch = batch, .step = step, .seed = seed,
+    Batch b = {.images = images, .labels = labels, .batch = batch, .step = step, .seed = seed,
                .u = random_uniform(random_stream(seed, RANDOM_TIME, step, 0), 0),
                .terms = workers_results(workers, (size_t)batch, sizeof *b.terms)};
     double mean[3];
@@ -466,7 +478,7 @@ const real *batch_gradient(Workers *workers, const Example *examples, int batch,
 /* ---- algorithm 2: the bound on a data set ---- */
 
 typedef struct {
-    const unsigned char *images;   /* [count, d] */
+    const unsigned char *images, *labels;   /* [count, d], [count] */
     int count, repeats;
     uint64_t seed;
     double u;
@@ -500,7 +512,8 @@ static void evaluate_example(Network *n, int i, void *context) {
             .k = e->images + (size_t)i * dimension(&m),
             .t = evaluation_time(e->u, (double)repeat * e->count + i, m.config->timesteps),
             .eps = gaussian_image(&m, random_stream(e->seed, RANDOM_EVAL_NOISE, draw, index))->value,
-            .eps_0 = gaussian_image(&m, random_stream(e->seed, RANDOM_EVAL_NOISE_0, draw, index))->value};
+            .eps_0 = gaussian_image(&m, random_stream(e->seed, RANDOM_EVAL_NOISE_0, draw, index))->value,
+            .label = label_of(e->labels, i)};
         terms_of(objective(&m, example), terms);
         for (int term = 0; term < 3; term++)
             out[term] += terms[term] / (e->repeats * dimension(&m) * log(2));
@@ -510,10 +523,10 @@ static void evaluate_example(Network *n, int i, void *context) {
     out[3] = out[0] + out[1] + out[2];
 }
 
-void evaluate(Workers *workers, const unsigned char *images, int count, int repeats, uint64_t seed,
-              double (*terms)[4], double (*draws)[DRAW_COLUMNS]) {
-    Evaluation e = {.images = images, .count = count, .repeats = repeats, .seed = seed, .terms = terms,
-                    .draws = draws,
+void evaluate(Workers *workers, const unsigned char *images, const unsigned char *labels, int count,
+              int repeats, uint64_t seed, double (*terms)[4], double (*draws)[DRAW_COLUMNS]) {
+    Evaluation e = {.images = images, .labels = labels, .count = count, .repeats = repeats, .seed = seed,
+                    .terms = terms, .draws = draws,
                     .u = random_uniform(random_stream(seed, RANDOM_EVAL_TIME, 0, 0), 0)};
     workers_run(workers, workers->model->ema, count, evaluate_example, &e);
 }
@@ -522,6 +535,7 @@ void evaluate(Workers *workers, const unsigned char *images, int count, int repe
 static void every_step(Network *n, int i, void *context) {
     const Evaluation *e = context;
     const int T = n->model->config.timesteps;
+    n->label = label_of(e->labels, i);
     for (int step = 1; step <= T && !network_stopped(n); step++) {
         network_begin(n);
         const Method m = method_begin(n);
@@ -533,9 +547,9 @@ static void every_step(Network *n, int i, void *context) {
     }
 }
 
-void step_distances(Workers *workers, const unsigned char *images, int count, uint64_t seed,
-                    double *distance) {
-    Evaluation e = {.images = images, .count = count, .seed = seed, .distance = distance};
+void step_distances(Workers *workers, const unsigned char *images, const unsigned char *labels, int count,
+                    uint64_t seed, double *distance) {
+    Evaluation e = {.images = images, .labels = labels, .count = count, .seed = seed, .distance = distance};
     workers_run(workers, workers->model->ema, count, every_step, &e);
 }
 
@@ -544,6 +558,7 @@ void step_distances(Workers *workers, const unsigned char *images, int count, ui
 typedef struct {
     int timesteps, deterministic, draw_pixels;
     uint64_t seed;
+    const unsigned char *labels;   /* [count] */
     unsigned char *images;   /* [count, d] */
     char *finite;            /* [count]: whether z_0 is */
     int count, frames;
@@ -570,6 +585,7 @@ static void sample_example(Network *n, int i, void *context) {
     const Sampling *s = context;
     const int T = s->timesteps;
     const uint32_t index = (uint32_t)i;
+    n->label = label_of(s->labels, i);
     Method m = method_begin(n);
     Tensor *z = gaussian_image(&m, random_stream(s->seed, RANDOM_SAMPLER, (uint32_t)T + 1, index));
     for (int step = T; step >= 1 && !network_stopped(n); step--) {
@@ -589,16 +605,18 @@ static void sample_example(Network *n, int i, void *context) {
     decode_pixels(&m, z, s->draw_pixels ? &pixels : NULL, s->images + (size_t)i * dimension(&m));
 }
 
-int sample_trajectory(Workers *workers, int count, int timesteps, int deterministic, uint64_t seed,
-                      int draw_pixels, unsigned char *images, int frames, unsigned char *trajectory) {
-    Sampling s = {timesteps, deterministic, draw_pixels, seed, images,
+int sample_trajectory(Workers *workers, const unsigned char *labels, int count, int timesteps,
+                      int deterministic, uint64_t seed, int draw_pixels, unsigned char *images, int frames,
+                      unsigned char *trajectory) {
+    Sampling s = {timesteps, deterministic, draw_pixels, seed, labels, images,
                   workers_results(workers, (size_t)count, 1), count, frames, trajectory};
     memset(s.finite, 1, (size_t)count);
     workers_run(workers, workers->model->ema, count, sample_example, &s);
     return memchr(s.finite, 0, (size_t)count) ? -1 : 0;
 }
 
-int sample_images(Workers *workers, int count, int timesteps, int deterministic, uint64_t seed,
-                  int draw_pixels, unsigned char *images) {
-    return sample_trajectory(workers, count, timesteps, deterministic, seed, draw_pixels, images, 0, NULL);
+int sample_images(Workers *workers, const unsigned char *labels, int count, int timesteps, int deterministic,
+                  uint64_t seed, int draw_pixels, unsigned char *images) {
+    return sample_trajectory(workers, labels, count, timesteps, deterministic, seed, draw_pixels, images, 0,
+                             NULL);
 }

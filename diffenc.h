@@ -338,6 +338,7 @@ typedef struct {
     int timesteps;                     /* T, or 0 for continuous time */
     double variance_ratio;             /* w: sigma_P^2 = sigma_Q^2 / w; 1 in continuous time */
     double dropout;                    /* in training, in [0, 1) */
+    int classes;                       /* the networks see which of so many; 0: they see none */
 } Config;
 
 /* The paper's choices at a laptop's size: diffenc-4-2, flat, 32 and 16 channels, 28x28x1. */
@@ -362,6 +363,7 @@ typedef struct {
     int64_t shape[4];
     int taps, in, out;                 /* the same as a tensor: [taps, in, out] */
     Initial initial;
+    int is_kernel;                     /* what Muon may train: no vector, and no table of classes */
     int decays;                        /* by weight decay */
     int in_encoder;
     size_t offset, count;              /* where it lies in the vectors of the model */
@@ -397,6 +399,7 @@ typedef struct {
     Tensor **leaf;                     /* [parameter_count] */
     int next;                          /* where to look first for the next parameter */
     int declaring, plain_sums, in_encoder;
+    int label;                         /* the example's class, where the model has classes */
     int encoder_fixed;                 /* no gradient by the encoder's weights in this example */
     char scope[40];                    /* "score.down.0." */
     const volatile sig_atomic_t *stop;
@@ -523,11 +526,12 @@ double best_variance_ratio(double mean_distance, int d);
 Tensor *reconstruction_loss(const Method *m, const unsigned char *k, Tensor *x_0, Tensor *eps_0);
 Tensor *latent_loss(const Method *m, Tensor *x_1);
 
-/* One example: the pixels, its time, and the noise of z_t and z_0, [d] each. */
+/* One example: the pixels, its time, the noise of z_t and z_0, [d] each, and its class. */
 typedef struct {
     const unsigned char *k;
     double t;
     const real *eps, *eps_0;
+    int label;
 } Example;
 
 typedef struct {
@@ -553,11 +557,14 @@ typedef struct {
     double recon, latent, diffusion, total, gradient_norm;
 } StepReport;
 
+/* Here and below, labels [one for each image] are read by a model with classes, and must be less than their
+ * number; else they may be NULL. */
+
 /* One training step on images [batch, height, width, channels]: noise and times from (seed, model->step), the
  * gradient of the mean bits per dimension, AdamW and EMA. Returns 0, or -1 with error and the model unchanged
  * when a loss or a gradient is not finite, or the workers were stopped. */
 int training_step(Model *model, Workers *workers, const Optimizer *optimizer, const unsigned char *images,
-                  int batch, uint64_t seed, StepReport *report, Error *error);
+                  const unsigned char *labels, int batch, uint64_t seed, StepReport *report, Error *error);
 
 /* The loss terms of given examples in nats, [batch], and the gradient of the mean bits per dimension. No
  * dropout. */
@@ -577,21 +584,22 @@ enum {
 /* With the weights `ema`, for each of `count` images: recon, latent, diffusion and total in bits per
  * dimension, the mean over `repeats` draws of time and noise, which do not depend on the model; draws
  * [repeats, count] may be NULL; and [T, count]: ||mu_P - mu_Q||^2/sigma_Q^2 of every step. */
-void evaluate(Workers *workers, const unsigned char *images, int count, int repeats, uint64_t seed,
-              double (*terms)[4], double (*draws)[DRAW_COLUMNS]);
-void step_distances(Workers *workers, const unsigned char *images, int count, uint64_t seed,
-                    double *distance);
+void evaluate(Workers *workers, const unsigned char *images, const unsigned char *labels, int count,
+              int repeats, uint64_t seed, double (*terms)[4], double (*draws)[DRAW_COLUMNS]);
+void step_distances(Workers *workers, const unsigned char *images, const unsigned char *labels, int count,
+                    uint64_t seed, double *distance);
 
 /* Draw `count` images [count, height, width, channels] with the weights `ema`, in T ancestral or
  * deterministic steps. Pixels are the most likely ones, or drawn from p(k | z_0). Returns 0, or -1 where some
  * z_0 is not finite. */
-int sample_images(Workers *workers, int count, int timesteps, int deterministic, uint64_t seed,
-                  int draw_pixels, unsigned char *images);
+int sample_images(Workers *workers, const unsigned char *labels, int count, int timesteps, int deterministic,
+                  uint64_t seed, int draw_pixels, unsigned char *images);
 
 /* The same, and the way there: x^ and z_t as pixels, [frames, 2, count, height, width, channels], at times
  * evenly from 1 to 0. There may be 2 to T + 1 frames, up to 1000, or none. */
-int sample_trajectory(Workers *workers, int count, int timesteps, int deterministic, uint64_t seed,
-                      int draw_pixels, unsigned char *images, int frames, unsigned char *trajectory);
+int sample_trajectory(Workers *workers, const unsigned char *labels, int count, int timesteps,
+                      int deterministic, uint64_t seed, int draw_pixels, unsigned char *images, int frames,
+                      unsigned char *trajectory);
 
 /* ==== beside: data.c =================================================================================== */
 

@@ -89,7 +89,7 @@ enum { TEXT_SIZE = 1024 }; /* bytes of a text that an option holds */
 typedef struct {
     Config config;
     Optimizer optimizer;
-    int batch;
+    int batch, conditional;
     uint64_t seed;
     char data[TEXT_SIZE];
     uint64_t data_digest; /* of these images, wherever they lie; 0: not known */
@@ -105,7 +105,7 @@ typedef struct Evaluated Evaluated;
 typedef struct {
     /* Options; which command has which is said by OPTIONS. */
     int threads, steps, save_every, sample_every, sample_steps, eval_every, eval_limit, resume;
-    int count, sampler, draw, trajectory, split, limit, repeats, timesteps;
+    int count, one_class, sampler, draw, trajectory, split, limit, repeats, timesteps;
     uint64_t seed;
     char out[TEXT_SIZE], chart[TEXT_SIZE], csv[TEXT_SIZE]; /* files to be written */
     char ratio[TEXT_SIZE], batch[TEXT_SIZE], times[TEXT_SIZE];
@@ -125,7 +125,7 @@ typedef struct {
     Error error;
     Evaluated *evaluated; /* [checkpoint_count] */
     /* Of a training. */
-    unsigned char *test;  /* [test_count] images */
+    unsigned char *test, *test_labels; /* [test_count] images */
     int test_count, lock; /* descriptor of OUT/.lock */
     FILE *log;
     double started, step_seconds, last_line, next_report;
@@ -184,6 +184,7 @@ static const Option OPTIONS[] = {
     {"gamma-max", FIXED, NUMBER, C(gamma_max), -1e9, 1e9, "X", "gamma(1); where a learned schedule starts"},
     {"timesteps", FIXED, INT, C(timesteps), -1e9, 1e9, "T", "number of time steps; 0: continuous time"},
     {"variance-ratio", FIXED, NUMBER, C(variance_ratio), 0, 1e9, "W", "sigma_Q^2/sigma_P^2, finite T only"},
+    {"conditional", FIXED, INT, IN(settings.conditional), 0, 1, "", "the networks see each image's label"},
     {"batch", FIXED, INT, IN(settings.batch), 1, MAX_BATCH, "N", "examples in a step"},
     {"seed", FIXED, COUNT, IN(settings.seed), 0, 0, "N", "same seed, binary and machine: the same bits"},
     {"data", SETTING, TEXT, IN(settings.data), 0, 0, "DIR|digits|swirl",
@@ -202,6 +203,7 @@ static const Option OPTIONS[] = {
     {"height", RECORD, INT, C(height), -1e9, 1e9, "", ""},
     {"width", RECORD, INT, C(width), -1e9, 1e9, "", ""},
     {"image-channels", RECORD, INT, C(image_channels), -1e9, 1e9, "", ""},
+    {"classes", RECORD, INT, C(classes), -1e9, 1e9, "", ""},
     {"data", EVAL | SHOW, TEXT, IN(where), 0, 0, "DIR|digits|swirl",
      "needed unless it was trained on what is built in"},
     {"split", EVAL, CHOICE, IN(split), 0, 0, "train|test", "which images"},
@@ -211,7 +213,9 @@ static const Option OPTIONS[] = {
     {"variance-ratio", EVAL, TEXT, IN(ratio), 0, 0, "W|optimal", "as for train, or the best at each t"},
     {"chart", EVAL, TEXT, IN(chart), 0, 0, "FILE.svg", "the loss over t and lambda, the counterterm's error"},
     {"csv", EVAL, TEXT, IN(csv), 0, 0, "FILE.csv", "the values, a line for each checkpoint"},
-    {"count", SAMPLE, INT, IN(count), 0, 65536, "N", "images; 0: 64, 8 of a trajectory, 2000 points"},
+    {"count", SAMPLE, INT, IN(count), 0, 65536, "N",
+     "images; 0: 64, or 8 of each class, one a row; 8 of a trajectory, or one of each class; 2000 points"},
+    {"class", SAMPLE, INT, IN(one_class), -1, 255, "K", "only this class; -1: all of them"},
     {"count", SHOW, INT, IN(count), 0, 4096, "N",
      "test images, evenly over the split; 0: one of each class, or 4; 500 points"},
     {"times", SHOW, TEXT, IN(times), 0, 0, "T,T,...", "ascending, from 0 to 1"},
@@ -221,7 +225,8 @@ static const Option OPTIONS[] = {
     {"seed", SAMPLE | EVAL, COUNT, IN(seed), 0, 0, "N", "the same seed, the same result"},
     {"sampler", SAMPLE, CHOICE, IN(sampler), 0, 0, "ancestral|deterministic", "draws of z_s, or none"},
     {"pixels", SAMPLE, CHOICE, IN(draw), 0, 0, "likely|drawn", "the likeliest given z_0, or drawn"},
-    {"batch", GRAD, TEXT, IN(batch), 0, 0, "FILE", "images U8 [B,H,W,C], t [B], eps, eps0 [B,H,W,C]"},
+    {"batch", GRAD, TEXT, IN(batch), 0, 0, "FILE",
+     "images U8 [B,H,W,C], t [B], eps, eps0 [B,H,W,C]; labels U8 [B] of a conditional model"},
     {"threads", ALL, INT, IN(threads), 1, MAX_THREADS, "N", "train and grad use at most 16"},
     {"save-every", TRAIN, INT, IN(save_every), 0, 2e9, "N", "between checkpoints; 0: at the end only"},
     {"sample-every", TRAIN, INT, IN(sample_every), 0, 2e9, "N", "between grids; 0: at the end only"},
@@ -267,7 +272,7 @@ static Job *job_new(const Command *command, char **arguments) {
     job->threads = smaller(omp_get_max_threads(), MAX_THREADS);
     job->save_every = 1000, job->sample_steps = 100, job->eval_limit = 256;
     job->split = SPLIT_TEST, job->repeats = 1, job->timesteps = -1, job->seed = 1;
-    job->amplify = 1;
+    job->one_class = -1, job->amplify = 1;
     strcpy(job->times, "0,0.125,0.25,0.375,0.5,0.625,0.75,0.875,1");
     if (command->taker == TRAIN) {
         job->steps = 60000;
@@ -458,6 +463,9 @@ static int settings_read(Job *job, const TensorFile *f, const char *path) {
     }
     if (s->step > UINT32_MAX)
         return fail(error, "%s: metadata: step %llu is beyond 4294967295", path, (unsigned long long)s->step);
+    if (s->conditional != (s->config.classes > 0))
+        return fail(error, "%s: metadata: conditional %d with %d classes", path, s->conditional,
+                    s->config.classes);
     return config_check(&s->config, &inner) ? fail(error, "%s: metadata: %s", path, inner.text) : 0;
 }
 
@@ -516,7 +524,7 @@ static int model_memory_check(Job *job, size_t weights) {
     Network n = {.model = &m, .declaring = 1, .graph = {.shapes_only = 1}};
     graph_begin(&n.graph, arena_new());
     const Method method = method_begin(&n);
-    const Example example = {NULL, 0.5, NULL, NULL};
+    const Example example = {NULL, 0.5, NULL, NULL, 0};
     objective(&method, example);
     const double graphs = (training ? 1.5 : *job->chart || job->trajectory ? 2 : 1) * job->threads;
     job->need -= job->model_need;
@@ -641,9 +649,14 @@ static void path_in(const char *directory, const char *name, char path[TEXT_SIZE
     snprintf(path, TEXT_SIZE, "%.*s/%.60s", TEXT_SIZE - 64, directory, name);
 }
 
-/* Whether the images of what is called `name` are those that the model is for. */
+/* Whether the images of what is called `name`, and their labels, are what the model is for. */
 static int shape_check(Job *job, const char *name, const Dataset *data) {
     const Config *c = &job->settings.config;
+    if (job->settings.conditional && data->classes == 0)
+        return fail(&job->error, "%s: holds no labels, which a conditional model needs", name);
+    if (job->settings.conditional && data->classes > c->classes)
+        return fail(&job->error, "%s: holds labels of %d classes, the model is for %d", name, data->classes,
+                    c->classes);
     if (data->height == c->height && data->width == c->width && data->channels == c->image_channels)
         return 0;
     return fail(&job->error, "%s: images are %dx%dx%d, the model is for %dx%dx%d", name, data->height,
@@ -657,8 +670,10 @@ static int data_open(Job *job, const char *where, Split split, Dataset *data) {
     if (dataset_open(data, where, split, job->settings.seed, &inner))
         return fail(&job->error, "%s%s", inner.text,
                     job->resume ? "; --data says where the data are now" : "");
-    if (!job->model.params && split == SPLIT_TRAIN)
+    if (!job->model.params && split == SPLIT_TRAIN) {
         c->height = data->height, c->width = data->width, c->image_channels = data->channels;
+        c->classes = job->settings.conditional ? data->classes : 0;
+    }
     return shape_check(job, where, data);
 }
 
@@ -667,12 +682,17 @@ static int limited(const Dataset *data, int limit) {
     return limit > 0 && (uint32_t)limit < data->count ? limit : (int)data->count;
 }
 
-/* `count` images, evenly over the whole split: files may be sorted. */
-static unsigned char *images_of(Job *job, const Dataset *data, int count) {
+/* `count` images, evenly over the whole split: files may be sorted. And their labels, or NULL. */
+static unsigned char *images_of(Job *job, const Dataset *data, int count, unsigned char **labels) {
     const size_t d = (size_t)data->height * data->width * data->channels;
     unsigned char *images = arena_allocate(job->arena, (size_t)count, d);
-    for (int i = 0; i < count; i++)
-        dataset_image(data, (uint32_t)((uint64_t)i * data->count / (unsigned)count), images + (size_t)i * d);
+    *labels = data->classes ? arena_allocate(job->arena, (size_t)count, 1) : NULL;
+    for (int i = 0; i < count; i++) {
+        const uint32_t index = (uint32_t)((uint64_t)i * data->count / (unsigned)count);
+        dataset_image(data, index, images + (size_t)i * d);
+        if (*labels)
+            (*labels)[i] = (unsigned char)dataset_label(data, index);
+    }
     return images;
 }
 
@@ -1075,6 +1095,30 @@ static int result_check(Job *job, const char *name, int finite) {
     return finite ? 0 : fail(&job->error, "%s: the result is not finite", name);
 }
 
+/* The classes that samples take turns in: 0 where there are none, or --class says which. */
+static int sampled_classes(const Job *job) { return job->one_class < 0 ? job->model.config.classes : 0; }
+
+/* How many samples of one class follow one another: a row of a grid, or of a trajectory. */
+static int of_a_class(const Job *job) { return job->trajectory ? 1 : 8; }
+
+static int sample_count(const Job *job) {
+    if (job->count > 0)
+        return job->count;
+    if (is_points(&job->model.config))
+        return MANY_POINTS;
+    if (sampled_classes(job) > 0)
+        return of_a_class(job) * sampled_classes(job);
+    return job->trajectory ? 8 : 64;
+}
+
+static unsigned char *sample_labels(Job *job, int count) {
+    const int classes = sampled_classes(job);
+    unsigned char *labels = arena_allocate(job->arena, (size_t)count, 1);
+    for (int i = 0; i < count; i++)
+        labels[i] = (unsigned char)(classes > 0 ? i / of_a_class(job) % classes : job->one_class);
+    return labels;
+}
+
 static int ends_in(const char *path, const char *end) {
     return strlen(path) > strlen(end) && strcmp(path + strlen(path) - strlen(end), end) == 0;
 }
@@ -1103,11 +1147,15 @@ static int files_write(Job *job, const unsigned char *images, int count) {
 }
 
 /* Samples in one file, all of them or as a grid, points beside as many of the data; or in a file each. */
-static int sample_to(Job *job, const char *path, int count, int steps, uint64_t seed) {
+static int sample_to(Job *job, const char *path, int steps, uint64_t seed) {
     const Config *c = &job->model.config;
+    const int count = sample_count(job);
+    const int columns = sampled_classes(job) > 0 ? of_a_class(job) : (int)ceil(sqrt(count));
     const size_t all = (size_t)count * image_size(c);
     unsigned char *images = arena_allocate(job->arena, 1 + (size_t)is_points(c), all);
-    const int status = sample_images(&job->workers, count, steps, job->sampler, seed, job->draw, images);
+    unsigned char *labels = sample_labels(job, count);
+    const int status =
+        sample_images(&job->workers, labels, count, steps, job->sampler, seed, job->draw, images);
     if (result_check(job, path, status == 0) || (job->log && directory_check(job, &job->error)))
         return -1;
     if (ends_in(path, ".npy"))
@@ -1115,11 +1163,11 @@ static int sample_to(Job *job, const char *path, int count, int steps, uint64_t 
     if (!job->log && is_numbered(path))
         return files_write(job, images, count);
     if (!is_points(c))
-        return grid_write(job, path, pictures_of(job, images, 1, count), (int)ceil(sqrt(count)));
+        return grid_write(job, path, pictures_of(job, images, 1, count), columns);
     if (job->data.count == 0 && data_open(job, "swirl", SPLIT_TEST, &job->data))
         return -1;
     memcpy(images + all, images, all);
-    memcpy(images, images_of(job, &job->data, count), all);
+    memcpy(images, images_of(job, &job->data, count, &labels), all);
     return grid_write(job, path, pictures_of(job, images, 2, count), 2);
 }
 
@@ -1132,8 +1180,7 @@ static void sample_grid(Job *job) {
     if (steps == 0)
         return;
     grid_path(job, job->model.step, path);
-    const int count = is_points(&job->model.config) ? MANY_POINTS : 64;
-    const int status = sample_to(job, path, count, steps, job->settings.seed);
+    const int status = sample_to(job, path, steps, job->settings.seed);
     if (stop_signal)
         return;
     end_line(job);
@@ -1154,21 +1201,24 @@ static int train_step(Job *job) {
     const Settings *s = &job->settings;
     const size_t d = image_size(&s->config);
     unsigned char *images = arena_allocate(job->arena, (size_t)s->batch, d);
+    unsigned char *labels = arena_allocate(job->arena, (size_t)s->batch, 1);
     StepReport r = {0};
     char test[1024] = ",";
     for (int i = 0; i < s->batch; i++) {
         const uint64_t n = job->model.step * (uint64_t)s->batch + (uint64_t)i;
         const uint32_t position = (uint32_t)(n % job->data.count), epoch = (uint32_t)(n / job->data.count);
-        dataset_image(&job->data, dataset_shuffle(s->seed, epoch, position, job->data.count),
-                      images + (size_t)i * d);
+        const uint32_t index = dataset_shuffle(s->seed, epoch, position, job->data.count);
+        dataset_image(&job->data, index, images + (size_t)i * d);
+        labels[i] = (unsigned char)dataset_label(&job->data, index);
     }
-    if (training_step(&job->model, &job->workers, &s->optimizer, images, s->batch, s->seed, &r, &job->error))
+    if (training_step(&job->model, &job->workers, &s->optimizer, images, labels, s->batch, s->seed, &r,
+                      &job->error))
         return stop_signal ? 0 : -1; /* a step in which a signal came is not taken */
     const unsigned long long step = job->model.step;
     if (due(step, job->eval_every)) {
         double result[4][2], (*terms)[4];
         terms = arena_allocate(job->arena, (size_t)job->test_count, sizeof *terms);
-        evaluate(&job->workers, job->test, job->test_count, 1, s->seed, terms, NULL);
+        evaluate(&job->workers, job->test, job->test_labels, job->test_count, 1, s->seed, terms, NULL);
         mean_by_term(terms, NULL, job->test_count, result);
         if (!stop_signal) {
             snprintf(test, sizeof test, "%.6f,%.6f", result[3][0], result[3][1]);
@@ -1228,7 +1278,7 @@ static int train_data(Job *job) {
         return 0;
     const int status = data_open(job, s->data, SPLIT_TEST, &test);
     job->test_count = limited(&test, job->eval_limit);
-    job->test = status ? NULL : images_of(job, &test, job->test_count);
+    job->test = status ? NULL : images_of(job, &test, job->test_count, &job->test_labels);
     dataset_close(&test);
     return status;
 }
@@ -1325,8 +1375,8 @@ static int trajectory_write(Job *job, int count, int steps) {
     const int animated = ends_in(job->out, ".apng"), times = smaller(animated ? FRAMES : TIMES, steps + 1);
     const size_t all = (size_t)count * image_size(&job->model.config), sets = 2 * (size_t)times;
     unsigned char *images = arena_allocate(job->arena, sets + 1, all), *film = NULL;
-    const int status = sample_trajectory(&job->workers, count, steps, job->sampler, job->seed, job->draw,
-                                         images + sets * all, times, images);
+    const int status = sample_trajectory(&job->workers, sample_labels(job, count), count, steps, job->sampler,
+                                         job->seed, job->draw, images + sets * all, times, images);
     if (result_check(job, job->out, status == 0))
         return -1;
     Pictures p = pictures_of(job, images, (int)sets, count);
@@ -1356,15 +1406,18 @@ static int trajectory_write(Job *job, int count, int steps) {
 static int sample(Job *job) {
     const Config *c = &job->model.config;
     const int steps = job->steps > 0 ? job->steps : c->timesteps > 0 ? c->timesteps : 250;
-    const int count = job->count ? job->count : is_points(c) ? MANY_POINTS : job->trajectory ? 8 : 64;
+    const int count = sample_count(job);
+    if (job->one_class >= 0 && job->one_class >= c->classes) {
+        fail(&job->error, "class %d: the model has %d classes, counted from 0", job->one_class, c->classes);
+        return USAGE;
+    }
     const int channels = is_points(c) && !ends_in(job->out, ".npy") ? 3 : c->image_channels;
     /* Thrice the pictures: as they are, as a grid, as a file. */
     const double each = count * (double)image_size(c) + (is_points(c) ? PANEL_SIZE : 0);
     if (image_path_check(is_stdout(job->out) ? "-.png" : job->out, channels, &job->error) ||
         memory_check(job, 3 * each * (job->trajectory ? 2 * FRAMES : 1)))
         return -1;
-    if (job->trajectory ? trajectory_write(job, count, steps)
-                        : sample_to(job, job->out, count, steps, job->seed))
+    if (job->trajectory ? trajectory_write(job, count, steps) : sample_to(job, job->out, steps, job->seed))
         return -1;
     fprintf(tell(job), "%s: %d images, %d steps\n", job->out, count, steps);
     return 0;
@@ -1589,10 +1642,11 @@ static int eval_take(Job *job, int i) {
 }
 
 /* Its bound, from the same draws of time and noise as that of all others. */
-static int eval_one(Job *job, int i, const unsigned char *images, int count, double (*draws)[DRAW_COLUMNS]) {
+static int eval_one(Job *job, int i, const unsigned char *images, const unsigned char *labels, int count,
+                    double (*draws)[DRAW_COLUMNS]) {
     Evaluated *e = &job->evaluated[i];
     e->terms = arena_allocate(job->arena, (size_t)count, sizeof *e->terms);
-    evaluate(&job->workers, images, count, job->repeats, job->seed, e->terms, draws);
+    evaluate(&job->workers, images, labels, count, job->repeats, job->seed, e->terms, draws);
     if (stop_signal)
         return result_check(job, e->path, 0);
     mean_by_term(e->terms, NULL, count, e->value);
@@ -1625,12 +1679,12 @@ static int eval(Job *job) {
             return status;
     double *distance = arena_allocate(job->arena, distances, sizeof *distance), all = 0;
     double(*draws)[DRAW_COLUMNS] = draw_count ? arena_allocate(job->arena, draw_count, sizeof *draws) : NULL;
-    unsigned char *images = images_of(job, &job->data, count);
+    unsigned char *labels, *images = images_of(job, &job->data, count, &labels);
     for (int i = 0; i < n; i++)
-        if (eval_take(job, i) || eval_one(job, i, images, count, draws))
+        if (eval_take(job, i) || eval_one(job, i, images, labels, count, draws))
             return -1;
     if (T > 0)
-        step_distances(&job->workers, images, count, job->seed, distance);
+        step_distances(&job->workers, images, labels, count, job->seed, distance);
     for (size_t i = 0; i < distances && !stop_signal; i++)
         all += distance[i];
     if (result_check(job, job->checkpoint, isfinite(all)))
@@ -1638,7 +1692,8 @@ static int eval(Job *job) {
     printf("%d %s images of %s, ", count, job->split == SPLIT_TEST ? "test" : "training", job->where);
     if (n == 1)
         printf("step %llu, ", (unsigned long long)job->model.step);
-    printf("EMA weights, bits per dimension with standard error:\n");
+    printf("EMA weights, bits per dimension%s with standard error:\n",
+           n == 1 && c->classes ? " given the class" : "");
     if (n > 1)
         print_comparison(job);
     for (int term = 0; term < 4 && n == 1; term++)
@@ -1658,7 +1713,7 @@ enum { MOST_TIMES = 64, SHOW_ROWS = 3 };
 
 typedef struct {
     const Config *config;
-    const unsigned char *images;
+    const unsigned char *images, *labels;
     double time[MOST_TIMES];
     int times;
     unsigned char *pictures; /* [count, SHOW_ROWS, times, height, width] of red, green, blue */
@@ -1697,6 +1752,7 @@ static void show_example(Network *n, int i, void *context) {
     const Show *s = context;
     const size_t d = image_size(s->config), area = d / (size_t)s->config->image_channels;
     n->graph.dropout = 0;
+    n->label = s->labels ? s->labels[i] : 0;
     s->broken[i] = 0;
     for (int column = 0; column < s->times; column++) {
         network_begin(n);
@@ -1769,15 +1825,17 @@ static int show(Job *job) {
     const double panels = is_points(c) ? 3.0 * s.times * PANEL_SIZE : 0;
     if (memory_check(job, count * (3.0 * (double)each + (double)pixels * sizeof(double)) + panels))
         return -1;
-    unsigned char *images = images_of(job, &job->data, count);
+    unsigned char *labels, *images = images_of(job, &job->data, count, &labels);
     for (int class = 0; class < smaller(classes, count); class ++) { /* the first one of each */
         uint32_t i = 0;
         while (i < job->data.count && dataset_label(&job->data, i) != class)
             i++;
-        if (i < job->data.count)
+        if (i < job->data.count) {
             dataset_image(&job->data, i, images + (size_t) class * image_size(c));
+            labels[class] = (unsigned char) class;
+        }
     }
-    s.images = images;
+    s.images = images, s.labels = labels;
     s.pictures = arena_allocate(job->arena, (size_t)count, each);
     s.change = arena_allocate(job->arena, (size_t)count, pixels * sizeof(double));
     memset(s.change, 0, (size_t)count * pixels * sizeof(double));
@@ -1810,12 +1868,14 @@ static int batch_read(Job *job, const TensorFile *f, const char *path, Example *
     for (int i = 0; i < 4; i++)
         if (!(entry[i] = tensors_find(f, names[i])))
             return fail(error, "%s: holds no tensor '%s', which a batch needs", path, names[i]);
-    const TensorEntry *images = entry[0];
+    const TensorEntry *images = entry[0], *labels = c->classes ? tensors_find(f, "labels") : NULL;
     const int64_t *shape = images->shape, count = shape[0];
     if (images->type != TYPE_U8 || images->rank != 4 || shape[1] != c->height || shape[2] != c->width ||
         shape[3] != c->image_channels || count < 1 || count > MAX_BATCH)
         return fail(error, "%s: images: expected U8 [B,%d,%d,%d] with B from 1 to %d", path, c->height,
                     c->width, c->image_channels, MAX_BATCH);
+    if (c->classes && (!labels || labels->type != TYPE_U8 || labels->rank != 1 || labels->shape[0] != count))
+        return fail(error, "%s: labels: expected U8 [%d], as the model is conditional", path, (int)count);
     for (int i = 1; i < 4; i++) {
         number[i] = arena_allocate(job->arena, i == 1 ? (size_t)count : images->count, sizeof(real));
         if (tensors_copy(entry[i], path, i == 1 ? 1 : 4, shape, number[i], error))
@@ -1825,9 +1885,13 @@ static int batch_read(Job *job, const TensorFile *f, const char *path, Example *
     for (int i = 0; i < count; i++) {
         const size_t at = (size_t)i * image_size(c);
         const double t = (double)number[1][i], steps = t * c->timesteps;
+        const int label = labels ? labels->data[i] : 0;
         char text[32];
-        (*examples)[i] = (Example){images->data + at, t, number[2] + at, number[3] + at};
+        (*examples)[i] = (Example){images->data + at, t, number[2] + at, number[3] + at, label};
         number_text(t, 1, text);
+        if (labels && label >= c->classes)
+            return fail(error, "%s: labels[%d] is %d, expected a class from 0 to %d", path, i, label,
+                        c->classes - 1);
         if (!(t >= 0 && t <= 1))
             return fail(error, "%s: t[%d] is %s, expected a time from 0 to 1", path, i, text);
         if (c->timesteps && (fabs(steps - floor(steps + 0.5)) > 1e-6 * c->timesteps || steps < 0.5))

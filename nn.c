@@ -18,7 +18,8 @@
 
 /* ---- configuration ---- */
 
-enum { MOST_BLOCKS = 256, MOST_CHANNELS = 1024, LARGEST_SIDE = 4096, HIGHEST_FOURIER = 12 };
+enum { MOST_BLOCKS = 256, MOST_CHANNELS = 1024, MOST_CLASSES = 256 };
+enum { LARGEST_SIDE = 4096, HIGHEST_FOURIER = 12 };
 
 Config config_default(void) {
     Config c = {.kind = DIFFENC,
@@ -153,6 +154,9 @@ int config_check(const Config *c, Error *error) {
             error,
             "variance-ratio %g: the bound diverges in continuous time unless it is 1; give --timesteps",
             c->variance_ratio);
+    if (c->classes < 0 || c->classes > MOST_CLASSES)
+        return fail(error, "classes %d: must be from 1 to %d, or 0 for a model without", c->classes,
+                    MOST_CLASSES);
     if (!(c->dropout >= 0) || !(c->dropout < 1))
         return fail(error, "dropout %g: must be at least 0 and less than 1", c->dropout);
     return 0;
@@ -190,7 +194,10 @@ static void declare(Network *n, const char *name, int rank, int taps, int in, in
     p->rank = rank;
     p->taps = taps, p->in = in, p->out = out;
     p->initial = initial;
-    p->decays = rank > 1 || initial == INIT_ONE;   /* kernels and scales; no bias, nothing of the schedule */
+    /* The classes' embedding is a table and no kernel. Decay would draw a row back to zero while its class is
+     * not drawn, the more the rarer the class is. */
+    p->is_kernel = rank > 1 && strcmp(name, "class.kernel") != 0;
+    p->decays = p->is_kernel || initial == INIT_ONE;   /* no bias, nothing of the schedule */
     p->in_encoder = n->in_encoder;
     p->count = (size_t)taps * in * out;
     p->offset = m->weight_count;
@@ -261,8 +268,21 @@ static Tensor *norm(Network *n, const char *name, Tensor *x, int kind) {
     return normalise(x, scale, bias, kind);
 }
 
-/* [1, 1, 4 channels]: sines and cosines of 1000 t at channels/2 frequencies, then two dense layers. Cycles
- * instead of radians, because whole ones are then taken off without rounding. */
+/* The row of the classes' embedding that belongs to the example, plus h: a product with a row of zeros and
+ * one 1. */
+static Tensor *add_class(Network *n, Tensor *h) {
+    const int classes = n->model->config.classes;
+    real one_hot[MOST_CLASSES] = {0};
+    if (classes == 0)
+        return h;
+    one_hot[n->label] = 1;
+    Tensor *rows = take(n, "class.kernel", 2, 1, classes, h->channels, INIT_ZERO);
+    return convolve(constant(&n->graph, 1, 1, classes, one_hot), rows, NULL, h);
+}
+
+/* [1, 1, 4 channels]: sines and cosines of 1000 t at channels/2 frequencies, then two dense layers, before
+ * whose last swish the class comes in. Cycles instead of radians, because whole ones are then taken off
+ * without rounding. */
 static Tensor *time_embedding(Network *n, Tensor *t, int channels) {
     const int half = channels / 2;
     double frequency[MOST_CHANNELS / 2];
@@ -272,9 +292,9 @@ static Tensor *time_embedding(Network *n, Tensor *t, int channels) {
     Tensor *h = concatenate(sine(cycles), cosine(cycles));
     const size_t scope = scope_enter(n, "time", -1);
     h = swish(dense(n, "dense0", h, 4 * channels, INIT_LECUN, NULL));
-    h = swish(dense(n, "dense1", h, 4 * channels, INIT_LECUN, NULL));
+    h = dense(n, "dense1", h, 4 * channels, INIT_LECUN, NULL);
     scope_leave(n, scope);
-    return h;
+    return swish(add_class(n, h));
 }
 
 /* h = conv1(swish(GN(x))) + dense_nobias(time);  h = conv2(dropout(swish(GN(h))));  x + h, x through a 1x1
@@ -709,7 +729,7 @@ double optimizer_step(Workers *workers, const Optimizer *o, const real *gradient
         const ArenaMark mark = arena_mark(scratch);
         real *restrict u = arena_allocate(scratch, p->count, sizeof *u);
         const real *g = gradient + p->offset;
-        if (o->muon && p->rank > 1)
+        if (o->muon && p->is_kernel)
             muon_update(p, g, m->adam_m + p->offset, u, scratch);
         else
             adam_update(o, step, p->count, g, clip, m->adam_m + p->offset, m->adam_v + p->offset, u);

@@ -357,7 +357,8 @@ static void bench_kernels(const Job *job, Result *unused) {
 
 static void step(Setup *s, int batch) {
     StepReport report;
-    stop_on(training_step(&s->model, &s->workers, &s->optimizer, s->images, batch, 1, &report, &failure));
+    stop_on(training_step(&s->model, &s->workers, &s->optimizer, s->images, NULL, batch, 1, &report,
+                          &failure));
 }
 
 /* `runs` steps, or samplings, after one to warm up, and the peak of memory. */
@@ -368,7 +369,7 @@ static void measure_model(const Job *job, Result *result) {
     for (int i = -1; i < job->runs; i++) {
         const double start = seconds_now();
         if (job->sampling)
-            sample_images(&s.workers, job->count, i < 0 ? 1 : job->timesteps, 0, 1, 0, s.images);
+            sample_images(&s.workers, NULL, job->count, i < 0 ? 1 : job->timesteps, 0, 1, 0, s.images);
         else
             step(&s, job->batch);
         if (i >= 0) {

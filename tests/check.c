@@ -95,7 +95,7 @@ typedef struct {
     uint64_t seed;
     unsigned char k[MAX_PIXELS];
     real eps[MAX_PIXELS], eps_0[MAX_PIXELS];
-    Example example;           /* of the above, at t = 1/2 */
+    Example example;           /* of the above, at t = 1/2, of a class in the middle */
 } Lab;
 
 static Config small_config(ModelKind kind) {
@@ -130,8 +130,10 @@ static void lab_open(Lab *lab, Config config, uint64_t seed) {
         lab->k[i] = (unsigned char)random_bits(random_stream(seed, RANDOM_CHECK, 11, 0), (uint32_t)i);
     random_normal(random_stream(seed, RANDOM_CHECK, 12, 0), lab->eps, d);
     random_normal(random_stream(seed, RANDOM_CHECK, 13, 0), lab->eps_0, d);
-    const Example example = {.k = lab->k, .t = 0.5, .eps = lab->eps, .eps_0 = lab->eps_0};
+    const Example example = {.k = lab->k, .t = 0.5, .eps = lab->eps, .eps_0 = lab->eps_0,
+                             .label = config.classes / 2};
     lab->example = example;
+    lab->network->label = example.label;
 }
 
 static void lab_close(Lab *lab) {
@@ -223,12 +225,14 @@ static Tensor *build_encoder(const Subject *s, Graph *graph, Tensor **leaf) {
 }
 
 /* The networks as functions of image, time and weights; image and time carry tangents. Every parameter tensor
- * takes part. sin(2^7 2 pi z) turns by a radian in 1/800, and sin(1000 t) in 1/1000; a pixel's way through
- * max-pooling may change over a short length: that is what the scales say. */
+ * takes part, the embedding of classes too where there are any. sin(2^7 2 pi z) turns by a radian in 1/800,
+ * and sin(1000 t) in 1/1000; a pixel's way through max-pooling may change over a short length: that is what
+ * the scales say. */
 static void prove_network(Report *r, int variant, uint64_t seed) {
     const char *const names[] = {"score network, flat, 5x7x3", "score network, U-Net of 2 levels, 20x4x1",
-                                 "score network, U-Net, 4x6x3", "encoder, U-Net of 2 levels, 20x4x1"};
-    const int is_encoder = variant == 3;
+                                 "score network, U-Net, 4x6x3", "encoder, U-Net of 2 levels, 20x4x1",
+                                 "score network, 3 classes", "encoder, 3 classes"};
+    const int is_encoder = variant == 3 || variant == 5;
     Config c = small_config(is_encoder ? DIFFENC : VDM);
     DerivativeErrors e = {.gradient = INFINITY};
     if (variant == 0)
@@ -239,7 +243,9 @@ static void prove_network(Report *r, int variant, uint64_t seed) {
         c.net = NET_UNET, c.score_blocks = 2, c.image_channels = 3;
     if (variant == 3)
         c.encoder_blocks = 2, c.height = 20, c.width = 4;
-    if (variant > 0 && !DOUBLE)
+    if (variant > 3)
+        c.classes = 3;
+    if (variant % 4 > 0 && !DOUBLE)
         return;   /* between the kinks of max-pooling there is no room for steps as long as float's */
     for (uint64_t point = 0; point < POINTS && !is_measured(e); point++) {
         Lab lab;
@@ -319,11 +325,14 @@ static Tensor *build_objective(const Subject *s, Graph *graph, Tensor **leaf) {
 }
 
 /* The whole training objective by every parameter: each model, prediction, continuous and finite time;
- * schedules fixed (eps) and learned, both networks, dropout on with the same mask in every evaluation. */
+ * schedules fixed (eps) and learned, both networks, dropout on with the same mask in every evaluation. The
+ * last two are DiffEnc with classes. */
 static void prove_objective(Report *r, int variant, uint64_t seed) {
     const char *const predictions[] = {"v", "eps", "x"};
-    Config c = small_config((ModelKind)(variant / 6));
+    const int has_classes = variant >= 18;
+    Config c = small_config(has_classes ? DIFFENC : (ModelKind)(variant / 6));
     DerivativeErrors e = {.gradient = INFINITY};
+    c.classes = has_classes ? 3 : 0;
     c.prediction = (Prediction)(variant / 2 % 3);
     c.schedule = c.prediction == PREDICT_EPS ? SCHEDULE_FIXED : SCHEDULE_LEARNED;
     c.net = c.prediction == PREDICT_X && DOUBLE ? NET_UNET : NET_FLAT;
@@ -338,8 +347,9 @@ static void prove_objective(Report *r, int variant, uint64_t seed) {
         lab_close(&lab);
     }
     r->about = MODEL_NAME[c.kind];
-    claim(r, e.gradient, derivative_limit(), "objective, %s-prediction, %s: gradient",
-          predictions[c.prediction], c.timesteps ? "finite T" : "continuous");
+    claim(r, e.gradient, derivative_limit(), "objective, %s-prediction, %s%s: gradient",
+          predictions[c.prediction], c.timesteps ? "finite T" : "continuous",
+          has_classes ? ", 3 classes" : "");
 }
 
 /* ---- the forward process ---- */
@@ -1063,8 +1073,8 @@ static const Proof PROOFS[] = {
     {"exactness", prove_exact, MODELS},
     {"exactness", prove_deterministic_sampler, 2},
     {"counterterm", prove_counterterm, 2},
-    {"derivatives", prove_network, 4},
-    {"derivatives", prove_objective, 18},
+    {"derivatives", prove_network, 6},
+    {"derivatives", prove_objective, 20},
 };
 enum { PROOF_COUNT = sizeof PROOFS / sizeof PROOFS[0] };
 

@@ -330,8 +330,14 @@ mutant 'the encoder learns at the full rate' nn.c \
     'p->in_encoder ? rate * o->encoder_rate : rate' \
     'rate'
 mutant 'AdamW: the schedule decays' nn.c \
-    'p->decays = rank > 1 || initial == INIT_ONE;' \
+    'p->decays = p->is_kernel || initial == INIT_ONE;' \
     'p->decays = initial != INIT_ZERO;'
+mutant 'Muon: orthogonalises the classes' nn.c \
+    'rank > 1 && strcmp(name, "class.kernel") != 0;' \
+    'rank > 1;'
+mutant 'classes: the networks see the first one' diffenc.c \
+    'm->network->label = e.label;' \
+    'm->network->label = 0 * e.label;'
 mutant 'AdamW: no bias correction of the second moment' nn.c \
     'v_scale = (real)(1 / (1 - pow(o->beta2, step)))' \
     'v_scale = (real)(1 + 0 * pow(o->beta2, step))'

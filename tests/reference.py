@@ -94,15 +94,15 @@ def write_safetensors(path, tensors, metadata=None):
 
 
 # kind is "vdm", "nt" or "diffenc"; L and E count ResBlocks; T is 0 for continuous time;
-# w is sigma_Q^2 / sigma_P^2; fourier lists the powers of two of z's features.
+# w is sigma_Q^2 / sigma_P^2; fourier lists the powers of two of z's features; classes is 0 without labels.
 Config = collections.namedtuple("Config", "model kind L E net channels encoder_channels height width "
                                           "image_channels predict schedule T w gamma_min gamma_max "
-                                          "fourier")
+                                          "fourier classes")
 
 
 def make_config(model="vdm-1", net="flat", channels=4, encoder_channels=4, height=8, width=8,
                 image_channels=1, predict="v", schedule="fixed", T=0, w=1.0, gamma_min=-13.3, gamma_max=5.0,
-                fourier=(6, 7)):
+                fourier=(6, 7), classes=0):
     """Takes the model's name apart (vdm-L, diffenc-L-nt, diffenc-L-E) and refuses what has no meaning."""
     parts = model.split("-")
     try:
@@ -128,11 +128,12 @@ def make_config(model="vdm-1", net="flat", channels=4, encoder_channels=4, heigh
     if T == 0 and w != 1:
         raise Failure(f"variance ratio {w:g}: in continuous time it must be 1, the loss would be infinite")
     return Config(model, kind, L, E, net, channels, encoder_channels, height, width, image_channels, predict,
-                  schedule, T, w, gamma_min, gamma_max, fourier)
+                  schedule, T, w, gamma_min, gamma_max, fourier, classes)
 
 
 def config_of_metadata(metadata):
-    """A checkpoint that does not name the features' powers is older than the setting, and has the paper's."""
+    """A checkpoint that does not name the features' powers or the classes is older than these settings: it has
+    the paper's, and none."""
     try:
         first, last = (int(power) for power in metadata.get("fourier", "6..7").split(".."))
         return make_config(metadata["model"], metadata["net"], int(metadata["channels"]),
@@ -140,7 +141,7 @@ def config_of_metadata(metadata):
                            int(metadata["image_channels"]), metadata["predict"], metadata["schedule"],
                            int(metadata["timesteps"]), float(metadata["variance_ratio"]),
                            float(metadata["gamma_min"]), float(metadata["gamma_max"]),
-                           tuple(range(first, last + 1)))
+                           tuple(range(first, last + 1)), int(metadata.get("classes", 0)))
     except KeyError as error:
         raise Failure(f"the metadata lack {error}")
     except ValueError as error:
@@ -153,7 +154,8 @@ def metadata_of_config(c):
             "width": str(c.width), "image_channels": str(c.image_channels), "predict": c.predict,
             "schedule": c.schedule, "timesteps": str(c.T), "variance_ratio": f"{c.w:g}",
             "gamma_min": f"{c.gamma_min:g}", "gamma_max": f"{c.gamma_max:g}", "dropout": "0",
-            **({"fourier": f"{c.fourier[0]}..{c.fourier[-1]}"} if c.fourier != (6, 7) else {})}
+            **({"fourier": f"{c.fourier[0]}..{c.fourier[-1]}"} if c.fourier != (6, 7) else {}),
+            **({"conditional": "1", "classes": str(c.classes)} if c.classes else {})}
 
 
 def from_file_layout(name, array, dtype):
@@ -195,15 +197,19 @@ def dense(p, name, h):
     return h @ p[name + ".kernel"] + p[name + ".bias"]
 
 
-def time_embedding(p, name, t_norm, channels):
-    """[B] -> [B, 4 channels]. t_norm is what network_time() makes of lambda."""
+def time_embedding(p, name, t_norm, channels, label):
+    """[B] -> [B, 4 channels]. t_norm is what network_time() makes of lambda. With classes the row of each
+    example's label [B] is added."""
     half = channels // 2
     j = torch.arange(half, dtype=t_norm.dtype)
     frequencies = torch.exp(-math.log(10000.0) * j / (half - 1))
     angles = 1000.0 * t_norm[:, None] * frequencies
     h = torch.cat([angles.sin(), angles.cos()], 1)
     h = F.silu(dense(p, name + ".time.dense0", h))
-    return F.silu(dense(p, name + ".time.dense1", h))
+    h = dense(p, name + ".time.dense1", h)
+    if name + ".class.kernel" in p:
+        h = h + p[name + ".class.kernel"][label]
+    return F.silu(h)
 
 
 def res_block(p, name, x, time, dropout):
@@ -298,17 +304,17 @@ def unet_body(p, name, h, time, blocks, dropout):
     return h
 
 
-def score(p, c, z, t_norm, dropout=0.0):
+def score(p, c, z, t_norm, label, dropout=0.0):
     """The score network's output for z_t [B, C, H, W] and t_norm [B]; c.predict says what it stands for."""
-    time = time_embedding(p, "score", t_norm, c.channels)
+    time = time_embedding(p, "score", t_norm, c.channels, label)
     h = convolution(p, "score.conv_in", fourier_features(c, z))
     body = flat_body if c.net == "flat" else unet_body
     return z + output(p, "score", body(p, "score", h, time, c.L, dropout))
 
 
-def encoder(p, c, x, t_norm, dropout=0.0):
+def encoder(p, c, x, t_norm, label, dropout=0.0):
     """y(x, lambda) in (-1, 1), [B, C, H, W]; lambda enters as t_norm."""
-    time = time_embedding(p, "encoder", t_norm, c.encoder_channels)
+    time = time_embedding(p, "encoder", t_norm, c.encoder_channels, label)
     h = convolution(p, "encoder.conv_in", x)
     return torch.tanh(output(p, "encoder", unet_body(p, "encoder", h, time, c.E, dropout)))
 
@@ -368,6 +374,8 @@ def parameter_shapes(c):
     def network(name, n, n_in, body, blocks):
         layer(name + ".time.dense0", n, 4 * n)
         layer(name + ".time.dense1", 4 * n, 4 * n)
+        if c.classes:
+            shapes[name + ".class.kernel"] = (c.classes, 4 * n)
         layer(name + ".conv_in", 3, 3, n_in, n)
         body(name, n, blocks)
         norm(name + ".norm_out", n)
@@ -418,14 +426,15 @@ def blend(x, y, at):
     return at.alpha ** 2 * x + at.sigma ** 2 * y
 
 
-def encoded(p, c, x, moments, dropout):
+def encoded(p, c, x, moments, label, dropout):
     """The encoded images x_t at several moments, a list. All go through the network as one batch."""
     if c.kind == "vdm":
         return [x for at in moments]
     if c.kind == "nt":
         return [at.alpha ** 2 * x for at in moments]
     xs = torch.cat([x] * len(moments))
-    ys = encoder(p, c, xs, torch.cat([network_time(c, at) for at in moments]), dropout)
+    times = torch.cat([network_time(c, at) for at in moments])
+    ys = encoder(p, c, xs, times, label.repeat(len(moments)), dropout)
     return [blend(x, y, at) for y, at in zip(ys.chunk(len(moments)), moments)]
 
 
@@ -450,11 +459,11 @@ def tangent_by_double_backward(f, t_norm, direction):
 TANGENTS = {"forward": tangent_by_forward_mode, "double-backward": tangent_by_double_backward}
 
 
-def y_and_derivative(p, c, x, at, dropout, tangent):
+def y_and_derivative(p, c, x, at, label, dropout, tangent):
     """y(x, lambda_t) and dy/dlambda at fixed x; dt_norm/dlambda = -1/(gamma_max - gamma_min)."""
     t_norm = network_time(c, at)
     direction = torch.full_like(t_norm, -1 / (c.gamma_max - c.gamma_min))
-    return tangent(lambda t_norm: encoder(p, c, x, t_norm, dropout), t_norm, direction)
+    return tangent(lambda t_norm: encoder(p, c, x, t_norm, label, dropout), t_norm, direction)
 
 
 def diffuse(x_t, at, eps):
@@ -556,24 +565,25 @@ def continuous_weight(c, at, ends):
 Losses = collections.namedtuple("Losses", "recon latent diffusion")
 
 
-def losses(p, c, k, t, eps, eps_0, dropout=0.0, tangent=tangent_by_forward_mode):
-    """The three terms [B] in nats for one given t [B] per example. k, eps, eps_0 [B, C, H, W]."""
+def losses(p, c, k, t, eps, eps_0, label, dropout=0.0, tangent=tangent_by_forward_mode):
+    """The three terms [B] in nats for one given t [B] per example. k, eps, eps_0 [B, C, H, W]; label [B],
+    looked at by a model with classes."""
     ends = endpoints(p, c, eps.dtype)
     x = scale(k.to(eps.dtype))
     at_0, at_1, at_t = moment(torch.zeros_like(t), ends), moment(torch.ones_like(t), ends), moment(t, ends)
     if c.T == 0:
-        x_0, x_1 = encoded(p, c, x, [at_0, at_1], dropout)
+        x_0, x_1 = encoded(p, c, x, [at_0, at_1], label, dropout)
         y = dy = None
         if c.kind == "diffenc":
-            y, dy = y_and_derivative(p, c, x, at_t, dropout, tangent)
+            y, dy = y_and_derivative(p, c, x, at_t, label, dropout, tangent)
             x_t = blend(x, y, at_t)
         else:
-            x_t, = encoded(p, c, x, [at_t], dropout)
+            x_t, = encoded(p, c, x, [at_t], label, dropout)
     else:
         at_s = moment((t - 1 / c.T).clamp(min=0), ends)
-        x_0, x_1, x_s, x_t = encoded(p, c, x, [at_0, at_1, at_s, at_t], dropout)
+        x_0, x_1, x_s, x_t = encoded(p, c, x, [at_0, at_1, at_s, at_t], label, dropout)
     z_t = diffuse(x_t, at_t, eps)
-    prediction = predictions(c, score(p, c, z_t, network_time(c, at_t), dropout), z_t, at_t)
+    prediction = predictions(c, score(p, c, z_t, network_time(c, at_t), label, dropout), z_t, at_t)
     if c.T == 0:
         r = residual(c, prediction, x_t, eps, y, dy, at_t)
         diffusion = continuous_weight(c, at_t, ends) * square_norm(r)
@@ -588,12 +598,13 @@ def objective(terms, d):
 
 
 def ancestral_sample(p, c, count, T, layout):
-    """[count, C, H, W] integer pixels. The encoder plays no part; sigma_P^2 = sigma_Q^2 / w."""
+    """[count, C, H, W] integer pixels, of a model without classes. The encoder plays no part; sigma_P^2 =
+    sigma_Q^2 / w."""
     ends = endpoints(p, c, torch.float32)
     z = torch.randn(count, c.image_channels, c.height, c.width).contiguous(memory_format=layout)
     for i in range(T, 0, -1):
         at_t, at_s = (moment(torch.full((count,), j / T), ends) for j in (i, i - 1))
-        x_hat = predictions(c, score(p, c, z, network_time(c, at_t)), z, at_t).x
+        x_hat = predictions(c, score(p, c, z, network_time(c, at_t), None), z, at_t).x
         deviation = (posterior_variance(at_s, at_t) / c.w).sqrt()
         z = generative_mean(c, z, x_hat, at_s, at_t) + deviation * torch.randn_like(z)
     at_0 = moment(torch.zeros(count), ends)
@@ -620,14 +631,17 @@ def load_parameters(c, tensors, kind="params"):
 
 
 def load_batch(c, tensors):
-    """k, t, eps, eps_0 as losses() wants them."""
-    for name in ("images", "t", "eps", "eps0"):
+    """k, t, eps, eps_0, label as losses() wants them."""
+    for name in ("images", "t", "eps", "eps0") + (("labels",) if c.classes else ()):
         if name not in tensors:
             raise Failure(f"{name}: missing")
     image = (len(tensors["images"]), c.height, c.width, c.image_channels)
     for name, shape in (("images", image), ("t", image[:1]), ("eps", image), ("eps0", image)):
         if tensors[name].shape != shape:
             raise Failure(f"{name}: has shape {list(tensors[name].shape)}, should be {list(shape)}")
+    label = tensors["labels"] if c.classes else np.zeros(image[:1], "u1")
+    if label.shape != image[:1] or c.classes and (label >= c.classes).any():
+        raise Failure(f"labels: must be {image[0]}, each from 0 to {c.classes - 1}")
     t = tensors["t"].astype("f8")
     if (t < 0).any() or (t > 1).any():
         raise Failure("t: must lie in [0, 1]")
@@ -636,7 +650,8 @@ def load_batch(c, tensors):
         raise Failure(f"t: must be multiples of 1/{c.T}, from 1/{c.T} to 1")
     channels_first = [torch.tensor(tensors[name].astype("f8").transpose(0, 3, 1, 2).copy())
                       for name in ("images", "eps", "eps0")]
-    return channels_first[0], torch.tensor(t), channels_first[1], channels_first[2]
+    k, eps, eps_0 = channels_first
+    return k, torch.tensor(t), eps, eps_0, torch.tensor(label.astype("i8"))
 
 
 def gradients(p, c, batch, tangent=tangent_by_forward_mode):
@@ -692,23 +707,32 @@ def command_eval(options):
         print("standard error   " + "".join(f"  {value:10.7f}" for value in error.tolist()))
 
 
+def idx_beginning(path, shape):
+    """The first images or labels of an IDX file, which is plain or .gz."""
+    axes = 1 if len(shape) == 1 else 3
+    size, begin = math.prod(shape), 4 + 4 * axes
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            content = file.read(begin + size)
+    except OSError as error:
+        raise Failure(f"{path}: {error.strerror or error}")
+    if content[:4] != bytes([0, 0, 8, axes]) or len(content) < begin + size:
+        raise Failure(f"{path}: not an IDX file of {shape[0]} such {'labels' if axes == 1 else 'images'}")
+    return np.frombuffer(content, "u1", offset=begin).reshape(shape)
+
+
 def command_batch(options):
-    """Draws for `eval` and `grad`: the first images of an IDX file, or random ones; evenly spread times."""
+    """Draws for `eval` and `grad`: the first images and labels of IDX files, or random ones; evenly spread
+    times."""
     c = config_of_metadata(read_safetensors(options.checkpoint)[1])
     rng = np.random.Generator(np.random.PCG64(options.seed))
     t = (rng.random() + np.arange(options.count) / options.count) % 1
     if c.T:
         t = np.floor(t * c.T + 1) / c.T
     batch = random_batch(c, rng, t)
-    if options.images:
-        try:
-            with (gzip.open if options.images.endswith(".gz") else open)(options.images, "rb") as file:
-                content = file.read(16 + batch["images"].size)
-        except OSError as error:
-            raise Failure(f"{options.images}: {error.strerror or error}")
-        if content[:4] != b"\0\0\x08\x03" or len(content) < 16 + batch["images"].size:
-            raise Failure(f"{options.images}: not an IDX file of {options.count} such images")
-        batch["images"] = np.frombuffer(content, "u1", offset=16).reshape(batch["images"].shape)
+    for name, path in (("images", options.images), ("labels", options.labels)):
+        if path and name in batch:
+            batch[name] = idx_beginning(path, batch[name].shape)
     write_safetensors(options.out, batch)
 
 
@@ -744,6 +768,8 @@ GOLDEN_CASES = {
                                   schedule="learned"),
     "diffenc-unet-x-T4": golden_case(1, [0.5, 1.0], model="diffenc-1-1", net="unet", predict="x",
                                      height=8, width=6, image_channels=3, T=4, w=1.25),
+    "diffenc-unet-v-3-classes": golden_case(2, [0.2, 0.7], model="diffenc-1-1", net="unet", predict="v",
+                                            classes=3),
 }
 
 # The wide set: more channels and the other combinations. Too big for the repository, made on demand.
@@ -811,8 +837,11 @@ def random_parameters(c, rng, w=16.2):
 
 def random_batch(c, rng, t):
     image = (len(t), c.height, c.width, c.image_channels)
-    return {"images": rng.integers(0, 256, image, dtype="u1"), "t": np.array(t, "f4"),
-            "eps": rng.standard_normal(image).astype("f4"), "eps0": rng.standard_normal(image).astype("f4")}
+    batch = {"images": rng.integers(0, 256, image, dtype="u1"), "t": np.array(t, "f4"),
+             "eps": rng.standard_normal(image).astype("f4"), "eps0": rng.standard_normal(image).astype("f4")}
+    if c.classes:
+        batch["labels"] = rng.integers(0, c.classes, len(t), dtype="u1")
+    return batch
 
 
 def random_case(seed, t, settings):
@@ -978,7 +1007,7 @@ def check_residuals(check):
 
 
 CHECKED = ["vdm-flat-v", "vdm-unet-x-T8", "nt-flat-eps-T10", "diffenc-flat-v", "diffenc-unet-x-T4",
-           "wide-diffenc-unet-eps-T8-12ch", "wide-diffenc-unet-v-28"]
+           "wide-diffenc-unet-eps-T8-12ch", "wide-diffenc-unet-v-28", "diffenc-unet-v-3-classes"]
 
 
 def check_gradients(check):
@@ -1019,17 +1048,17 @@ def check_gradients(check):
 
 def check_tangents(check):
     """dy/dlambda by both methods and by differences; and what both give as gradients of the whole loss."""
-    settings = dict(model="diffenc-1-1", net="unet", schedule="learned")
+    settings = dict(model="diffenc-1-1", net="unet", schedule="learned", classes=3)
     p, c, batch = inside(*random_case(5, [0.3, 0.8], settings))
     ends = endpoints(p, c, torch.float64)
-    x, t = scale(batch[0]), batch[1]
-    ys = {name: y_and_derivative(p, c, x, moment(t, ends), 0.0, TANGENTS[name]) for name in TANGENTS}
+    x, t, label = scale(batch[0]), batch[1], batch[4]
+    ys = {name: y_and_derivative(p, c, x, moment(t, ends), label, 0.0, TANGENTS[name]) for name in TANGENTS}
     for what, one, other in zip(("y", "dy/dlambda"), ys["double-backward"], ys["forward"]):
         check(f"{what}: double backward and forward mode", relative(one, other), 1e-11)
 
     def y(delta):
         # lambda + delta is gamma - delta, and gamma is linear in t.
-        return encoder(p, c, x, network_time(c, moment(t - delta / (ends[1] - ends[0]), ends)))
+        return encoder(p, c, x, network_time(c, moment(t - delta / (ends[1] - ends[0]), ends)), label)
 
     h = 1e-5
     slope = (8 * (y(h) - y(-h)) - (y(2 * h) - y(-2 * h))) / (12 * h)
@@ -1055,7 +1084,7 @@ def check_continuous_limit(check):
 
 def check_batches(check):
     """An example's losses do not depend on who else is in the batch."""
-    p, c, batch = inside(*random_case(7, [0.2, 0.5, 0.7], dict(model="diffenc-1-1", net="unet")))
+    p, c, batch = inside(*random_case(7, [0.2, 0.5, 0.7], dict(model="diffenc-1-1", net="unet", classes=4)))
     together = losses(p, c, *batch)
     alone = losses(p, c, *(b[1:2] for b in batch))
     check("an example alone and in a batch", max(relative(a, b[1:2]) for a, b in zip(alone, together)), 1e-12)
@@ -1147,7 +1176,7 @@ def training_step(p, ema, optimizer, c, images, dropout, layout, tangent):
     B = len(images)
     t = (torch.rand(()) + torch.arange(B) / B) % 1
     k = images.contiguous(memory_format=layout).float()
-    terms = losses(p, c, k, t, torch.randn_like(k), torch.randn_like(k), dropout, tangent)
+    terms = losses(p, c, k, t, torch.randn_like(k), torch.randn_like(k), None, dropout, tangent)
     optimizer.zero_grad(set_to_none=True)
     objective(terms, images[0].numel()).backward()
     optimizer.step()
@@ -1299,7 +1328,8 @@ def parse_arguments(arguments):
 
     grad = command("grad", command_grad, "loss terms and gradients of a batch, from file to file, in float64")
     grad.add_argument("checkpoint", metavar="CHECKPOINT")
-    grad.add_argument("--batch", required=True, metavar="FILE", help="safetensors with images, t, eps, eps0")
+    grad.add_argument("--batch", required=True, metavar="FILE",
+                      help="safetensors with images, t, eps, eps0; of a conditional model also labels")
     grad.add_argument("--out", required=True, metavar="FILE", help="where to write loss.*, bpd and grad.*")
 
     evaluation = command("eval", command_eval, "the loss terms of each example of a batch with the averaged "
@@ -1310,6 +1340,7 @@ def parse_arguments(arguments):
     batch = command("batch", command_batch, "writes a batch for eval and grad: images, times and noise")
     batch.add_argument("checkpoint", metavar="CHECKPOINT", help="says of which shape")
     batch.add_argument("--images", metavar="FILE", help="IDX, plain or .gz; without it random pixels")
+    batch.add_argument("--labels", metavar="FILE", help="the same for a conditional model")
     batch.add_argument("--count", type=positive, default=32, help="examples")
     batch.add_argument("--seed", type=int, default=1, help="of times and noise")
     batch.add_argument("--out", required=True, metavar="FILE", help="where to write it")

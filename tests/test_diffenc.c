@@ -8,26 +8,29 @@
 #include "../diffenc.h"
 #include "test.h"
 
-enum { HEIGHT = 4, WIDTH = 6, D = HEIGHT * WIDTH, COUNT = 5, SEED = 21 };
+enum { HEIGHT = 4, WIDTH = 6, D = HEIGHT * WIDTH, COUNT = 5, CLASSES = 3, SEED = 21 };
 
 typedef struct {
     Model model;
     Workers workers;
-    unsigned char images[COUNT * D];
+    unsigned char images[COUNT * D], labels[COUNT];
 } Case;
 
-/* Weights and their average are random and differ, so that taking the wrong ones shows. */
+/* Weights and their average are random and differ, so that taking the wrong ones shows, and labels do. */
 static void case_new(Case *c, const char *name, int timesteps, double dropout, ScheduleKind schedule,
                      int threads) {
     Config config = small_model(name, NET_UNET, 4, HEIGHT, WIDTH, 1);
     config.timesteps = timesteps;
     config.dropout = dropout;
     config.schedule = schedule;
+    config.classes = CLASSES;
     model_make(&c->model, config, 4);
     fill_weights(&c->model);
     for (size_t i = 0; i < c->model.weight_count; i++)
         c->model.ema[i] = (real)0.75 * c->model.params[i];
     workers_new(&c->workers, &c->model, threads);
+    for (int i = 0; i < COUNT; i++)
+        c->labels[i] = (unsigned char)(2 * i % CLASSES);
     for (int i = 0; i < COUNT * D; i++)
         c->images[i] = (unsigned char)random_bits(random_stream(SEED, RANDOM_CHECK, 3, 0), (uint32_t)i);
 }
@@ -123,7 +126,7 @@ static void examples_of_step(const Case *c, int step, Example *example, real *no
         random_normal(random_stream(SEED, RANDOM_NOISE, (uint32_t)step, (uint32_t)i), eps, D);
         random_normal(random_stream(SEED, RANDOM_NOISE_0, (uint32_t)step, (uint32_t)i), eps_0, D);
         const double t = example_time(u, i, COUNT, c->model.config.timesteps);
-        example[i] = (Example){c->images + i * D, t, eps, eps_0};
+        example[i] = (Example){c->images + i * D, t, eps, eps_0, c->labels[i]};
     }
 }
 
@@ -160,7 +163,8 @@ static void test_training_step(const char *name, int timesteps, ScheduleKind sch
         ByHand b = {&same, example, step, terms};
         const real *gradient = workers_gradient(&same.workers, COUNT, training_by_hand, &b);
         const double norm = optimizer_step(&same.workers, &o, gradient);
-        CHECK(training_step(&c.model, &c.workers, &o, c.images, COUNT, SEED, &r, &error) == 0, "%s", name);
+        CHECK(training_step(&c.model, &c.workers, &o, c.images, c.labels, COUNT, SEED, &r, &error) == 0, "%s",
+              name);
         CHECK(memcmp(c.model.params, same.model.params, c.model.weight_count * sizeof(real)) == 0 &&
                   c.model.step == (uint64_t)step + 1,
               "%s: step %d has the times and noise of its seed and number", name, step + 1);
@@ -192,7 +196,8 @@ static void test_dropout(void) {
     double terms[COUNT][3], total = 0;
     for (int i = 0; i < 3; i++) {
         case_new(&c[i], "diffenc-1-1", 0, i < 2 ? 0.3 : 0, SCHEDULE_FIXED, threads[i]);
-        CHECK(training_step(&c[i].model, &c[i].workers, &o, c[i].images, COUNT, SEED, &r[i], &error) == 0,
+        CHECK(training_step(&c[i].model, &c[i].workers, &o, c[i].images, c[i].labels, COUNT, SEED, &r[i],
+                            &error) == 0,
               "a step, dropout %d", i);
     }
     const size_t bytes = c[0].model.weight_count * sizeof(real);
@@ -218,7 +223,7 @@ static void test_divergence(const char *weight, const char *loss) {
     c.model.params[parameter_named(&c.model, weight)->offset] = (real)NAN;
     const size_t bytes = c.model.weight_count * sizeof(real);
     real *before = memcpy(allocate(1, bytes), c.model.params, bytes);
-    CHECK(training_step(&c.model, &c.workers, &o, c.images, COUNT, SEED, &r, &error) == -1,
+    CHECK(training_step(&c.model, &c.workers, &o, c.images, c.labels, COUNT, SEED, &r, &error) == -1,
           "%s is no number and the step is taken", weight);
     CHECK(strstr(error.text, "step 7: diverged") && strstr(error.text, loss), "it says '%s'", error.text);
     CHECK(memcmp(before, c.model.params, bytes) == 0 && c.model.step == 6 &&
@@ -251,14 +256,14 @@ static void test_evaluate(const char *name, int timesteps, int repeats) {
     double terms[COUNT][4], again[COUNT][4], draws[3 * COUNT][DRAW_COLUMNS], worst = 0, worst_error = 0;
     case_new(&c, name, timesteps, 0.3, SCHEDULE_FIXED, 2);
     const double u = random_uniform(random_stream(SEED, RANDOM_EVAL_TIME, 0, 0), 0);
-    evaluate(&c.workers, c.images, COUNT, repeats, SEED, terms, draws);
+    evaluate(&c.workers, c.images, c.labels, COUNT, repeats, SEED, terms, draws);
     for (int i = 0; i < COUNT; i++) {
         double want[4] = {0};
         for (int repeat = 0; repeat < repeats; repeat++) {
             const Method m = restart(&c, c.model.ema);
             const Example e = {c.images + i * D, evaluation_time(u, repeat * COUNT + i, timesteps),
                                noise_of(&m, RANDOM_EVAL_NOISE, repeat, i)->value,
-                               noise_of(&m, RANDOM_EVAL_NOISE_0, repeat, i)->value};
+                               noise_of(&m, RANDOM_EVAL_NOISE_0, repeat, i)->value, c.labels[i]};
             const LossTerms l = objective(&m, e);
             const Tensor *const of[4] = {l.recon, l.latent, l.diffusion, bits_per_dimension(&m, l)};
             for (int k = 0; k < 4; k++)
@@ -285,8 +290,15 @@ static void test_evaluate(const char *name, int timesteps, int repeats) {
           worst_error);
     case_free(&c);
     case_new(&c, name, timesteps, 0.3, SCHEDULE_FIXED, 5);
-    evaluate(&c.workers, c.images, COUNT, repeats, SEED, again, NULL);
+    evaluate(&c.workers, c.images, c.labels, COUNT, repeats, SEED, again, NULL);
     CHECK(memcmp(terms, again, sizeof terms) == 0, "%s: 5 threads give the bits of 2", name);
+    for (int i = 0; i < COUNT; i++)
+        c.labels[i] = (unsigned char)((c.labels[i] + 1) % CLASSES);
+    evaluate(&c.workers, c.images, c.labels, COUNT, repeats, SEED, again, NULL);
+    for (int i = 0; i < COUNT; i++) /* the encoder alone moves what is lost at t = 0 and 1 */
+        for (int k = 0; k < 3; k++)
+            CHECK((terms[i][k] == again[i][k]) == (k < 2 && c.model.config.kind != DIFFENC),
+                  "%s: the bound on image %d is one given the class, term %d", name, i, k);
     case_free(&c);
 }
 
@@ -295,10 +307,11 @@ static void test_step_distances(void) {
     Case c;
     double distance[T * COUNT], worst = 0;
     case_new(&c, "diffenc-1-1", T, 0, SCHEDULE_FIXED, 2);
-    step_distances(&c.workers, c.images, COUNT, SEED, distance);
+    step_distances(&c.workers, c.images, c.labels, COUNT, SEED, distance);
     for (int step = 1; step <= T; step++)
         for (int i = 0; i < COUNT; i++) {
             const Method m = restart(&c, c.model.ema);
+            m.network->label = c.labels[i];
             Tensor *x = scale_pixels(&m, c.images + i * D);
             Tensor *eps = noise_of(&m, RANDOM_EVAL_STEP_NOISE, step, i);
             const double want = number_of(distance_at(&m, x, eps, (step - 1.0) / T, (double)step / T));
@@ -346,8 +359,8 @@ static void test_order(const char *where) {
                 inked[i].ink += k[p], inked[i].index = i;
         }
         for (int step = 0; step < STEPS && !sorted; step++)
-            training_step(&model, &workers, &o, images + step * BATCH * size, BATCH, SEED, &r, &error);
-        evaluate(&workers, images, IMAGES, 2, SEED, terms, NULL);
+            training_step(&model, &workers, &o, images + step * BATCH * size, NULL, BATCH, SEED, &r, &error);
+        evaluate(&workers, images, NULL, IMAGES, 2, SEED, terms, NULL);
         for (int i = 0; i < IMAGES; i++)
             mean[sorted] += terms[i][3] / IMAGES;
         qsort(inked, IMAGES, sizeof *inked, ascending);   /* by its first member */
@@ -367,10 +380,11 @@ static void test_sample(const char *name, int T, int deterministic, int draw_pix
     Case c;
     unsigned char k[COUNT * D], want[D] = {0};
     case_new(&c, name, 0, 0.3, SCHEDULE_FIXED, 3);
-    sample_images(&c.workers, COUNT, T, deterministic, SEED, draw_pixels, k);
+    sample_images(&c.workers, c.labels, COUNT, T, deterministic, SEED, draw_pixels, k);
     for (int i = 0; i < COUNT; i++) {
         real z[D];
         Method m = restart(&c, c.model.ema);
+        m.network->label = c.labels[i];
         memcpy(z, noise_of(&m, RANDOM_SAMPLER, T + 1, i)->value, sizeof z);
         for (int step = T; step >= 1; step--) {
             m = restart(&c, c.model.ema);
@@ -394,7 +408,7 @@ static void test_stop(void) {
     const volatile sig_atomic_t stop = 1;
     case_new(&c, "vdm-1", 0, 0, SCHEDULE_FIXED, 2);
     c.workers.stop = &stop;
-    sample_images(&c.workers, COUNT, 1000000, 0, SEED, 0, k);   /* hours, if it went on */
+    sample_images(&c.workers, c.labels, COUNT, 1000000, 0, SEED, 0, k);   /* hours, if it went on */
     for (int i = 0; i < COUNT; i++)
         CHECK(k[i * D] == 0, "a stopped sampler writes image %d", i);
     case_free(&c);

@@ -406,14 +406,15 @@ static void check_resumed(const char *directory, int steps, const char *options)
 /* Each way to train: uninterrupted, and stopped after two of four steps and resumed with other numbers of
  * threads. What a crash could have left in the log, and taken from the samples, is made up for. */
 static void test_resume(void) {
-    static const char *const ways[6] = {
+    static const char *const ways[7] = {
         "--model vdm-1 --predict eps --dropout 0 --data digits",
         "--model diffenc-1-nt --timesteps 4 --predict x",
         "--model diffenc-1-1 --schedule learned --timesteps 5 --variance-ratio 0.9",
         "--model diffenc-1-1 --predict x --warmup 3 --clip 1 --weight-decay 0.1 --ema 0.5",
         "--model diffenc-2-2 --seed 18446744073709551615 --eval-every 2 --eval-limit 3 --sample-every 2",
-        "--model vdm-1 --net flat --batch 3 --schedule learned --gamma-min -10"};
-    for (int i = 0; i < 6; i++) {
+        "--model vdm-1 --net flat --batch 3 --schedule learned --gamma-min -10",
+        "--model diffenc-1-1 --conditional --data named --eval-every 2 --eval-limit 3 --sample-every 2"};
+    for (int i = 0; i < 7; i++) {
         succeed("rm -rf a b");
         const Outcome o = succeed("$D train $TINY %s --steps 4 --threads 2 --out a", ways[i]);
         CHECK(strstr(o.error, "step 4/4") && strstr(o.error, "left\n"), "progress ends at the last step: %s",
@@ -423,7 +424,7 @@ static void test_resume(void) {
         succeed("$D train $TINY %s --steps 2 --threads 1 --out b", ways[i]);
         succeed("rm b/samples-2.png && printf '3,9,9,9,9,9,,,9\\n3,9,9' >>b/log.csv");
         succeed("$D train --resume --sample-steps 2 %s --steps 4 --threads 3 --out b",
-                i == 4 ? "--eval-every 2 --eval-limit 3 --sample-every 2" : "");
+                i == 4 || i == 6 ? "--eval-every 2 --eval-limit 3 --sample-every 2" : "");
         same_trainings("a", "b", 4);
         CHECK(is_whole("a/checkpoint.safetensors"), "%s: a checkpoint that is not finite", ways[i]);
     }
@@ -1256,6 +1257,112 @@ static void test_bad_batches(void) {
     succeed("$D grad $V --batch batch --out fine && $D grad $T10 --batch batch --out fine");
 }
 
+/* ---- classes ---- */
+
+enum { TILE_HEIGHT = 14, TILE_WIDTH = 10 };   /* an image of 12 by 8 pixels in a grid, and 2 of its border */
+
+/* A grid of images in `columns` as PGM. */
+static void read_grid(const char *name, int rows, int columns, unsigned char *pixels) {
+    const int height = rows * TILE_HEIGHT + 2, width = columns * TILE_WIDTH + 2;
+    int found[2] = {0};
+    FILE *stream = fopen(name, "rb");
+    const size_t size = (size_t)height * (size_t)width;
+    const int good = stream && fscanf(stream, "P5 %d %d 255", &found[0], &found[1]) == 2 &&
+                     getc(stream) == '\n' && fread(pixels, 1, size, stream) == size;
+    CHECK(good && found[0] == width && found[1] == height, "%s: a grid of %d rows, %d columns", name, rows,
+          columns);
+    if (stream)
+        fclose(stream);
+}
+
+/* The same image at place i of one grid and at that place of another one? */
+static int same_tile(int i, const unsigned char *a, int a_columns, const unsigned char *b, int b_columns) {
+    int same = 1;
+    for (int y = 0; y < TILE_HEIGHT; y++) {
+        const size_t row_a = (size_t)(i / a_columns * TILE_HEIGHT + y) * (size_t)(a_columns * TILE_WIDTH + 2),
+                     row_b = (size_t)(i / b_columns * TILE_HEIGHT + y) * (size_t)(b_columns * TILE_WIDTH + 2);
+        same &= memcmp(a + row_a + i % a_columns * TILE_WIDTH, b + row_b + i % b_columns * TILE_WIDTH,
+                       TILE_WIDTH) == 0;
+    }
+    return same;
+}
+
+/* A conditional model learns; its bound is one given the class, which other labels change; its samples come
+ * one class a row, or all of one class. */
+static void test_classes(void) {
+    enum { COUNT = 24, CLASSES = 3 };
+    static const Refusal list[] = {
+        {"small: holds no labels", "$D train $TINY --conditional --out out"},
+        {"swirl: holds no labels", "$D train --data swirl --conditional --steps 1 --out out"},
+        {"small: holds no labels", "$D eval conditional --data small"},
+        {"small: holds no labels", "$D show conditional --data small --out out.png"},
+        {"digits: holds labels of 10 classes, the model is for 3", "$D eval conditional --data digits"},
+        {"--conditional 0, not 1", "$D train --resume --conditional --out m3"},
+        {"conditional 0 with 3 classes", "$D sample unconditional --out out.png"},
+        {"classes 300: must be from 1 to 256", "$D sample many --out out.png"},
+        {"is [3, 16], expected [4, 16]", "$D sample more --out out.png"},
+        {"conditional 1 with 0 classes", "$D sample without --out out.png"},
+        {"labels: expected U8 [2]", "$D grad $C --batch unnamed --out out"},
+        {"labels[0] is 255, expected a class from 0 to 2", "$D grad $C --batch foreign --out out"},
+    };
+    static const Refusal wrong[] = {
+        {"class 3: the model has 3 classes", "$D sample conditional --class 3 --out out.png"},
+        {"class 0: the model has 0 classes", "$D sample good --class 0 --out out.png"},
+        {"class '-2'", "$D sample conditional --class -2 --out out.png"},
+        {"conditional takes no value", "$D train --conditional=1 --out out"},
+    };
+    unsigned char all[(3 * TILE_HEIGHT + 2) * (8 * TILE_WIDTH + 2)];
+    unsigned char of_one[(6 * TILE_HEIGHT + 2) * (5 * TILE_WIDTH + 2)], way[sizeof of_one];
+    char text[64];
+    setenv("C", "tests/golden/diffenc-unet-v-3-classes.checkpoint.safetensors", 1);
+    succeed("$D train $TINY --data named --conditional --steps 0 --out c");
+    const Outcome before = succeed("$D eval c/checkpoint.safetensors --data named");
+    succeed("$D train --resume --lr 0.01 --encoder-lr 1 --steps 40 --sample-steps 2 --out c");
+    succeed("cp c/checkpoint.safetensors conditional");
+    const Outcome after = succeed("$D eval conditional --data named");
+    const double first = number_behind(before.out, "\ntotal "), last = number_behind(after.out, "\ntotal ");
+    CHECK(last < 0.9 * first, "with classes: from %.4f to %.4f bpd", first, last);
+    CHECK(strstr(after.out, "given the class"), "eval says of which kind the bound is: %s", after.out);
+    metadata_of("conditional", "conditional", text);
+    CHECK(strcmp(text, "1") == 0, "a conditional model says so: %s", text);
+    metadata_of("conditional", "classes", text);
+    CHECK(strcmp(text, "3") == 0, "and of how many classes: %s", text);
+
+    succeed("cp -r named renamed");
+    write_file("renamed/t10k-labels-idx1-ubyte", "\0\0\10\1\0\0\0\11\2\2\1\1\0\0\2\1\0", 17);
+    const Outcome renamed = succeed("$D eval conditional --data renamed");
+    CHECK(number_behind(renamed.out, "\ntotal ") != last, "other labels, the same bound: %s", renamed.out);
+    succeed("$D show conditional --data named --count 9 --out show.png");
+    succeed("$D show conditional --data renamed --count 9 --out renamed.png");
+    CHECK(!same_files("show.png", "renamed.png"), "other labels, the same encoder");
+
+    succeed("$D sample conditional --steps 4 --threads 2 --out all.pgm");
+    succeed("$D sample conditional --steps 4 --threads 1 --out all.1.pgm");
+    CHECK(same_files("all.pgm", "all.1.pgm"), "the classes of samples depend on threads");
+    read_grid("all.pgm", CLASSES, 8, all);
+    for (int class = 0; class < CLASSES; class ++) {
+        succeed("$D sample conditional --class %d --count %d --steps 4 --out one.pgm", class, COUNT);
+        read_grid("one.pgm", 5, 5, of_one);
+        for (int i = 0; i < COUNT; i++)
+            CHECK(same_tile(i, all, 8, of_one, 5) == (i / 8 == class), "sample %d, class %d", i, class);
+    }
+    succeed("$D sample conditional --trajectory --steps 4 --out way.pgm");
+    read_grid("way.pgm", 2 * CLASSES, 5, way);   /* x^ above z_t, at 5 times */
+    succeed("$D sample conditional --trajectory --class 1 --count 3 --steps 4 --out one.pgm");
+    read_grid("one.pgm", 2 * CLASSES, 5, of_one);
+    for (int i = 0; i < CLASSES; i++)
+        CHECK(same_tile(10 * i + 4, way, 5, of_one, 5) == (i == 1), "trajectory %d is of class %d", i, i);
+
+    rewrite("conditional", "unconditional", "conditional", "0", NULL);
+    rewrite("conditional", "many", "classes", "300", NULL);
+    rewrite("conditional", "more", "classes", "4", NULL);
+    rewrite("conditional", "without", "classes", "0", NULL);
+    rewrite("tests/golden/diffenc-unet-v-3-classes.batch.safetensors", "unnamed", "", "", "labels");
+    poison("tests/golden/diffenc-unet-v-3-classes.batch.safetensors", "foreign", "labels");
+    refuse_all(1, list, sizeof list);
+    refuse_all(2, wrong, sizeof wrong);
+}
+
 /* ---- numbers and machines at their end ---- */
 
 /* What cannot go on stops with the step and what was not finite, and the checkpoint before it can be gone on
@@ -1765,6 +1872,9 @@ static void make_models(void) {
     succeed("mkdir small");
     write_idx("small/train-images-idx3-ubyte", 0x803, 7, 12, 8, 7 * 12 * 8);
     write_idx("small/t10k-images-idx3-ubyte", 0x803, 9, 12, 8, 9 * 12 * 8);
+    succeed("cp -r small named");   /* the same, of 3 classes */
+    write_file("named/train-labels-idx1-ubyte", "\0\0\10\1\0\0\0\7\0\1\2\0\1\2\0", 15);
+    write_file("named/t10k-labels-idx1-ubyte", "\0\0\10\1\0\0\0\11\1\1\0\0\2\2\1\0\2", 17);
     succeed("$D train $TINY --data digits --model vdm-1 --steps 1 --out m1 && cp "
             "m1/checkpoint.safetensors good");
     succeed("$D train $TINY --model vdm-2 --steps 0 --out m2 && cp m2/checkpoint.safetensors deep");
@@ -1828,6 +1938,7 @@ int main(void) {
         {"data", test_bad_data},
         {"checkpoints", test_bad_checkpoints},
         {"batches", test_bad_batches},
+        {"classes", test_classes},
         {"divergence", test_divergence},
         {"memory", test_memory},
         {"file limit", test_file_limit},

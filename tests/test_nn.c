@@ -102,6 +102,9 @@ static void test_config_check(void) {
     c.variance_ratio = NAN; refuse(c, "variance-ratio nan");
     c = d; c.variance_ratio = 0.9; refuse(c, "diverges in continuous time");
     c.timesteps = 10; accept(c, "a variance ratio in finite time");
+    c = d; c.classes = -1; refuse(c, "classes -1");
+    c = d; c.classes = 257; refuse(c, "classes 257: must be from 1 to 256");
+    c.classes = 256; accept(c, "as many classes as a byte can tell apart");
     c = d; c.dropout = 1; refuse(c, "dropout 1");
     c = d; c.dropout = -0.1; refuse(c, "dropout -0.1");
     c = d; c.dropout = NAN; refuse(c, "dropout nan");
@@ -301,6 +304,17 @@ static void test_parameters(void) {
     expect_all(&points, ENCODER_OF_POINTS, sizeof ENCODER_OF_POINTS, 16);
     check_complete(&points, "diffenc-2-2 of points");
     model_free(&m);
+
+    c = small_model("diffenc-2-2", NET_FLAT, 8, 28, 28, 1);
+    c.encoder_channels = 4, c.classes = 10;
+    model_make(&m, c, 1);
+    Listing classes = {&m, 0, 0};
+    expect_all(&classes, SCORE_FLAT, sizeof SCORE_FLAT, 32);
+    expect_all(&classes, ENCODER, sizeof ENCODER, 16);
+    expect(&classes, "score.", "class.kernel", 2, 1, 10, 32, INIT_ZERO);
+    expect(&classes, "encoder.", "class.kernel", 2, 1, 10, 16, INIT_ZERO);
+    check_complete(&classes, "diffenc-2-2 with 10 classes");
+    model_free(&m);
 }
 
 /* LeCun: a normal cut off at two of its standard deviations, with variance 1/fan_in after the cut. */
@@ -395,6 +409,57 @@ static void test_fresh_networks(void) {
     const Tensor *y = encoder_network(n, x, time_of(n, 0.5, 0), 1);
     CHECK(memcmp(score->value, z, sizeof z) == 0, "a fresh score network gives z back");
     CHECK(dot(y->value, y->value, 64) == 0, "a fresh encoder gives zero");
+    workers_free(&workers);
+    model_free(&m);
+}
+
+/* With an embedding of zeros all classes are alike; a row that is not zero moves its own class in its own
+ * network and no other; and the gradient by the embedding is zero but for the row of the example's class. */
+static void test_classes(void) {
+    enum { CLASSES = 4, COUNT = 64, OWN = 2 };
+    static const char *const names[2] = {"score.class.kernel", "encoder.class.kernel"};
+    Model m;
+    Workers workers;
+    real x[COUNT], before[2][COUNT];
+    Config c = small_model("diffenc-1-1", NET_FLAT, 8, 8, 8, 1);
+    c.classes = CLASSES;
+    model_make(&m, c, 3);
+    fill_weights(&m);
+    workers_new(&workers, &m, 1);
+    fill_normal(x, COUNT, 4, 0, 0.5);
+    const Parameter *const tables[2] = {parameter_named(&m, names[0]), parameter_named(&m, names[1])};
+    real *gradient = allocate(m.weight_count, sizeof *gradient);
+    for (int k = 0; k < 2; k++)
+        memset(m.params + tables[k]->offset, 0, tables[k]->count * sizeof(real));
+    for (int moved = -1; moved < 2; moved++)   /* the network whose row OWN is not zero */
+        for (int label = 0; label < CLASSES; label++) {
+            for (int k = 0; k < 2; k++) {
+                real *row = m.params + tables[k]->offset + (size_t)OWN * tables[k]->out;
+                for (int j = 0; j < tables[k]->out; j++)
+                    row[j] = (real)(k == moved ? 0.3 : 0);
+            }
+            memset(gradient, 0, m.weight_count * sizeof *gradient);
+            Network *n = begin(&workers, gradient);
+            n->label = label;
+            Tensor *image = constant(&n->graph, 8, 8, 1, x), *out[2];
+            out[0] = score_network(n, image, time_of(n, 0.5, 0));
+            out[1] = encoder_network(n, image, time_of(n, 0.5, 0), 1);
+            for (int k = 0; k < 2; k++) {
+                if (moved < 0 && label == 0)
+                    memcpy(before[k], out[k]->value, sizeof before[k]);
+                CHECK((memcmp(before[k], out[k]->value, sizeof before[k]) != 0) ==
+                          (k == moved && label == OWN),
+                      "%s, row %d of network %d: class %d", names[k], OWN, moved, label);
+            }
+            backward(squared_norm(add(out[0], out[1])), 1);
+            for (int k = 0; k < 2; k++)
+                for (int row = 0; row < CLASSES; row++) {
+                    const real *g = gradient + tables[k]->offset + (size_t)row * tables[k]->out;
+                    CHECK((dot(g, g, (size_t)tables[k]->out) > 0) == (row == label),
+                          "%s: the gradient by row %d of an example of class %d", names[k], row, label);
+                }
+        }
+    free(gradient);
     workers_free(&workers);
     model_free(&m);
 }
@@ -733,7 +798,7 @@ static void check_optimizer(const char *what, Optimizer o, int steps) {
     Model m, same;
     Workers one, three;
     Config c = small_model("diffenc-1-1", NET_FLAT, 4, 4, 4, 1);
-    c.schedule = SCHEDULE_LEARNED;
+    c.schedule = SCHEDULE_LEARNED, c.classes = 3;
     model_make(&m, c, 3), model_make(&same, c, 3);
     fill_weights(&m), fill_weights(&same);
     memcpy(m.ema, m.params, m.weight_count * sizeof(real));
@@ -759,9 +824,11 @@ static void check_optimizer(const char *what, Optimizer o, int steps) {
         optimizer_step(&three, &o, g);
         for (int i = 0; i < m.parameter_count; i++) {
             const Parameter *p = &m.parameter[i];
-            const char *last = strrchr(p->name, '.');   /* nothing of the schedule decays, and no bias */
-            const int decays = strcmp(last, ".kernel") == 0 || strcmp(last, ".scale") == 0;
-            const int by_muon = o.muon && strcmp(last, ".kernel") == 0;
+            const char *last = strrchr(p->name, '.');
+            /* Nothing of the schedule decays, no bias, and no class, whose embedding is not Muon's either. */
+            const int is_kernel = strcmp(last, ".kernel") == 0 && !strstr(p->name, ".class.");
+            const int decays = is_kernel || strcmp(last, ".scale") == 0;
+            const int by_muon = o.muon && is_kernel;
             double rate = o.learning_rate * (o.warmup > 0 ? fmin(1, (double)step / o.warmup) : 1);
             if (strncmp(p->name, "encoder.", 8) == 0)
                 rate *= o.encoder_rate;
@@ -877,6 +944,7 @@ int main(void) {
     test_parameters();
     test_initial_values();
     test_fresh_networks();
+    test_classes();
     test_network_dropout();
     test_one_mask_an_example();
     test_layer_dropout();
