@@ -1832,7 +1832,8 @@ static int show(Job *job) {
             i++;
         if (i < job->data.count) {
             dataset_image(&job->data, i, images + (size_t) class * image_size(c));
-            labels[class] = (unsigned char) class;
+            if (labels)
+                labels[class] = (unsigned char) class;
         }
     }
     s.images = images, s.labels = labels;
