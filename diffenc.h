@@ -5,7 +5,7 @@
  *
  *     tensor.c    floor 1   errors, memory, random numbers, the loops that do the arithmetic
  *     autograd.c  floor 2   tensors that remember how they were made: reverse mode, and tangents
- *     nn.c        floor 3   layers, the two networks, parameters, batches on threads, AdamW and EMA
+ *     nn.c        floor 3   layers, the two networks, parameters, batches on threads, AdamW, Muon, EMA
  *     diffenc.c   floor 4   the method: its equations, a training step, the bound on a data set, the samplers
  *     data.c      beside    files in and out; it uses tensor.c alone
  *     main.c      roof      the command line, settings and checkpoints, progress, logs, reports
@@ -561,7 +561,7 @@ typedef struct {
  * number; else they may be NULL. */
 
 /* One training step on images [batch, height, width, channels]: noise and times from (seed, model->step), the
- * gradient of the mean bits per dimension, AdamW and EMA. Returns 0, or -1 with error and the model unchanged
+ * gradient of the mean bits per dimension, an optimizer's step, EMA. Returns 0, or -1 with error and the model unchanged
  * when a loss or a gradient is not finite, or the workers were stopped. */
 int training_step(Model *model, Workers *workers, const Optimizer *optimizer, const unsigned char *images,
                   const unsigned char *labels, int batch, uint64_t seed, StepReport *report, Error *error);

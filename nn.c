@@ -1,4 +1,4 @@
-/* nn.c - floor 3: layers, the score network, the encoder, parameters, batches on threads, AdamW and EMA.
+/* nn.c - floor 3: layers, the score network, the encoder, parameters, batches on threads, AdamW, Muon and EMA.
  *
  * A layer is a function from tensor to tensor that takes its parameters from the network by name. The
  * first time a network is run it has no weights and only declares them; there is no second place where
@@ -231,12 +231,12 @@ static Tensor *take(Network *n, const char *name, int rank, int taps, int in, in
     }
     const int index = find_parameter(n, name);
     const Parameter *p = &n->model->parameter[index];
+    const int learns = n->gradient && !(n->in_encoder && n->encoder_fixed);
     assert(p->taps == taps && p->in == in && p->out == out);
     if (!n->leaf[index])
         n->leaf[index] = parameter(&n->graph, taps, in, out, n->weights + p->offset,
                                    n->transposed && rank > 1 ? n->transposed + p->offset : NULL,
-                                   n->gradient && !(n->in_encoder && n->encoder_fixed) ? n->gradient + p->offset
-                                                                                      : NULL);
+                                   learns ? n->gradient + p->offset : NULL);
     return n->leaf[index];
 }
 

@@ -629,7 +629,8 @@ static void test_chart(void) {
         falling[i] = i % 9 ? 1.0134 + 10 * exp(-i / 3000.0) : NAN;
         deviation[i] = i % 2 ? 0.001 : NAN;
     }
-    const Curve curves[2] = { { "<&'\">", x, falling, NULL, COUNT }, { "band", x, falling, deviation, 2000 } };
+    const Curve curves[2] = {{"<&'\">", x, falling, NULL, COUNT},
+                             {"band", x, falling, deviation, 2000}};
     char *text = chart_text(curves, 2);
     static const char *const there[] = {
         "<polyline points='", "<polygon points='", ">&#60;&#38;&#39;&#34;&#62;<", ">band<", ">a &#38; b<",

@@ -1033,7 +1033,8 @@ static void test_wrong_usage(void) {
         {"--channels 0", "channels 0"},
         {"--encoder-channels 10", "encoder-channels 10: must be a multiple of 4"},
         {"--net unet --channels 1024", "2048 channels"},
-        {"--net flat --channels 36 --encoder-channels 132", "encoder-channels 132: 132 channels do not divide"},
+        {"--net flat --channels 36 --encoder-channels 132",
+         "encoder-channels 132: 132 channels do not divide"},
         {"--gamma-min 5", "gamma-min 5, gamma-max 5"},
         {"--gamma-max -14", "gamma-min -13.3, gamma-max -14"},
         {"--gamma-max nan", "gamma-max 'nan'"},
@@ -1392,7 +1393,8 @@ static void test_divergence(void) {
 
 static void test_memory(void) {
     const double start = seconds_now();
-    refuse(1, "MiB of memory, there are", "$D train --net flat --channels 1024 --model diffenc-256-2 --out out");
+    refuse(1, "MiB of memory, there are",
+           "$D train --net flat --channels 1024 --model diffenc-256-2 --out out");
     refuse(1, "MiB of memory, there are",
            "$D train --net flat --channels 1024 --encoder-channels 512 --model diffenc-100-200 --out out");
     CHECK(seconds_now() - start < 5 || SANITIZED, "that takes %.1f seconds", seconds_now() - start);
@@ -1548,7 +1550,7 @@ static void test_trajectory(void) {
     read_text("short.pgm", head);
     CHECK(strncmp(head, "P5\n52 226\n255\n", 14) == 0, "a trajectory of 4 steps: %.14s", head);
 
-    /* 40 frames of 2 by 2 images, the last one 12 times more; read by a program that has no part in this one. */
+    /* 40 frames of 2 by 2 images, the last one 12 times more; read by a program that no one here wrote. */
     enum { FRAME = 62 * 62, FRAMES = 52 };
     succeed("$D sample good --trajectory --count 4 --steps 50 --out way.apng");
     unsigned char *png = bytes_of("way.apng", 45);

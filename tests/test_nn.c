@@ -113,7 +113,7 @@ static void test_config_check(void) {
 }
 
 static void test_unet_levels(void) {
-    /* blocks, height, levels: stop behind the level that leaves the height odd or at most 8; height 1: none */
+    /* blocks, height, levels: stop behind the level that leaves it odd or at most 8; height 1: none */
     static const int known[16][3] = {{2, 28, 2}, {8, 28, 2}, {1, 28, 1}, {2, 32, 2}, {8, 32, 2},
                                      {2, 12, 1}, {1, 8, 1},  {4, 8, 1},  {4, 16, 1}, {8, 64, 3},
                                      {2, 64, 2}, {1, 64, 1}, {4, 20, 2}, {3, 36, 2}, {2, 1, 0},  {3, 2, 1}};
@@ -867,7 +867,8 @@ static void check_optimizer(const char *what, Optimizer o, int steps) {
 static void test_optimizer(void) {
     const Optimizer d = optimizer_default();
     CHECK(d.learning_rate == 2e-4 && d.encoder_rate == 1 && !d.muon && d.warmup == 0 && d.beta1 == 0.9 &&
-              d.beta2 == 0.99 && d.epsilon == 1e-8 && d.weight_decay == 0.01 && d.clip == 0 && d.ema == 0.9999,
+              d.beta2 == 0.99 && d.epsilon == 1e-8 && d.weight_decay == 0.01 && d.clip == 0 &&
+              d.ema == 0.9999,
           "the paper's optimiser");
     Optimizer o = d;
     check_optimizer("the default", o, 12);
