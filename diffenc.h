@@ -561,8 +561,9 @@ typedef struct {
  * number; else they may be NULL. */
 
 /* One training step on images [batch, height, width, channels]: noise and times from (seed, model->step), the
- * gradient of the mean bits per dimension, an optimizer's step, EMA. Returns 0, or -1 with error and the model unchanged
- * when a loss or a gradient is not finite, or the workers were stopped. */
+ * gradient of the mean bits per dimension (by the encoder's weights from a quarter of the batch, see
+ * diffenc.c), the optimiser's step. Returns 0, or -1 with error and the model unchanged when a loss or a
+ * gradient is not finite, or the workers were stopped. */
 int training_step(Model *model, Workers *workers, const Optimizer *optimizer, const unsigned char *images,
                   const unsigned char *labels, int batch, uint64_t seed, StepReport *report, Error *error);
 

@@ -1,4 +1,4 @@
-/* nn.c - floor 3: layers, the score network, the encoder, parameters, batches on threads, AdamW, Muon and EMA.
+/* nn.c - floor 3: layers, the score network, the encoder, parameters, batches on threads, AdamW, Muon, EMA.
  *
  * A layer is a function from tensor to tensor that takes its parameters from the network by name. The
  * first time a network is run it has no weights and only declares them; there is no second place where
