@@ -1884,7 +1884,10 @@ static void make_models(void) {
 }
 
 int main(void) {
+    static const int signals[4] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
     char directory[] = "/tmp/test_main.XXXXXX";
+    for (int i = 0; i < 4; i++)   /* what nohup or a shell's & has switched off would stop no training */
+        signal(signals[i], SIG_DFL);
     if (!mkdtemp(directory)) {
         perror(directory);
         return 1;
