@@ -238,7 +238,7 @@ step "sample, killed while it writes" killed_sample
 
 # ---- valgrind ----
 
-# It knows no AVX-512, so the build is for an older machine. Memory that OpenMP's threads still hold at the end
+# It knows no AVX-512, so the build is for an older machine. Memory that OpenMP's threads hold at the end
 # is only "possibly lost"; what this program loses would be lost for good.
 if command -v valgrind >/dev/null; then
     checked="valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite,indirect \
