@@ -741,6 +741,7 @@ typedef struct {
     const void *data;   /* of that type, in this machine's order */
 } TensorOut;
 
+/* Names and metadata are UTF-8. */
 int tensors_write(const char *path, const TensorOut *tensors, int tensor_count, const char *const *metadata,
                   int metadata_count, Error *error);
 
