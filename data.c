@@ -950,19 +950,26 @@ int dataset_label(const Dataset *dataset, uint32_t index) {
 }
 
 /* FNV-1a over little-endian words of 8 bytes. Without the shift, high bits would never reach low ones. */
-uint64_t dataset_digest(const Dataset *d) {
-    const uint64_t head[6] = {d->count, (uint64_t)d->height, (uint64_t)d->width, (uint64_t)d->channels,
-                              d->pixels ? 0 : 1 + (uint64_t)d->split, d->pixels ? 0 : d->seed};
-    const size_t size = d->pixels ? d->count * pixels_of(d) : 0, words = 6 + (size + 7) / 8;
-    uint64_t digest = 0xcbf29ce484222325;
-    for (size_t i = 0; i < words; i++) {
-        uint64_t word = i < 6 ? head[i] : 0;
-        for (size_t at = 8 * (i - 6), b = 0; i >= 6 && b < 8 && at + b < size; b++)
-            word |= (uint64_t)d->pixels[at + b] << 8 * b;
+static uint64_t digest_add(uint64_t digest, const unsigned char *bytes, size_t size) {
+    for (size_t at = 0; at < size; at += 8) {
+        uint64_t word = 0;
+        for (size_t b = 0; b < 8 && at + b < size; b++)
+            word |= (uint64_t)bytes[at + b] << 8 * b;
         digest = (digest ^ word) * 0x100000001b3;
         digest ^= digest >> 32;
     }
     return digest;
+}
+
+uint64_t dataset_digest(const Dataset *d, int with_labels) {
+    const uint64_t numbers[6] = {d->count, (uint64_t)d->height, (uint64_t)d->width, (uint64_t)d->channels,
+                                 d->pixels ? 0 : 1 + (uint64_t)d->split, d->pixels ? 0 : d->seed};
+    unsigned char head[48];
+    for (size_t i = 0; i < 48; i++)
+        head[i] = (unsigned char)(numbers[i / 8] >> 8 * (i % 8));
+    const uint64_t digest = digest_add(digest_add(0xcbf29ce484222325, head, 48), d->pixels,
+                                       d->pixels ? d->count * pixels_of(d) : 0);
+    return digest_add(digest, d->labels, d->labels && with_labels ? d->count : 0);
 }
 
 /* The Feistel network permutes 0..4^half-1, the smallest such range that holds `count` indices. A result

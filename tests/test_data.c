@@ -843,7 +843,7 @@ static void test_open(void) {
 
 /* Other pixels, another shape, order or seed: another digest. One value is given, for all machines. */
 static void test_digest(void) {
-    unsigned char pixels[6][24], *at;
+    unsigned char pixels[6][24], labels[2] = { 3, 5 }, *at;
     uint64_t digests[10];
     Dataset sets[10];
     for (int i = 0; i < 6; i++)
@@ -859,12 +859,17 @@ static void test_digest(void) {
     for (int i = 6; i < 9; i++)
         sets[i] = (Dataset){ 2, 3, 4, 1, NULL, i == 6 ? SPLIT_TEST : SPLIT_TRAIN, .seed = i == 8 ? 6 : 5 };
     for (int i = 0; i < 9; i++) {
-        digests[i] = dataset_digest(&sets[i]);
+        digests[i] = dataset_digest(&sets[i], 0);
         for (int j = 0; j < i; j++) CHECK(digests[i] != digests[j], "sets %d and %d have one digest", i, j);
     }
     sets[0].seed = 7;
     sets[0].split = SPLIT_TEST;
-    CHECK(dataset_digest(&sets[0]) == digests[0], "the digest of a file depends on a seed");
+    CHECK(dataset_digest(&sets[0], 1) == digests[0], "the digest of a file depends on a seed");
+    sets[0].labels = labels;
+    CHECK(dataset_digest(&sets[0], 0) == digests[0], "the digest of images depends on labels");
+    const uint64_t labelled = dataset_digest(&sets[0], 1);
+    labels[1] ^= 1;
+    CHECK(labelled != digests[0] && dataset_digest(&sets[0], 1) != labelled, "labels do not count");
     CHECK(digests[0] == 0x37680030c26bb3e5, "digest %llx", (unsigned long long)digests[0]);
 }
 
@@ -928,8 +933,8 @@ static void test_swirl(void) {
     ACCEPTED(dataset_open(&other, "swirl", SPLIT_TRAIN, 2, &error));
     CHECK(train.count == 60000 && test.count == 10000 && train.height == 1 && train.width == 1 &&
           train.channels == 2 && train.classes == 0 && dataset_label(&train, 7) == -1, "shape");
-    CHECK(dataset_digest(&train) != dataset_digest(&test) && dataset_digest(&train) != dataset_digest(&other),
-          "digests");
+    const uint64_t digest = dataset_digest(&train, 1);
+    CHECK(digest != dataset_digest(&test, 1) && digest != dataset_digest(&other, 1), "digests");
     for (uint32_t i = 0; i < COUNT; i++) {
         unsigned char p[2], again[2];
         dataset_image(&train, i, p);
@@ -1010,7 +1015,7 @@ static void test_mnist(void) {
         CHECK(dataset.count == known[i].count && dataset.height == 28 && dataset.width == 28,
               "size of MNIST");
         const double start = seconds_now();
-        CHECK(dataset_digest(&dataset) == known[i].digest, "digest of MNIST");
+        CHECK(dataset_digest(&dataset, 0) == known[i].digest, "digest of MNIST");
         CHECK(SANITIZED || seconds_now() - start < 0.1, "a digest takes %.3f s", seconds_now() - start);
         CHECK(sum == known[i].sum && weighted == known[i].weighted, "pixels of MNIST");
         for (uint32_t k = 0; k < 5 && dataset.labels; k++)
