@@ -2,9 +2,9 @@
 //
 //     NODE_PATH=DIR/node_modules node bench_onnx.js NETWORK THREADS STEPS
 //
-// NETWORK.onnx and NETWORK.safetensors are what `reference.py export` writes: the network, and an example of images
-// z, times t and the output for them, which ONNX Runtime must find too. Sampling is STEPS evaluations; the little
-// that a sampler does between them is left out.
+// NETWORK.onnx and NETWORK.safetensors are what `reference.py export` writes: the network, and an example of
+// images z, times t and the output for them, which ONNX Runtime must find too. Sampling is STEPS evaluations;
+// the little that a sampler does between them is left out.
 
 "use strict";
 const fs = require("fs");
@@ -41,9 +41,9 @@ async function main(network, threads, steps) {
         await session.run({z, t});
     }
     const seconds = Number(process.hrtime.bigint() - begin) / 1e9;
+    const peak = 1024 * process.resourceUsage().maxRSS;
     console.log(`onnx vdm-4 sampling seconds=${seconds.toFixed(5)} threads=${threads} count=${z.dims[0]} ` +
-        `steps=${steps} peak_bytes=${1024 * process.resourceUsage().maxRSS} error=${error.toExponential(1)} ` +
-        `version=${ort.env.versions.node}`);
+        `steps=${steps} peak_bytes=${peak} error=${error.toExponential(1)} version=${ort.env.versions.node}`);
 }
 
 main(process.argv[2], Number(process.argv[3]), Number(process.argv[4])).catch((error) => {

@@ -1292,8 +1292,8 @@ def command_bench_sampling(options):
 
 
 def command_export(options):
-    """Writes OUT.onnx, and OUT.safetensors with inputs z [B, C, H, W], t [B] and the output for them. The number
-    of images is fixed, so that the best way to compute can be chosen for it."""
+    """Writes OUT.onnx, and OUT.safetensors with inputs z [B, C, H, W], t [B] and the output for them. The
+    number of images is fixed, so that the best way to compute can be chosen for it."""
     c = bench_config(options)
     p = bench_parameters(c, torch.contiguous_format)
 
