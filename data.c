@@ -9,7 +9,6 @@
 #include "diffenc.h"
 
 #include <assert.h>
-#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -25,31 +24,32 @@
 
 /* ---- text ---- */
 
-/* Bytes of the UTF-8 character at `text`; 0 if there is none (RFC 3629: shortest form, no surrogates). */
-static size_t utf8_length(const char *text) {
+/* Bytes of the printable UTF-8 character at `text`; 0 if there is none: what is longer than it need be, a
+ * surrogate (RFC 3629) or a control character. */
+static size_t character_length(const char *text) {
+    static const uint32_t least[5] = {0, 0x20, 0xa0, 0x800, 0x10000};
     const unsigned char *u = (const unsigned char *)text;
-    const size_t length = *u < 0x80 ? 1 : *u < 0xc2 ? 0 : *u < 0xe0 ? 2 : *u < 0xf0 ? 3 : *u < 0xf5 ? 4 : 0;
-    for (size_t i = 1; i < length; i++)
+    const size_t length = *u < 0x80 ? 1 : *u < 0xc0 ? 0 : *u < 0xe0 ? 2 : *u < 0xf0 ? 3 : *u < 0xf8 ? 4 : 0;
+    uint32_t code = length == 1 ? *u : *u & 0x7f >> length;
+    for (size_t i = 1; i < length; i++) {
         if (u[i] >> 6 != 2)
             return 0;
-    const int is_wrong = (*u == 0xe0 && u[1] < 0xa0) || (*u == 0xed && u[1] > 0x9f) ||
-                         (*u == 0xf0 && u[1] < 0x90) || (*u == 0xf4 && u[1] > 0x8f);
-    return is_wrong ? 0 : length;
+        code = code << 6 | (u[i] & 0x3f);
+    }
+    return code < least[length] || code == 0x7f || code >> 11 == 0x1b || code > 0x10ffff ? 0 : length;
 }
 
 const char *printable(const char *text, char *buffer, size_t size) {
     size_t at = 0;
-    for (size_t length; *text; text += length ? length : 1) {
-        const unsigned first = (unsigned char)text[0], second = (unsigned char)text[1];
-        char escape[8] = "";
-        length = utf8_length(text);
-        if (length == 0 || first < 0x20 || first == 0x7f || (first == 0xc2 && second < 0xa0))
-            length = (size_t)sprintf(escape, "\\x%02x", first);
-        if (at + length >= size)
+    while (*text) {
+        const size_t length = character_length(text), shown = length ? length : 4;
+        char escape[8];
+        snprintf(escape, sizeof escape, "\\x%02x", (unsigned char)*text);
+        if (at + shown >= size)
             break;
-        memcpy(buffer + at, *escape ? escape : text, length);
-        at += length;
-        length = *escape ? 1 : length;
+        memcpy(buffer + at, length ? text : escape, shown);
+        at += shown;
+        text += length ? length : 1;
     }
     buffer[at] = '\0';
     return buffer;
@@ -105,29 +105,24 @@ static uint64_t take_little_endian(Cursor *c, int bytes) {
     return value;
 }
 
-/* `memory` with room for `size` bytes. If there is not enough, the reading has failed, the result is NULL and
- * `memory` stays as it was. */
+/* `memory` with room for `size` bytes; as it was, if there is not enough and the reading has failed. */
 static void *resize(Cursor *c, void *memory, size_t size) {
     void *resized = c->failed ? NULL : realloc(memory, size ? size : 1);
     require(c, resized != NULL, "out of memory, needs %zu bytes", size);
-    return resized;
+    return resized ? resized : memory;
 }
 
 /* Room for one more item in an array that has room for the next power of two: memory stays in proportion to
  * what was really read. */
 static void *array_grow(Cursor *c, void *array, size_t count, size_t size) {
-    void *grown = count & (count - 1) ? NULL : resize(c, array, (count ? 2 * count : 1) * size);
-    return grown ? grown : array;
+    return count & (count - 1) ? array : resize(c, array, (count ? 2 * count : 1) * size);
 }
 
 /* The CRC-32 of gzip and PNG; `crc` is that of the bytes before, or 0. */
 static uint32_t crc_32(uint32_t crc, const unsigned char *data, size_t size) {
-    static const uint32_t table[16] = {   /* for half a byte */
-        0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4, 0x4db26158, 0x5005713c,
-        0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c, 0x9b64c2b0, 0x86d3d2d4, 0xa00ae278, 0xbdbdf21c};
     crc = ~crc;
-    for (size_t i = 0; i < 2 * size; i++)
-        crc = table[(crc ^ data[i / 2] >> 4 * (i % 2)) & 15] ^ crc >> 4;
+    for (size_t bit = 0; bit < 8 * size; bit++)
+        crc = crc >> 1 ^ ((crc ^ data[bit / 8] >> bit % 8) & 1 ? 0xedb88320 : 0);
     return ~crc;
 }
 
@@ -165,11 +160,10 @@ static void make_code(Cursor *c, PrefixCode *code, const unsigned char *lengths,
                 code->symbol[used++] = i;
                 code->count[length]++;
             }
-        unused = 2 * unused - code->count[length];
-        require(c, unused >= 0, "has an over-subscribed code");
+        unused = 2 * unused - code->count[length];   /* once it is below 0 it stays there */
     }
     allow_one = allow_one && used <= 1 && used == code->count[1];
-    require(c, unused == 0 || allow_one, "has an incomplete code");
+    require(c, unused == 0 || allow_one, "has an %s code", unused < 0 ? "over-subscribed" : "incomplete");
 }
 
 static int take_symbol(Cursor *c, const PrefixCode *code) {
@@ -437,8 +431,9 @@ static void put_chunk(FILE *out, const char *type, size_t count, const uint32_t 
 }
 
 typedef struct {
+    const char *path;
     const unsigned char *pixels;   /* [count, height, width, channels] */
-    int count, height, width, channels, is_ppm, delay;
+    int count, height, width, channels, delay;
 } Image;
 
 /* A PNG without filters of its rows; with a delay it is animated (https://www.w3.org/TR/png-3/). */
@@ -472,55 +467,45 @@ static int write_png(void *stream, const void *context) {
     return c.failed || ferror((FILE *)stream);
 }
 
-static int write_netpbm(void *stream, const void *context) {
-    const Image *image = context;
-    const size_t copies = image->is_ppm && image->channels == 1 ? 3 : 1;   /* grey is three equal colours */
-    const size_t count = (size_t)image->height * (size_t)image->width * (size_t)image->channels;
-    fprintf(stream, "P%d\n%d %d\n255\n", image->is_ppm ? 6 : 5, image->width, image->height);
-    for (size_t i = 0; i < copies * count; i++)
-        putc(image->pixels[i / copies], stream);
-    return ferror((FILE *)stream);
-}
-
-/* NumPy's format: a header of 128 bytes, the pixels. */
-static int write_npy(void *stream, const void *context) {
+/* PGM, PPM, or NumPy's format: a header, which has 128 bytes in the last one, then the pixels as they are. */
+static int write_pixels(void *stream, const void *context) {
     const Image *m = context;
+    const int is_ppm = has_extension(m->path, ".ppm");
+    const size_t copies = is_ppm && m->channels == 1 ? 3 : 1;   /* grey is three equal colours */
+    const size_t size = (size_t)m->height * (size_t)m->width * (size_t)m->channels * (size_t)m->count;
     char header[119];
     snprintf(header, sizeof header, "{'descr': '|u1', 'fortran_order': False, 'shape': (%d, %d, %d, %d), }",
              m->count, m->height, m->width, m->channels);
-    fprintf(stream, "\x93NUMPY\x01%c\x76%c%-117s\n", 0, 0, header);
-    fwrite(m->pixels, (size_t)m->height * (size_t)m->width * (size_t)m->channels, (size_t)m->count, stream);
+    if (has_extension(m->path, ".npy"))
+        fprintf(stream, "\x93NUMPY\x01%c\x76%c%-117s\n", 0, 0, header);
+    else
+        fprintf(stream, "P%d\n%d %d\n255\n", is_ppm ? 6 : 5, m->width, m->height);
+    for (size_t i = 0; i < copies * size; i++)
+        putc(m->pixels[i / copies], stream);
     return ferror((FILE *)stream);
 }
 
-static FileWriter image_writer(const char *path) {
-    const int is_png = has_extension(path, ".png") || has_extension(path, ".apng");
-    const int is_netpbm = has_extension(path, ".pgm") || has_extension(path, ".ppm");
-    return is_png ? write_png : is_netpbm ? write_netpbm : has_extension(path, ".npy") ? write_npy : NULL;
-}
+static int is_png(const char *path) { return has_extension(path, ".png") || has_extension(path, ".apng"); }
 
 int image_path_check(const char *path, int channels, Error *error) {
     Cursor c = {.name = path, .error = error};
-    const FileWriter writer = image_writer(path);
-    require(&c, writer != NULL,
+    const int is_npy = has_extension(path, ".npy"), is_pgm = has_extension(path, ".pgm");
+    require(&c, is_npy || is_pgm || has_extension(path, ".ppm") || is_png(path),
             "unknown kind of image, expected a name that ends in .png, .apng, .pgm, .ppm or .npy");
-    require(&c, channels == 1 || !has_extension(path, ".pgm"),
-            "a .pgm holds grey images only, expected .png or .ppm for colour");
-    require(&c, channels != 2 || writer == write_npy, "images of two channels are written as .npy only");
+    require(&c, channels == 1 || !is_pgm, "a .pgm holds grey images only, expected .png or .ppm for colour");
+    require(&c, channels != 2 || is_npy, "images of two channels are written as .npy only");
     return c.failed;
 }
 
 int images_write(const char *path, const unsigned char *images, int count, int height, int width,
                  int channels, int delay, Error *error) {
-    const Image image = {images, count, height, width, channels, has_extension(path, ".ppm"), delay};
-    const FileWriter writer = image_writer(path);
-    Cursor c = {.name = path, .error = error};
+    const Image image = {path, images, count, height, width, channels, delay};
+    Cursor c = {.name = path, .error = error, .failed = image_path_check(path, channels, error)};
     assert(count > 0 && height > 0 && width > 0 && channels > 0 && channels < 4);
+    assert(count == 1 || has_extension(path, ".npy") || (is_png(path) && delay));
     require(&c, height * (width * 3.0 + 1) <= 1.9e9, "an image of %d x %d pixels is too large", width,
             height);
-    require(&c, count == 1 || writer == write_npy || (writer == write_png && delay), "holds one image only");
-    return c.failed || image_path_check(path, channels, error) || file_replace(path, writer, &image, error)
-               ? -1 : 0;
+    return c.failed ? -1 : file_replace(path, is_png(path) ? write_png : write_pixels, &image, error);
 }
 
 int image_write(const char *path, const unsigned char *pixels, int height, int width, int channels,
@@ -622,10 +607,9 @@ static void put_grid(FILE *out, const Axis *a) {
     }
 }
 
-/* Points of a curve, or of an edge of its band; the lower edge goes back. A point is left out where it would
- * change no pixel: in a column, half a unit wide, among those drawn already. */
+/* Points of a curve, or of an edge of its band; the lower edge goes back. */
 static void put_points(FILE *out, const Axis *across, const Axis *up, const Curve *c, int side) {
-    double column = -1, top = 0, bottom = 0, x = -1, y = 0;
+    double x = -1, y = 0;
     for (int k = 0; k < c->count; k++) {
         const int i = side < 0 ? c->count - 1 - k : k;
         const double value = curve_value(c, i, side);
@@ -633,16 +617,10 @@ static void put_points(FILE *out, const Axis *across, const Axis *up, const Curv
             continue;
         x = axis_place(across, c->x[i]);
         y = fmin(fmax(axis_place(up, value), -999), 1999);
-        const int is_new = floor(2 * x) != column;
-        if (!is_new && y > top - 0.5 && y < bottom + 0.5)
-            continue;
-        column = floor(2 * x);
-        top = is_new ? y : fmin(top, y);
-        bottom = is_new ? y : fmax(bottom, y);
         fprintf(out, "%.1f,%.1f ", x, y);
     }
     if (x >= 0)
-        fprintf(out, "%.1f,%.1f ", x, y);   /* the true end; of one point it makes a line, which is a dot */
+        fprintf(out, "%.1f,%.1f ", x, y);   /* of one point it makes a line, which is a dot */
 }
 
 void chart_svg(FILE *out, const char *title, const char *x_label, const char *y_label, const Curve *curves,
@@ -882,17 +860,13 @@ int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *e
         require(&c, bytes->data[i * RECORD] < 10, "image %zu has label %d, expected 0 to 9", i,
                 bytes->data[i * RECORD]);
     unsigned char *pixels = resize(&c, dataset->pixels, (had + count) * 3 * PLANE);
-    dataset->pixels = pixels ? pixels : dataset->pixels;
     unsigned char *labels = resize(&c, dataset->labels, had + count);
-    dataset->labels = labels ? labels : dataset->labels;
-    if (!pixels || !labels)
+    *dataset = (Dataset){dataset->count, SIDE, SIDE, 3, pixels, dataset->split, 0, labels, 10};
+    if (c.failed)
         return -1;
-    dataset->classes = 10;
+    dataset->count += (uint32_t)count;
     for (size_t i = 0; i < count; i++)
         labels[had + i] = bytes->data[i * RECORD];
-    dataset->count = (uint32_t)(had + count);
-    dataset->height = dataset->width = SIDE;
-    dataset->channels = 3;
     pixels += had * 3 * PLANE;
     for (size_t i = 0; i < count * 3 * PLANE; i++)   /* from planes to pixels */
         pixels[i] = bytes->data[i / (3 * PLANE) * RECORD + 1 + i % 3 * PLANE + i / 3 % PLANE];
@@ -976,19 +950,26 @@ int dataset_label(const Dataset *dataset, uint32_t index) {
 }
 
 /* FNV-1a over little-endian words of 8 bytes. Without the shift, high bits would never reach low ones. */
-uint64_t dataset_digest(const Dataset *d) {
-    const uint64_t head[6] = {d->count, (uint64_t)d->height, (uint64_t)d->width, (uint64_t)d->channels,
-                              d->pixels ? 0 : 1 + (uint64_t)d->split, d->pixels ? 0 : d->seed};
-    const size_t size = d->pixels ? d->count * pixels_of(d) : 0, words = 6 + (size + 7) / 8;
-    uint64_t digest = 0xcbf29ce484222325;
-    for (size_t i = 0; i < words; i++) {
-        uint64_t word = i < 6 ? head[i] : 0;
-        for (size_t at = 8 * (i - 6), b = 0; i >= 6 && b < 8 && at + b < size; b++)
-            word |= (uint64_t)d->pixels[at + b] << 8 * b;
+static uint64_t digest_add(uint64_t digest, const unsigned char *bytes, size_t size) {
+    for (size_t at = 0; at < size; at += 8) {
+        uint64_t word = 0;
+        for (size_t b = 0; b < 8 && at + b < size; b++)
+            word |= (uint64_t)bytes[at + b] << 8 * b;
         digest = (digest ^ word) * 0x100000001b3;
         digest ^= digest >> 32;
     }
     return digest;
+}
+
+uint64_t dataset_digest(const Dataset *d, int with_labels) {
+    const uint64_t numbers[6] = {d->count, (uint64_t)d->height, (uint64_t)d->width, (uint64_t)d->channels,
+                                 d->pixels ? 0 : 1 + (uint64_t)d->split, d->pixels ? 0 : d->seed};
+    unsigned char head[48];
+    for (size_t i = 0; i < 48; i++)
+        head[i] = (unsigned char)(numbers[i / 8] >> 8 * (i % 8));
+    const uint64_t digest = digest_add(digest_add(0xcbf29ce484222325, head, 48), d->pixels,
+                                       d->pixels ? d->count * pixels_of(d) : 0);
+    return digest_add(digest, d->labels, d->labels && with_labels ? d->count : 0);
 }
 
 /* The Feistel network permutes 0..4^half-1, the smallest such range that holds `count` indices. A result
@@ -1011,9 +992,6 @@ uint32_t dataset_shuffle(uint64_t seed, uint32_t epoch, uint32_t position, uint3
 }
 
 /* ---- safetensors: reading ---- */
-
-/* JSON is UTF-8. Bytes of a path that are not are written as private characters, U+EF00 + byte. */
-enum { RAW_BYTE = 0xef00 };
 
 /* What follows reads not JSON but what the header of a safetensors file can be: an object of objects with
  * three known keys, and of one object of strings. Nothing recurses. */
@@ -1047,12 +1025,11 @@ static char *take_escape(Cursor *c, char *out) {
     const unsigned code = known ? (unsigned)meanings[known - escapes] : (unsigned)strtoul(digits, NULL, 16);
     require(c, known || (letter == 'u' && strspn(digits, "0123456789abcdefABCDEF") == 4), "invalid escape");
     require(c, code > 0 && code >> 11 != 0x1b, "escape of a surrogate or of 0");
-    const int is_byte = code < 0x80 || code >> 7 == (RAW_BYTE + 0x80) >> 7;
-    if (!is_byte && code >= 0x800)
+    if (code >= 0x800)
         *out++ = (char)(0xe0 | code >> 12);
-    if (!is_byte)
+    if (code >= 0x80)
         *out++ = (char)(code >= 0x800 ? 0x80 | (code >> 6 & 0x3f) : 0xc0 | code >> 6);
-    *out++ = (char)(is_byte ? code : 0x80 | (code & 0x3f));
+    *out++ = (char)(code < 0x80 ? code : 0x80 | (code & 0x3f));
     return out;
 }
 
@@ -1087,9 +1064,9 @@ static int take_integers(Cursor *c, int64_t *values, int most) {
         int64_t value = 0;
         accept(c, ' ');
         const size_t start = c->at;
-        for (; c->at < c->size && isdigit(c->data[c->at]) && !c->failed; c->at++)
+        for (unsigned digit; c->at < c->size && (digit = c->data[c->at] - (unsigned)'0') < 10; c->at++)
             if (require(c, value < INT64_MAX / 10, "the number is too large"))
-                value = 10 * value + (c->data[c->at] - '0');
+                value = 10 * value + (int)digit;
         require(c, c->at > start, "expected a whole number that is not negative");
         require(c, c->at <= start + 1 || c->data[start] != '0', "the number begins with 0");
         values[count++] = value;
@@ -1274,23 +1251,17 @@ int tensors_copy(const TensorEntry *entry, const char *path, int rank, const int
 
 static void put_string(FILE *stream, const char *text) {
     putc('"', stream);
-    for (size_t length; *text; text += length ? length : 1) {
-        const unsigned first = (unsigned char)*text;
-        length = utf8_length(text);
-        if (first < 0x20 || length == 0)
-            fprintf(stream, "\\u%04x", length ? first : RAW_BYTE + first);
-        else
-            fprintf(stream, "%s%.*s", strchr("\"\\", *text) ? "\\" : "", (int)length, text);
-    }
+    for (; *text; text++)
+        fprintf(stream, *text > 0 && *text < 0x20 ? "\\u%04x" : strchr("\"\\", *text) ? "\\%c" : "%c", *text);
     putc('"', stream);
 }
 
-/* A number of 1, 4 or 8 bytes, which stand in this machine's order, in little-endian order. */
-static void put_little_endian(FILE *stream, const unsigned char *number, size_t size) {
+/* Numbers of 1, 4 or 8 bytes, which stand in this machine's order, in little-endian order. */
+static void put_little_endian(FILE *stream, const void *numbers, size_t count, size_t size) {
     const uint16_t one = 1;
     const size_t flip = *(const unsigned char *)&one ? 0 : size - 1;
-    for (size_t b = 0; b < size; b++)
-        putc_unlocked(number[b ^ flip], stream);
+    for (size_t b = 0; b < count * size; b++)
+        putc_unlocked(((const unsigned char *)numbers)[b ^ flip], stream);
 }
 
 static size_t elements_of(const TensorOut *tensor) {
@@ -1319,8 +1290,7 @@ static int write_tensors(void *file, const void *context) {
         put_string(stream, list->metadata[i]);
     }
     putc('}', stream);
-    for (int i = 0; i < list->tensor_count; i++) {
-        const TensorOut *t = &list->tensors[i];
+    for (const TensorOut *t = list->tensors; t < list->tensors + list->tensor_count; t++) {
         const size_t begin = offset;
         offset += elements_of(t) * TYPE_SIZES[t->type];
         putc(',', stream);
@@ -1330,17 +1300,12 @@ static int write_tensors(void *file, const void *context) {
     }
     fprintf(stream, "}%*s", (int)(-(ftell(stream) + 1) & 7), "");
     const uint64_t length = (uint64_t)ftell(stream) - 8;
-    if (fseek(stream, 0, SEEK_SET) != 0)
-        return -1;
-    put_little_endian(stream, (const unsigned char *)&length, 8);
-    if (fseek(stream, 0, SEEK_END) != 0)
-        return -1;
-    for (int i = 0; i < list->tensor_count; i++) {
-        const TensorOut *t = &list->tensors[i];
-        for (size_t k = 0, size = TYPE_SIZES[t->type], count = elements_of(t); k < count; k++)
-            put_little_endian(stream, (const unsigned char *)t->data + k * size, size);
-    }
-    return ferror(stream);
+    int failed = fseek(stream, 0, SEEK_SET);
+    put_little_endian(stream, &length, 1, 8);
+    failed |= fseek(stream, 0, SEEK_END);
+    for (const TensorOut *t = list->tensors; t < list->tensors + list->tensor_count; t++)
+        put_little_endian(stream, t->data, elements_of(t), TYPE_SIZES[t->type]);
+    return failed || ferror(stream);
 }
 
 int tensors_write(const char *path, const TensorOut *tensors, int tensor_total, const char *const *metadata,

@@ -689,8 +689,9 @@ void dataset_close(Dataset *dataset);
 void dataset_image(const Dataset *dataset, uint32_t index, unsigned char *out);
 int dataset_label(const Dataset *dataset, uint32_t index);
 
-/* A hash of shape and pixels, or of split and seed of what is built in; the same on all machines. */
-uint64_t dataset_digest(const Dataset *dataset);
+/* A hash of shape and pixels, and labels if they count, or of split and seed of what is built in; the same on
+ * all machines. */
+uint64_t dataset_digest(const Dataset *dataset, int with_labels);
 
 /* Index `position` in the order of an epoch: for each (seed, epoch) a permutation of 0..count-1. */
 uint32_t dataset_shuffle(uint64_t seed, uint32_t epoch, uint32_t position, uint32_t count);
@@ -741,6 +742,7 @@ typedef struct {
     const void *data;   /* of that type, in this machine's order */
 } TensorOut;
 
+/* Names and metadata are UTF-8. */
 int tensors_write(const char *path, const TensorOut *tensors, int tensor_count, const char *const *metadata,
                   int metadata_count, Error *error);
 

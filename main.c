@@ -1270,9 +1270,10 @@ static int train_data(Job *job) {
     Dataset test = {0};
     if (data_open(job, s->data, SPLIT_TRAIN, &job->data))
         return -1;
-    const uint64_t digest = dataset_digest(&job->data);
+    const uint64_t digest = dataset_digest(&job->data, s->conditional);
     if (job->resume && s->data_digest && s->data_digest != digest)
-        return fail(&job->error, "%s: holds other images than this training began with", s->data);
+        return fail(&job->error, "%s: holds other images%s than this training began with", s->data,
+                    s->conditional ? " or labels" : "");
     s->data_digest = digest;
     if (!job->eval_every)
         return 0;

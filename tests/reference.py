@@ -28,6 +28,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import warnings
 from time import perf_counter
 
 try:
@@ -1290,6 +1291,26 @@ def command_bench_sampling(options):
     report(options, "sampling", options.count, [seconds], f"count={options.count} steps={options.steps}")
 
 
+def command_export(options):
+    """Writes OUT.onnx, and OUT.safetensors with inputs z [B, C, H, W], t [B] and the output for them. The
+    number of images is fixed, so that the best way to compute can be chosen for it."""
+    c = bench_config(options)
+    p = bench_parameters(c, torch.contiguous_format)
+
+    class Score(torch.nn.Module):
+        def forward(self, z, t):
+            return score(p, c, z, t, None)
+
+    torch.manual_seed(1)
+    warnings.simplefilter("ignore", torch.jit.TracerWarning)  # Of Python's numbers, which are constants here.
+    z, t = torch.randn(options.count, c.image_channels, c.height, c.width), torch.rand(options.count)
+    with torch.no_grad():
+        out = Score()(z, t)
+        torch.onnx.export(Score(), (z, t), options.out + ".onnx", input_names=["z", "t"],
+                          output_names=["out"], opset_version=17)
+    write_safetensors(options.out + ".safetensors", {"z": z.numpy(), "t": t.numpy(), "out": out.numpy()})
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 # ------------------------------------------------------------------------------------------------------------
@@ -1351,11 +1372,14 @@ def parse_arguments(arguments):
 
     command("selfcheck", command_selfcheck, "checks this reference against its own mathematics")
 
-    def bench_options(sub, steps):
+    def network_options(sub):
         sub.add_argument("--model", default="vdm-4", help="vdm-L, diffenc-L-nt or diffenc-L-E")
         sub.add_argument("--net", default="flat", choices=("flat", "unet"), help="the score network")
         sub.add_argument("--channels", type=positive, default=32, help="of the score network")
         sub.add_argument("--encoder-channels", type=positive, default=16, help="of the encoder")
+
+    def bench_options(sub, steps):
+        network_options(sub)
         sub.add_argument("--threads", type=positive, default=2, help="of PyTorch")
         sub.add_argument("--layout", default="auto", choices=("auto", "contiguous", "channels_last"),
                          help="of tensors in memory; auto tries and takes the fastest, here and below")
@@ -1373,6 +1397,12 @@ def parse_arguments(arguments):
     sampling = command("bench-sampling", command_bench_sampling, "measures ancestral sampling of 28x28x1")
     bench_options(sampling, (10, "steps T of the sampler"))
     sampling.add_argument("--count", type=positive, default=64, help="images made at once")
+
+    export = command("export", command_export, "writes the score network of 28x28x1 with random weights for "
+                     "ONNX Runtime, and an example of what it computes")
+    network_options(export)
+    export.add_argument("--count", type=positive, default=64, help="images at once, always so many")
+    export.add_argument("--out", required=True, metavar="NAME", help="of NAME.onnx and NAME.safetensors")
 
     for flag in ("bench", "bench-sampling", "eval"):
         if "--" + flag in arguments:
