@@ -433,6 +433,8 @@ typedef struct {
     real *transposed;                  /* [weight_count] likewise */
     Arena *results;
     const volatile sig_atomic_t *stop; /* NULL, or not 0 when runs are to end early */
+    void (*progress)(void *watcher, int done, int count);   /* NULL, or told of each example of workers_run */
+    void *watcher;
 } Workers;
 
 void workers_new(Workers *workers, Model *model, int threads);

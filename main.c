@@ -21,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -128,10 +129,13 @@ typedef struct {
     unsigned char *test, *test_labels; /* [test_count] images */
     int test_count, lock; /* descriptor of OUT/.lock */
     FILE *log;
-    double started, step_seconds, last_line, next_report;
+    double seconds, step_seconds, next_report; /* of its steps, also before it was resumed; of one of them */
     uint64_t first_step;
+    double first_seconds; /* before that step */
     unsigned long long newest_grid; /* its step; 0: none */
     const char *end;                /* why the training ended, or NULL */
+    double last_line, work_began;   /* when */
+    int parts_done;                 /* of the present work: checkpoints */
     int line_is_open;               /* the terminal's cursor stands behind the progress line */
 } Job;
 
@@ -782,6 +786,54 @@ static Pictures pictures_of(Job *job, unsigned char *images, int sets, int count
     return (Pictures){panels, sets, PANEL, PANEL, 3};
 }
 
+/* ---- progress ---- */
+
+static void time_text(double seconds, char text[32]) {
+    const long long s = (long long)seconds;
+    snprintf(text, 32, "%lld:%02d:%02d left", s / 3600, (int)(s / 60 % 60), (int)(s % 60));
+}
+
+static int terminal_width(void) {
+    const char *columns = getenv("COLUMNS");
+    struct winsize size;
+    if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0)
+        return size.ws_col;
+    return columns && atoi(columns) > 0 ? atoi(columns) : 80;
+}
+
+/* Write over the terminal's line: with a text that fits, or with nothing. */
+static void show_line(Job *job, const char *text) {
+    fprintf(stderr, "\r%.*s\33[K", terminal_width() - 1, text);
+    job->line_is_open = *text != 0;
+}
+
+/* What is printed next begins a line of its own. */
+static void end_line(Job *job) {
+    if (job->line_is_open)
+        fputc('\n', stderr);
+    job->line_is_open = 0;
+}
+
+/* How many images a grid or an evaluation has behind it, on a terminal and until its result is there. */
+static void work_progress(void *watcher, int done, int count) {
+    Job *job = watcher;
+    const double now = seconds_now();
+    const int parts = job->checkpoint_count > 0 ? job->checkpoint_count : 1;
+    char line[128], left[32];
+    done += job->parts_done * count, count *= parts;
+    if (done == 0) {
+        end_line(job);
+        job->work_began = job->last_line = now;
+    } else if (done == count && job->line_is_open) {
+        show_line(job, "");
+    } else if (now - job->last_line >= 0.1) {
+        job->last_line = now;
+        time_text((now - job->work_began) / done * (count - done), left);
+        snprintf(line, sizeof line, "%d/%d images  %s", done, count, left);
+        show_line(job, line);
+    }
+}
+
 /* ---- means ---- */
 
 /* Mean and standard error of x[i * stride] - minus[i * stride], i < count; minus may be NULL. */
@@ -906,8 +958,9 @@ static int log_line(const char *line, double value[COLUMNS]) {
 
 /* Check that a log is that of the checkpoint at `step`: the header, then consecutive steps, that one among
  * them or just before the first. *kept gets the length up to that step; what is behind it, whole lines or the
- * beginning of one, was written between the checkpoint and the end of the training. */
-static int log_check(FILE *log, uint64_t step, long *kept) {
+ * beginning of one, was written between the checkpoint and the end of the training. *seconds gets the last
+ * number of what is kept. */
+static int log_check(FILE *log, uint64_t step, long *kept, double *seconds) {
     char line[LINE_SIZE];
     double value[COLUMNS], last = 0;
     if (fgets(line, sizeof line, log) && strcmp(line, LOG_HEADER) != 0)
@@ -919,7 +972,7 @@ static int log_check(FILE *log, uint64_t step, long *kept) {
         if (value[0] != last + 1 && (last > 0 || value[0] > (double)step + 1))
             return 0;
         if (value[0] <= (double)step)
-            *kept = ftell(log);
+            *kept = ftell(log), *seconds = value[COLUMNS - 1];
         last = value[0];
     }
     return last == 0 || last >= (double)step;
@@ -936,7 +989,7 @@ static int log_open(Job *job) {
     if (!job->log)
         return fail(&job->error, "%s: cannot be opened for writing: %s", path, strerror(errno));
     rewind(job->log);
-    if (!log_check(job->log, job->model.step, &kept))
+    if (!log_check(job->log, job->model.step, &kept, &job->seconds))
         return fail(&job->error, "%s: is not the log of this training; without it --resume begins a new one",
                     path);
     if (ftruncate(file, kept) || fseek(job->log, 0, SEEK_END) ||
@@ -948,8 +1001,7 @@ static int log_open(Job *job) {
 /* ---- diffenc train: its report ---- */
 
 static void time_left(const Job *job, char text[32]) {
-    const long long left = (long long)(job->step_seconds * (job->steps - (double)job->model.step));
-    snprintf(text, 32, "%lld:%02d:%02d left", left / 3600, (int)(left / 60 % 60), (int)(left % 60));
+    time_text(job->step_seconds * (job->steps - (double)job->model.step), text);
 }
 
 static void put_base64(FILE *out, const char *path) {
@@ -1039,13 +1091,6 @@ static int write_report(void *stream, const void *context) {
     return ferror((FILE *)stream);
 }
 
-/* What is printed next begins a line of its own. */
-static void end_line(Job *job) {
-    if (job->line_is_open)
-        fputc('\n', stderr);
-    job->line_is_open = 0;
-}
-
 /* A report that cannot be written ends no training, and is not what a training failed by. The log may be
  * long: a hundredth of the time at most goes into reading it. */
 static void report(Job *job) {
@@ -1067,17 +1112,24 @@ static void progress(Job *job, const StepReport *r) {
     const unsigned long long step = job->model.step;
     const double now = seconds_now();
     const int terminal = isatty(STDERR_FILENO), last = step == (unsigned)job->steps || stop_signal;
-    char left[32];
+    char line[LINE_SIZE], terms[LINE_SIZE], speed[64], left[32];
     if (!last && job->last_line > 0 && now - job->last_line < (terminal ? 0.1 : 10))
         return;
     time_left(job, left);
     job->last_line = now;
-    fprintf(stderr,
-            "%sstep %llu/%d  %.4f bpd (recon %.4f  latent %.4f  diffusion %.4f)  %.1f images/s  %s%s",
-            terminal ? "\r" : "", step, job->steps, r->total, r->recon, r->latent, r->diffusion,
-            job->settings.batch / job->step_seconds, left, terminal ? "  " : "\n");
-    job->line_is_open = terminal;
-    fflush(stderr);
+    snprintf(terms, sizeof terms, " (recon %.4f  latent %.4f  diffusion %.4f)", r->recon, r->latent,
+             r->diffusion);
+    snprintf(speed, sizeof speed, "  %.1f images/s", job->settings.batch / job->step_seconds);
+    for (int parts = 2; parts >= 0; parts--) { /* as many as a terminal has room for */
+        const int length = snprintf(line, sizeof line, "step %llu/%d  %.4f bpd%s%s  %s", step, job->steps,
+                                    r->total, parts > 1 ? terms : "", parts > 0 ? speed : "", left);
+        if (!terminal || length < terminal_width())
+            break;
+    }
+    if (terminal)
+        show_line(job, line);
+    else
+        fprintf(stderr, "%s\n", line);
 }
 
 /* The checkpoint, and the log up to it, which a resumed training asks for. */
@@ -1190,7 +1242,6 @@ static void sample_grid(Job *job) {
     }
     job->newest_grid = job->model.step;
     printf("%s\n", path);
-    fflush(stdout);
 }
 
 static int due(uint64_t step, int every) { return every > 0 && step > 0 && step % (uint64_t)every == 0; }
@@ -1204,6 +1255,7 @@ static int train_step(Job *job) {
     unsigned char *labels = arena_allocate(job->arena, (size_t)s->batch, 1);
     StepReport r = {0};
     char test[1024] = ",";
+    const double start = seconds_now();
     for (int i = 0; i < s->batch; i++) {
         const uint64_t n = job->model.step * (uint64_t)s->batch + (uint64_t)i;
         const uint32_t position = (uint32_t)(n % job->data.count), epoch = (uint32_t)(n / job->data.count);
@@ -1215,6 +1267,8 @@ static int train_step(Job *job) {
                       &job->error))
         return stop_signal ? 0 : -1; /* a step in which a signal came is not taken */
     const unsigned long long step = job->model.step;
+    job->seconds += seconds_now() - start; /* without evaluations, grids and files */
+    job->step_seconds = (job->seconds - job->first_seconds) / (double)(step - job->first_step);
     if (due(step, job->eval_every)) {
         double result[4][2], (*terms)[4];
         terms = arena_allocate(job->arena, (size_t)job->test_count, sizeof *terms);
@@ -1225,12 +1279,10 @@ static int train_step(Job *job) {
             end_line(job);
             printf("step %llu: test %.4f +- %.4f bpd on %d images\n", step, result[3][0], result[3][1],
                    job->test_count);
-            fflush(stdout);
         }
     }
     fprintf(job->log, "%llu,%.6f,%.6f,%.6f,%.6f,%.6f,%s,%.3f\n", step, r.total, r.recon, r.latent,
-            r.diffusion, r.gradient_norm, test, seconds_now() - job->started);
-    job->step_seconds = (seconds_now() - job->started) / (double)(step - job->first_step);
+            r.diffusion, r.gradient_norm, test, job->seconds);
     progress(job, &r);
     if (fflush(job->log))
         return fail(&job->error, "%s/log.csv: cannot be written: %s", job->out, strerror(errno));
@@ -1246,9 +1298,8 @@ static int train_loop(Job *job) {
     const ArenaMark mark = arena_mark(job->arena);
     int status = 0;
     job->settings.optimizer.steps = job->steps;
-    job->first_step = *step;
-    job->started = seconds_now();
-    job->next_report = job->started + 1;
+    job->first_step = *step, job->first_seconds = job->seconds;
+    job->next_report = seconds_now() + 1;
     while (status == 0 && *step < steps && !stop_signal) {
         if (due(*step, job->sample_every))
             sample_grid(job);
@@ -1274,6 +1325,7 @@ static int train_data(Job *job) {
     if (job->resume && s->data_digest && s->data_digest != digest)
         return fail(&job->error, "%s: holds other images than this training began with", s->data);
     s->data_digest = digest;
+    job->need += job->data.pixels ? (double)job->data.count * (double)image_size(&s->config) : 0;
     if (!job->eval_every)
         return 0;
     const int status = data_open(job, s->data, SPLIT_TEST, &test);
@@ -1310,6 +1362,8 @@ static void workers_start(Job *job) {
     catch_signals();
     workers_new(&job->workers, &job->model, job->threads);
     job->workers.stop = &stop_signal;
+    job->workers.progress = isatty(STDERR_FILENO) ? work_progress : NULL;
+    job->workers.watcher = job;
 }
 
 static int train(Job *job) {
@@ -1323,10 +1377,12 @@ static int train(Job *job) {
         return -1;
     workers_start(job);
     config_model_name(c, model);
-    printf("%s: %zu weights, %s (%u images of %dx%dx%d), %d threads, from step %llu to %d, into %s\n", model,
-           job->model.weight_count, job->settings.data, (unsigned)job->data.count, c->height, c->width,
-           c->image_channels, job->threads, (unsigned long long)job->model.step, job->steps, job->out);
-    fflush(stdout);
+    printf("%s: %zu weights, %s (%u images of %dx%dx%d), %d thread%s, about %.0f MiB of memory, "
+           "from step %llu to %d (%.2f epochs), into %s\n",
+           model, job->model.weight_count, job->settings.data, (unsigned)job->data.count, c->height, c->width,
+           c->image_channels, job->threads, job->threads > 1 ? "s" : "", ldexp(job->need, -20),
+           (unsigned long long)job->model.step, job->steps,
+           (double)job->steps * job->settings.batch / job->data.count, job->out);
     const int status = train_loop(job);
     job->end = status ? job->error.text : stop_signal ? "stopped; --resume goes on" : "finished";
     if (job->model.step > 0)
@@ -1680,9 +1736,11 @@ static int eval(Job *job) {
     double *distance = arena_allocate(job->arena, distances, sizeof *distance), all = 0;
     double(*draws)[DRAW_COLUMNS] = draw_count ? arena_allocate(job->arena, draw_count, sizeof *draws) : NULL;
     unsigned char *labels, *images = images_of(job, &job->data, count, &labels);
-    for (int i = 0; i < n; i++)
-        if (eval_take(job, i) || eval_one(job, i, images, labels, count, draws))
+    for (job->parts_done = 0; job->parts_done < n; job->parts_done++)
+        if (eval_take(job, job->parts_done) ||
+            eval_one(job, job->parts_done, images, labels, count, draws))
             return -1;
+    job->parts_done = 0;
     if (T > 0)
         step_distances(&job->workers, images, labels, count, job->seed, distance);
     for (size_t i = 0; i < distances && !stop_signal; i++)
@@ -1993,7 +2051,8 @@ int main(int argc, char **argv) {
     while ((descriptor = open("/dev/null", O_RDWR)) >= 0 && descriptor <= STDERR_FILENO)
         ; /* where one of the three is closed, the next file opened would take the place of the terminal */
     close(descriptor);
-    signal(SIGXFSZ, SIG_IGN); /* a write beyond the limit on file sizes then fails, and is reported */
+    setvbuf(stdout, NULL, _IOLBF, 0); /* whoever reads a result through a pipe has each line at once */
+    signal(SIGXFSZ, SIG_IGN);         /* a write beyond the limit on file sizes then fails, and is reported */
     while (command < COMMANDS + COMMAND_COUNT && strcmp(name, command->name) != 0)
         command++;
     if (command < COMMANDS + COMMAND_COUNT) {
@@ -2014,7 +2073,9 @@ int main(int argc, char **argv) {
     }
     if (status == HELP)
         status = OK;
-    if (fflush(stdout) && status == OK) {
+    if (ferror(stdout))
+        putchar('\n'); /* what failed before fails again, and tells why */
+    if ((fflush(stdout) || ferror(stdout)) && status == OK) {
         fprintf(stderr, "diffenc: standard output: %s\n", strerror(errno));
         status = FAILURE;
     }

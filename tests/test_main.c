@@ -18,6 +18,7 @@
 #include <math.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/ioctl.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -422,10 +423,12 @@ static void test_resume(void) {
         CHECK(file_count("a/report.html") == 1 && file_count("a/samples-4.png") == 1, "%s: no pictures",
               ways[i]);
         succeed("$D train $TINY %s --steps 2 --threads 1 --out b", ways[i]);
-        succeed("rm b/samples-2.png && printf '3,9,9,9,9,9,,,9\\n3,9,9' >>b/log.csv");
+        succeed("rm b/samples-2.png && printf '3,9,9,9,9,9,,,9\\n3,9,9' >>b/log.csv &&"
+                " sed -i '/^2,/s/[^,]*$/1234.5/' b/log.csv");
         succeed("$D train --resume --sample-steps 2 %s --steps 4 --threads 3 --out b",
                 i == 4 || i == 6 ? "--eval-every 2 --eval-limit 3 --sample-every 2" : "");
         same_trainings("a", "b", 4);
+        succeed("grep -q '^3,.*,123[45]\\..*' b/log.csv");   /* the seconds of training go on */
         CHECK(is_whole("a/checkpoint.safetensors"), "%s: a checkpoint that is not finite", ways[i]);
     }
     CHECK(file_count("a/*.tmp*") + file_count("b/*.tmp*") == 0, "temporary files are left");
@@ -900,30 +903,47 @@ static void test_makefile(void) {
 /* What is printed is what is used. */
 static void test_thread_count(void) {
 #ifdef _OPENMP
-    const char *const expected = ", 8 threads";
+    const char *const expected = ", 8 threads, about ";
 #else
-    const char *const expected = ", 1 threads";
+    const char *const expected = ", 1 thread, about ";
 #endif
-    const Outcome o = succeed("$D train $TINY --threads 8 --steps 0 --out eight");
-    CHECK(strstr(o.out, expected), "%s", o.out);
+    const Outcome o = succeed("$D train $TINY --threads 8 --steps 7 --sample-steps 0 --out eight");
+    CHECK(strstr(o.out, expected) && strstr(o.out, "0 to 7 (4.00 epochs)"), "%s", o.out);
 }
 
-/* On a terminal the progress is one line that is written over and over. What else is said begins a new
- * one. */
+/* On a terminal the progress is one line that is written over and over, and fits; that of a grid or an
+ * evaluation is gone at its end. What else is said begins a new one. */
 static void test_terminal(void) {
-    const int terminal = posix_openpt(O_RDWR | O_NOCTTY);
-    if (terminal < 0 || grantpt(terminal) || unlockpt(terminal)) {
-        printf("skipped: the progress line (no terminal to be had)\n");
-        return;
+    static const struct {
+        unsigned short columns;
+        const char *command, *begin, *part;
+    } list[5] = {{130, "$D train $TINY --lr 1e6 --steps 400 --out seen", "\rstep 1/400  ", "bpd (recon "},
+                 {60, "$D train $TINY $S --out s60", "\rstep 1/1  ", " images/s  0:00:00 left\33[K"},
+                 {40, "$D train $TINY $S --out s40", "\rstep 1/1  ", " bpd  0:00:00 left\33[K"},
+                 {25, "$D train $TINY $S --out s25", "\rstep 1/1  ", " bpd  0:\33[K"},
+                 {30, "$D eval good good --limit 4 --repeats 400", "\r", "/8 images  0:0"}};
+    for (int i = 0; i < 5; i++) {
+        const struct winsize size = {.ws_col = list[i].columns};
+        const int terminal = posix_openpt(O_RDWR | O_NOCTTY);
+        if (terminal < 0 || grantpt(terminal) || unlockpt(terminal)) {
+            printf("skipped: the progress line (no terminal to be had)\n");
+            return;
+        }
+        ioctl(terminal, TIOCSWINSZ, &size);
+        run("exec 2>%s; S='--steps 1 --sample-steps 0'; %s", ptsname(terminal), list[i].command);
+        char text[TEXT] = "";
+        const ssize_t length = read(terminal, text, sizeof text - 1);
+        text[length > 0 ? length : 0] = 0;
+        close(terminal);
+        CHECK(strstr(text, list[i].begin) == text && strstr(text, list[i].part), "%s: progress is '%s'",
+              list[i].command, text);
+        for (const char *at = text; (at = strchr(at, '\r')) != NULL; at++)
+            CHECK(strcspn(at + 1, "\n\33") < list[i].columns, "%s: too long for %d columns: %s",
+                  list[i].command, list[i].columns, text);
+        CHECK(i > 0 || (strstr(text, "\ndiffenc: step ") && !strstr(text, "left  diffenc")),
+              "the error begins a line: %s", text);
+        CHECK(i < 4 || strcmp(text + strlen(text) - 4, "\r\33[K") == 0, "something is left: %s", text);
     }
-    run("$D train $TINY --lr 1e6 --steps 400 --out seen 2>%s", ptsname(terminal));
-    char text[TEXT] = "";
-    const ssize_t size = read(terminal, text, sizeof text - 1);
-    text[size > 0 ? size : 0] = 0;
-    close(terminal);
-    CHECK(strstr(text, "\rstep 1/400 ") == text, "the progress begins with '%.20s'", text);
-    CHECK(strstr(text, "\ndiffenc: step ") && !strstr(text, "left  diffenc"), "the error begins a line: %s",
-          text);
 }
 
 /* ---- full disks ---- */
