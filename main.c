@@ -38,6 +38,7 @@ enum { OK = 0, FAILURE = 1, USAGE = 2, HELP = 3 };
 
 enum { MAX_THREADS = 256, MAX_BATCH = 1 << 20 };
 
+static const char *const VERSION = "diffenc 1.0";
 static const double LOG_2 = 0.6931471805599453;
 static const char *const TERMS[4] = {"recon", "latent", "diffusion", "total"};
 
@@ -95,6 +96,7 @@ typedef struct {
     char data[TEXT_SIZE];
     uint64_t data_digest; /* of these images, wherever they lie; 0: not known */
     uint64_t step;        /* of the checkpoint */
+    char made_by[TEXT_SIZE];
 } Settings;
 
 /* What a command needs of a checkpoint: only the weights in training (grad), only their average (sample,
@@ -105,11 +107,11 @@ typedef struct Command Command;
 typedef struct Evaluated Evaluated;
 typedef struct {
     /* Options; which command has which is said by OPTIONS. */
-    int threads, steps, save_every, sample_every, sample_steps, eval_every, eval_limit, resume;
+    int threads, steps, save_every, keep_every, sample_every, sample_steps, eval_every, eval_limit, resume;
     int count, one_class, sampler, draw, trajectory, split, limit, repeats, timesteps;
     uint64_t seed;
     char out[TEXT_SIZE], chart[TEXT_SIZE], csv[TEXT_SIZE]; /* files to be written */
-    char ratio[TEXT_SIZE], batch[TEXT_SIZE], times[TEXT_SIZE];
+    char ratio[TEXT_SIZE], batch[TEXT_SIZE], times[TEXT_SIZE], init[TEXT_SIZE];
     char where[TEXT_SIZE]; /* of the data; "": as in training */
     Settings settings;
     const char *checkpoint; /* the present one */
@@ -132,6 +134,7 @@ typedef struct {
     double seconds, step_seconds, next_report; /* of its steps, also before it was resumed; of one of them */
     uint64_t first_step;
     double first_seconds; /* before that step */
+    double best;          /* the least test bound */
     unsigned long long newest_grid; /* its step; 0: none */
     const char *end;                /* why the training ended, or NULL */
     double last_line, work_began;   /* when */
@@ -149,9 +152,11 @@ struct Command {
 };
 
 /* Who takes an option: commands, and the metadata of checkpoints. What is FIXED makes the model and the order
- * of the data, and cannot change when a training is resumed. */
-enum { TRAIN = 1, SAMPLE = 2, EVAL = 4, SHOW = 8, GRAD = 16, RECORD = 32, KEPT = 64 };
+ * of the data, and cannot change when a training is resumed; what is NETWORK says what the weights are. */
+enum { TRAIN = 1, SAMPLE = 2, EVAL = 4, SHOW = 8, GRAD = 16, INFO = 32 };
+enum { RECORD = 64, KEPT = 128, SHAPE = 256 };
 enum { ALL = TRAIN | SAMPLE | EVAL | SHOW | GRAD, SETTING = TRAIN | RECORD, FIXED = SETTING | KEPT };
+enum { NETWORK = FIXED | SHAPE };
 
 typedef enum { INT, RANGE, NUMBER, COUNT, TEXT, CHOICE, MODEL } OptionType;
 
@@ -177,12 +182,12 @@ typedef char ENUMERATIONS_ARE_INTS[sizeof(NetKind) == sizeof(int) ? 1 : -1];
 #define O(member) IN(settings.optimizer.member)
 
 static const Option OPTIONS[] = {
-    {"model", FIXED, MODEL, IN(settings.config), 0, 0, "NAME", "vdm-L, diffenc-L-nt or diffenc-L-E"},
-    {"net", FIXED, CHOICE, C(net), 0, 0, "flat|unet", "body of the score network"},
-    {"channels", FIXED, INT, C(channels), -1e9, 1e9, "N", "of the score network, a multiple of 4"},
+    {"model", NETWORK, MODEL, IN(settings.config), 0, 0, "NAME", "vdm-L, diffenc-L-nt or diffenc-L-E"},
+    {"net", NETWORK, CHOICE, C(net), 0, 0, "flat|unet", "body of the score network"},
+    {"channels", NETWORK, INT, C(channels), -1e9, 1e9, "N", "of the score network, a multiple of 4"},
     {"encoder-channels", FIXED, INT, C(encoder_channels), -1e9, 1e9, "N", "of the encoder, a multiple of 4"},
-    {"fourier", FIXED, RANGE, C(fourier_first), 0, 0, "FIRST..LAST", "features of z, as powers of two"},
-    {"predict", FIXED, CHOICE, C(prediction), 0, 0, "v|eps|x", "what the score network predicts"},
+    {"fourier", NETWORK, RANGE, C(fourier_first), 0, 0, "FIRST..LAST", "features of z, as powers of two"},
+    {"predict", NETWORK, CHOICE, C(prediction), 0, 0, "v|eps|x", "what the score network predicts"},
     {"schedule", FIXED, CHOICE, C(schedule), 0, 0, "fixed|learned", "the end points of gamma(t)"},
     {"gamma-min", FIXED, NUMBER, C(gamma_min), -1e9, 1e9, "X", "gamma(0); where a learned schedule starts"},
     {"gamma-max", FIXED, NUMBER, C(gamma_max), -1e9, 1e9, "X", "gamma(1); where a learned schedule starts"},
@@ -208,6 +213,7 @@ static const Option OPTIONS[] = {
     {"width", RECORD, INT, C(width), -1e9, 1e9, "", ""},
     {"image-channels", RECORD, INT, C(image_channels), -1e9, 1e9, "", ""},
     {"classes", RECORD, INT, C(classes), -1e9, 1e9, "", ""},
+    {"made-by", RECORD, TEXT, IN(settings.made_by), 0, 0, "", ""},
     {"data", EVAL | SHOW, TEXT, IN(where), 0, 0, "DIR|digits|swirl",
      "needed unless it was trained on what is built in"},
     {"split", EVAL, CHOICE, IN(split), 0, 0, "train|test", "which images"},
@@ -233,6 +239,7 @@ static const Option OPTIONS[] = {
      "images U8 [B,H,W,C], t [B], eps, eps0 [B,H,W,C]; labels U8 [B] of a conditional model"},
     {"threads", ALL, INT, IN(threads), 1, MAX_THREADS, "N", "train and grad use at most 16"},
     {"save-every", TRAIN, INT, IN(save_every), 0, 2e9, "N", "between checkpoints; 0: at the end only"},
+    {"keep-every", TRAIN, INT, IN(keep_every), 0, 2e9, "N", "between numbered checkpoints; 0: none"},
     {"sample-every", TRAIN, INT, IN(sample_every), 0, 2e9, "N", "between grids; 0: at the end only"},
     {"sample-steps", TRAIN, INT, IN(sample_steps), 0, 1e6, "T", "steps of a grid, at most T; 0: no grids"},
     {"eval-every", TRAIN, INT, IN(eval_every), 0, 2e9, "N", "between bounds on test images; 0: none"},
@@ -244,6 +251,7 @@ static const Option OPTIONS[] = {
      "a grid: .png, .pgm, .ppm or -; each: N-%03d.png; all: .npy"},
     {"out", SHOW, TEXT, IN(out), 0, 0, "FILE", "of each image x_t, y, (x_t - x_s)/(t - s) over t"},
     {"out", GRAD, TEXT, IN(out), 0, 0, "FILE", "loss.recon, .latent, .diffusion in nats, bpd, grad.NAME"},
+    {"init", TRAIN, TEXT, IN(init), 0, 0, "CHECKPOINT", "start from its averaged weights"},
     {"resume", TRAIN, INT, IN(resume), 0, 1, "", "go on where the checkpoint in --out stands"},
 };
 enum { OPTION_COUNT = sizeof OPTIONS / sizeof OPTIONS[0] };
@@ -573,6 +581,7 @@ static int checkpoint_write(Job *job, const char *path) {
     const char *metadata[2 * OPTION_COUNT + 4] = {"format", "diffenc", "format_version", "1"};
     int texts = 4;
     job->settings.step = m->step;
+    strcpy(job->settings.made_by, VERSION);
     for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++)
         if (o->takers & RECORD) {
             char(*text)[TEXT_SIZE] = arena_allocate(job->arena, 2, sizeof *text);
@@ -592,9 +601,8 @@ static int checkpoint_write(Job *job, const char *path) {
     return tensors_write(path, out, count, metadata, texts / 2, &job->error);
 }
 
-static int checkpoint_load(Job *job, const TensorFile *f, const char *path) {
+static int checkpoint_load(Job *job, const TensorFile *f, const char *path, Load load) {
     const Model *m = &job->model;
-    const Load load = job->command->load;
     char model[32];
     int known = 0;
     config_model_name(&m->config, model);
@@ -628,12 +636,29 @@ static int checkpoint_take(Job *job, const TensorFile *f, const char *path) {
     if (weights > f->bytes.size / sizeof(float))
         return fail(error, "%s: holds %zu bytes, too few for %zu weights", path, f->bytes.size, weights);
     if (model_memory_check(job, weights) || model_new(&job->model, c, job->settings.seed, error) ||
-        checkpoint_load(job, f, path))
+        checkpoint_load(job, f, path, job->command->load))
         return -1;
     job->model.step = job->settings.step;
     if (job->command->load == LOAD_ALL && f->tensors[0].type != TYPE_OF_REAL)
         fprintf(stderr, "diffenc: %s: was written in another precision, goes on in %s\n", path,
                 TYPE_OF_REAL == TYPE_F64 ? "double" : "single");
+    return 0;
+}
+
+/* A new model's weights: the averaged ones of a checkpoint whose networks are the same. */
+static int init_take(Job *job, const TensorFile *f, const char *path) {
+    for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++) {
+        char key[TEXT_SIZE], wanted[TEXT_SIZE];
+        metadata_key(o->name, key);
+        option_text(o, job, wanted);
+        const char *found = o->takers & SHAPE ? tensors_metadata(f, key) : NULL;
+        if (found && strcmp(found, wanted) != 0)
+            return fail(&job->error, "%s: was trained with --%s %.60s, not %.60s", path, o->name, found,
+                        wanted);
+    }
+    if (checkpoint_load(job, f, path, LOAD_EMA))
+        return -1;
+    memcpy(job->model.params, job->model.ema, job->model.weight_count * sizeof(real));
     return 0;
 }
 
@@ -858,22 +883,27 @@ static void mean_by_term(double (*terms)[4], double (*minus)[4], int count, doub
 
 /* ---- diffenc train: its directory ---- */
 
-static void grid_path(const Job *job, unsigned long long step, char path[TEXT_SIZE]) {
-    char name[64];
-    snprintf(name, sizeof name, "samples-%llu.png", step);
-    path_in(job->out, name, path);
+static void numbered_path(const Job *job, const char *name, unsigned long long step, const char *end,
+                          char path[TEXT_SIZE]) {
+    char numbered[64];
+    snprintf(numbered, sizeof numbered, "%s-%llu%s", name, step, end);
+    path_in(job->out, numbered, path);
 }
 
 /* Whether a training writes files of this name: 1, their temporary ones (file_replace): 2, or 0. */
 static int file_kind(const char *name) {
-    int whole[4] = {0}, temporary[4] = {0};
-    sscanf(name, "checkpoint.safetensors%n.tmp.%*[0-9]%n", &whole[0], &temporary[0]);
-    sscanf(name, "log.csv%n.tmp.%*[0-9]%n", &whole[1], &temporary[1]);
-    sscanf(name, "report.html%n.tmp.%*[0-9]%n", &whole[2], &temporary[2]);
-    sscanf(name, "samples-%*[0-9].png%n.tmp.%*[0-9]%n", &whole[3], &temporary[3]);
-    for (int i = 0; i < 4; i++)
-        if (whole[i] && (!name[whole[i]] || (temporary[i] && !name[temporary[i]])))
-            return name[whole[i]] ? 2 : 1;
+    static const char *const own[6] = {
+        "checkpoint.safetensors%n", "checkpoint-%*[0-9].safetensors%n", "best.safetensors%n",
+        "log.csv%n",                "report.html%n",                    "samples-%*[0-9].png%n"};
+    for (int i = 0; i < 6; i++) {
+        int whole = 0, temporary = 0;
+        sscanf(name, own[i], &whole);
+        if (whole && !name[whole])
+            return 1;
+        sscanf(name + whole, ".tmp.%*[0-9]%n", &temporary);
+        if (whole && temporary && !name[whole + temporary])
+            return 2;
+    }
     return 0;
 }
 
@@ -958,11 +988,13 @@ static int log_line(const char *line, double value[COLUMNS]) {
 
 /* Check that a log is that of the checkpoint at `step`: the header, then consecutive steps, that one among
  * them or just before the first. *kept gets the length up to that step; what is behind it, whole lines or the
- * beginning of one, was written between the checkpoint and the end of the training. *seconds gets the last
- * number of what is kept. */
-static int log_check(FILE *log, uint64_t step, long *kept, double *seconds) {
+ * beginning of one, was written between the checkpoint and the end of the training. The seconds and the best
+ * bound go on from what is kept. */
+static int log_check(Job *job, uint64_t step, long *kept) {
+    FILE *log = job->log;
     char line[LINE_SIZE];
     double value[COLUMNS], last = 0;
+    job->best = INFINITY;
     if (fgets(line, sizeof line, log) && strcmp(line, LOG_HEADER) != 0)
         return 0;
     *kept = ftell(log);
@@ -971,8 +1003,11 @@ static int log_check(FILE *log, uint64_t step, long *kept, double *seconds) {
             return feof(log) && last >= (double)step && strspn(line, "0123456789.,+-einfa") == strlen(line);
         if (value[0] != last + 1 && (last > 0 || value[0] > (double)step + 1))
             return 0;
-        if (value[0] <= (double)step)
-            *kept = ftell(log), *seconds = value[COLUMNS - 1];
+        if (value[0] <= (double)step) {
+            *kept = ftell(log);
+            job->seconds = value[COLUMNS - 1];
+            job->best = fmin(job->best, value[TEST_COLUMN]); /* not NAN */
+        }
         last = value[0];
     }
     return last == 0 || last >= (double)step;
@@ -989,7 +1024,7 @@ static int log_open(Job *job) {
     if (!job->log)
         return fail(&job->error, "%s: cannot be opened for writing: %s", path, strerror(errno));
     rewind(job->log);
-    if (!log_check(job->log, job->model.step, &kept, &job->seconds))
+    if (!log_check(job, job->model.step, &kept))
         return fail(&job->error, "%s: is not the log of this training; without it --resume begins a new one",
                     path);
     if (ftruncate(file, kept) || fseek(job->log, 0, SEEK_END) ||
@@ -1075,7 +1110,7 @@ static int write_report(void *stream, const void *context) {
     fputs(".</p>\n<main>", stream);
     put_charts(stream, job);
     if (job->newest_grid > 0) {
-        grid_path(job, job->newest_grid, text);
+        numbered_path(job, "samples", job->newest_grid, ".png", text);
         fprintf(stream, "<figure><img alt='samples' src='data:image/png;base64,");
         put_base64(stream, text);
         fprintf(stream, "'><figcaption>Samples at step %llu</figcaption></figure>\n", job->newest_grid);
@@ -1132,11 +1167,21 @@ static void progress(Job *job, const StepReport *r) {
         fprintf(stderr, "%s\n", line);
 }
 
+static int due(uint64_t step, int every) { return every > 0 && step > 0 && step % (uint64_t)every == 0; }
+
+static int save_as(Job *job, const char *path) {
+    return directory_check(job, &job->error) ? -1 : checkpoint_write(job, path);
+}
+
 /* The checkpoint, and the log up to it, which a resumed training asks for. */
 static int save(Job *job) {
+    char path[TEXT_SIZE];
     if (job->log)
         fsync(fileno(job->log));
-    return directory_check(job, &job->error) ? -1 : checkpoint_write(job, job->checkpoint);
+    numbered_path(job, "checkpoint", job->model.step, ".safetensors", path);
+    if (due(job->model.step, job->keep_every) && save_as(job, path))
+        return -1;
+    return save_as(job, job->checkpoint);
 }
 
 /* After the work on what is called `name`: was it ended by a signal, or are its results no numbers? Then
@@ -1231,7 +1276,7 @@ static void sample_grid(Job *job) {
     char path[TEXT_SIZE];
     if (steps == 0)
         return;
-    grid_path(job, job->model.step, path);
+    numbered_path(job, "samples", job->model.step, ".png", path);
     const int status = sample_to(job, path, steps, job->settings.seed);
     if (stop_signal)
         return;
@@ -1244,8 +1289,6 @@ static void sample_grid(Job *job) {
     printf("%s\n", path);
 }
 
-static int due(uint64_t step, int every) { return every > 0 && step > 0 && step % (uint64_t)every == 0; }
-
 /* One step on the next images in the order of their epoch, with all that follows it: a line in the log, the
  * evaluation, the progress. */
 static int train_step(Job *job) {
@@ -1254,7 +1297,7 @@ static int train_step(Job *job) {
     unsigned char *images = arena_allocate(job->arena, (size_t)s->batch, d);
     unsigned char *labels = arena_allocate(job->arena, (size_t)s->batch, 1);
     StepReport r = {0};
-    char test[1024] = ",";
+    char test[1024] = ",", path[TEXT_SIZE];
     const double start = seconds_now();
     for (int i = 0; i < s->batch; i++) {
         const uint64_t n = job->model.step * (uint64_t)s->batch + (uint64_t)i;
@@ -1279,6 +1322,10 @@ static int train_step(Job *job) {
             end_line(job);
             printf("step %llu: test %.4f +- %.4f bpd on %d images\n", step, result[3][0], result[3][1],
                    job->test_count);
+            path_in(job->out, "best.safetensors", path);
+            if (result[3][0] < job->best && save_as(job, path))
+                return -1;
+            job->best = fmin(job->best, result[3][0]);
         }
     }
     fprintf(job->log, "%llu,%.6f,%.6f,%.6f,%.6f,%.6f,%s,%.3f\n", step, r.total, r.recon, r.latent,
@@ -1304,7 +1351,7 @@ static int train_loop(Job *job) {
         if (due(*step, job->sample_every))
             sample_grid(job);
         if (!stop_signal && (status = train_step(job)) == 0 && *step < steps &&
-            (due(*step, job->save_every) || due(*step, job->sample_every)))
+            (due(*step, job->save_every) || due(*step, job->sample_every) || due(*step, job->keep_every)))
             status = save(job);
         arena_release(job->arena, mark);
     }
@@ -1335,7 +1382,8 @@ static int train_data(Job *job) {
     return status;
 }
 
-/* Everything that can be refused before memory is taken; a new training's directory is made last. */
+/* Everything that can be refused, most of it before memory is taken; a new training's directory is made
+ * last. */
 static int train_prepare(Job *job) {
     Settings *s = &job->settings;
     Error *error = &job->error;
@@ -1351,8 +1399,9 @@ static int train_prepare(Job *job) {
     job->model.config = s->config; /* with what may change on the way */
     if (job->resume)
         return log_open(job);
-    if (model_size(&s->config, &weights, error) || model_memory_check(job, weights) || directory_enter(job) ||
-        model_new(&job->model, &s->config, s->seed, error))
+    if (model_size(&s->config, &weights, error) || model_memory_check(job, weights) ||
+        model_new(&job->model, &s->config, s->seed, error) ||
+        (*job->init && file_take(job, job->init, init_take)) || directory_enter(job))
         return -1;
     return save(job) || log_open(job) ? -1 : 0; /* a log without a checkpoint would be a stranger's */
 }
@@ -1373,6 +1422,10 @@ static int train(Job *job) {
     job->checkpoint = checkpoint;
     if (!job->resume && config_check(c, &job->error)) /* known from the options alone */
         return USAGE;
+    if (job->resume && *job->init) {
+        fail(&job->error, "init %s: begins a new training, --resume goes on with one", job->init);
+        return USAGE;
+    }
     if (train_prepare(job))
         return -1;
     workers_start(job);
@@ -1690,7 +1743,7 @@ static int eval_take(Job *job, int i) {
     for (int k = 0; k < OPTION_COUNT; k++) { /* the seed makes the digits, too */
         char text[TEXT_SIZE] = "";
         if (OPTIONS[k].takers & RECORD && strcmp(OPTIONS[k].name, "seed") != 0 &&
-            strcmp(OPTIONS[k].name, "data-digest") != 0)
+            strcmp(OPTIONS[k].name, "data-digest") != 0 && strcmp(OPTIONS[k].name, "made-by") != 0)
             option_text(&OPTIONS[k], job, text);
         strcpy(e->training[k], text);
     }
@@ -1737,8 +1790,7 @@ static int eval(Job *job) {
     double(*draws)[DRAW_COLUMNS] = draw_count ? arena_allocate(job->arena, draw_count, sizeof *draws) : NULL;
     unsigned char *labels, *images = images_of(job, &job->data, count, &labels);
     for (job->parts_done = 0; job->parts_done < n; job->parts_done++)
-        if (eval_take(job, job->parts_done) ||
-            eval_one(job, job->parts_done, images, labels, count, draws))
+        if (eval_take(job, job->parts_done) || eval_one(job, job->parts_done, images, labels, count, draws))
             return -1;
     job->parts_done = 0;
     if (T > 0)
@@ -2000,6 +2052,28 @@ static int grad(Job *job) {
     return output_check(job, job->batch) ? -1 : file_take(job, job->batch, grad_take);
 }
 
+/* ---- diffenc info ---- */
+
+static int info(Job *job) {
+    const Model *m = &job->model;
+    char text[TEXT_SIZE];
+    printf("%s: %zu weights\n", job->checkpoint, m->weight_count);
+    for (int i = 0, first = 0; i < m->parameter_count; i++) { /* parts are what names begin with */
+        const Parameter *p = &m->parameter[i], *next = p + 1;
+        const int length = (int)strcspn(p->name, ".");
+        if (i + 1 < m->parameter_count && strncmp(p->name, next->name, (size_t)length + 1) == 0)
+            continue;
+        printf("  %-18.*s %zu\n", length, p->name, p->offset + p->count - m->parameter[first].offset);
+        first = i + 1;
+    }
+    for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++) {
+        option_text(o, job, text);
+        if (o->takers & RECORD && *text)
+            printf("  %-18s %s\n", o->name, text);
+    }
+    return 0;
+}
+
 /* ---- commands ---- */
 
 static const Command COMMANDS[] = {
@@ -2012,6 +2086,8 @@ static const Command COMMANDS[] = {
      "the encoder at work: x_t, y and their change over t"},
     {"grad", GRAD, LOAD_PARAMS, grad, NULL, "CHECKPOINT --batch FILE --out FILE [options]",
      "loss terms and gradients of a given batch, from file to file"},
+    {"info", INFO, LOAD_PARAMS, info, NULL, "CHECKPOINT",
+     "what a checkpoint is: weights by part, settings, step"},
     {"check", 0, 0, NULL, check_main, "", "prove every gradient and every identity of the method"},
     {"bench", 0, 0, NULL, bench_main, "", "speed: kernels against the machine's peak, a training step"},
 };

@@ -138,6 +138,20 @@ static int file_count(const char *pattern) {
 
 static int same_files(const char *a, const char *b) { return run("cmp %s %s", a, b).status == 0; }
 
+/* What a message must say, and the command that must be refused with it before anything is written. Every
+ * output is called out..., and none of these may be there afterwards. */
+typedef struct {
+    const char *part, *command;
+} Refusal;
+
+static void refuse_all(int status, const Refusal *list, size_t size) {
+    for (size_t i = 0; i < size / sizeof *list; i++) {
+        refuse(status, list[i].part, "%s", list[i].command);
+        CHECK(file_count("out*") == 0, "%s: leaves an output", list[i].command);
+        succeed("rm -rf out*");
+    }
+}
+
 static void pause_for(double seconds) {
     const struct timespec span = {(time_t)seconds, (long)(1e9 * (seconds - floor(seconds)))};
     nanosleep(&span, NULL);
@@ -347,19 +361,20 @@ static void test_golden(void) {
 static void test_help(void) {
     static const struct {
         const char *command, *options;
-    } commands[7] = {
+    } commands[8] = {
         {"train",
          "model net channels encoder-channels predict schedule gamma-min gamma-max timesteps variance-ratio "
          "batch seed data dropout lr warmup weight-decay clip ema steps threads save-every sample-every "
-         "sample-steps eval-every eval-limit out resume"},
+         "sample-steps eval-every eval-limit out resume keep-every init"},
         {"sample", "count steps seed sampler pixels trajectory threads out"},
         {"eval", "data split limit repeats timesteps variance-ratio seed threads chart csv"},
         {"show", "data count times amplify threads out"},
         {"grad", "batch out threads"},
+        {"info", ""},
         {"check", "seed"},
         {"bench", "threads"}};
     const Outcome all = succeed("$D --help");
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < 8; i++) {
         char line[64], options[TEXT];
         snprintf(line, sizeof line, "\n  %s ", commands[i].command);
         CHECK(strstr(all.out, line), "--help names %s", commands[i].command);
@@ -605,6 +620,55 @@ static void test_changed_data(void) {
     same_trainings("data-not", "data", 2);
 }
 
+/* Numbered checkpoints are those of shorter trainings; the best one is that of the least bound in the log,
+ * also of the part before a resume. */
+static void test_kept_checkpoints(void) {
+    static const char *const best = "keep/best.safetensors";
+    static const char *const least = "awk -F, 'NR > 1 && (!b || $7 < b) {b = $7; s = $1} END {print s}' "
+                                     "keep/log.csv";
+    succeed("$D train $TINY --lr 0.2 --steps 5 --keep-every 2 --eval-every 1 --eval-limit 2 --out keep");
+    CHECK(file_count("keep/checkpoint-*.safetensors") == 2, "checkpoints of steps 2 and 4 were to be kept");
+    succeed("$D train $TINY --lr 0.2 --steps 4 --out keep4 && test $(%s) = %ld &&"
+            " cmp keep4/checkpoint.safetensors keep/checkpoint-4.safetensors",
+            least, step_of(best));
+    succeed("cp %s was-best && sed -i '/^2,/s/,[^,]*,[^,]*,[^,]*$/,0.1,0.1,9/' keep/log.csv &&"
+            " $D train --resume --steps 9 --eval-every 1 --eval-limit 2 --sample-steps 0 --out keep &&"
+            " cmp was-best %s",
+            best, best);
+}
+
+/* A new training from the averaged weights of another one; what is told of a checkpoint. */
+static void test_init_and_info(void) {
+    static const Refusal list[] = {
+        {"good: was trained with --model vdm-1, not diffenc-1-1", "$D train $TINY --init good --out out"},
+        {"--predict v, not eps", "$D train $TINY --predict eps --init finite --out out"},
+        {"is [4, 16], expected [8, 32]", "$D train $TINY --encoder-channels 8 --init finite --out out"},
+        {"no-such: No such file", "$D train $TINY --init no-such --out out"},
+    };
+    static const char *const vectors[3] = {"params", "ema", "adam.m"};
+    succeed("$D train $TINY --steps 0 --init finite --seed 2 --out init");
+    TensorFile from = read_tensors("finite"), to = read_tensors("init/checkpoint.safetensors");
+    for (int i = 0; i < 3; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "%s.score.conv_in.kernel", vectors[i]);
+        const TensorEntry *got = tensors_find(&to, name);
+        const TensorEntry *want = tensors_find(&from, "ema.score.conv_in.kernel");
+        CHECK(got && want && (memcmp(got->data, want->data, want->size) == 0) == (i < 2),
+              "%s is not what --init makes of ema", name);
+    }
+    tensors_free(&from);
+    tensors_free(&to);
+    CHECK(step_of("init/checkpoint.safetensors") == 0, "--init begins at step 0");
+    refuse_all(1, list, sizeof list);
+    refuse(2, "init good: begins a new training", "$D train --resume --init good --out init");
+    const Outcome o = succeed("$D info $T10");
+    CHECK(number_behind(o.out, "\n  score ") + number_behind(o.out, "\n  gamma ") ==
+                  number_behind(o.out, "safetensors: ") &&
+              number_behind(o.out, "\n  timesteps ") == 10,
+          "%s", o.out);
+    succeed("$D info init/checkpoint.safetensors | grep -q '^  made-by  *diffenc [0-9]'");
+}
+
 /* ---- ended from outside ---- */
 
 /* Wait until the training that writes to NAME.out has told of its model (signals are caught from there on),
@@ -833,6 +897,10 @@ static void test_strangers_files(void) {
     succeed("mkdir log pic && echo mine >log/log.csv && echo mine >pic/samples-7.png");
     refuse(1, "log.csv: is there already", "$D train $TINY --steps 1 --out log");
     refuse(1, "samples-7.png: is there already", "$D train $TINY --steps 1 --out pic");
+    succeed("mkdir best kept-5 && echo mine >best/best.safetensors && echo mine "
+            ">kept-5/checkpoint-5.safetensors");
+    refuse(1, "best.safetensors: is there already", "$D train $TINY --steps 1 --out best");
+    refuse(1, "checkpoint-5.safetensors: is there already", "$D train $TINY --steps 1 --out kept-5");
     succeed("test $(cat log/log.csv pic/samples-7.png | grep -c mine) = 2");
 }
 
@@ -1021,20 +1089,6 @@ static void test_no_directory(void) {
 }
 
 /* ---- bad input ---- */
-
-/* What a message must say, and the command that must be refused with it before anything is written. Every
- * output is called out..., and none of these may be there afterwards. */
-typedef struct {
-    const char *part, *command;
-} Refusal;
-
-static void refuse_all(int status, const Refusal *list, size_t size) {
-    for (size_t i = 0; i < size / sizeof *list; i++) {
-        refuse(status, list[i].part, "%s", list[i].command);
-        CHECK(file_count("out*") == 0, "%s: leaves an output", list[i].command);
-        succeed("rm -rf out*");
-    }
-}
 
 static void test_wrong_usage(void) {
     /* An option of train out of range, and what is said of it by name. */
@@ -1952,6 +2006,8 @@ int main(void) {
         {"steps 0", test_steps_0},
         {"settings", test_changed_settings},
         {"changed data", test_changed_data},
+        {"kept checkpoints", test_kept_checkpoints},
+        {"init and info", test_init_and_info},
         {"images", test_images},
         {"forms", test_forms},
         {"trajectory", test_trajectory},
