@@ -376,17 +376,31 @@ static int option_set(const Option *o, Job *job, const char *text, Error *error)
     return good ? 0 : fail(error, "%s '%.80s': expected %s", o->name, text, expected);
 }
 
+static int asks_help(const char *text) { return strcmp(text, "-h") == 0 || strcmp(text, "--help") == 0; }
+
+/* Print the first `length` bytes of a text behind a space, in a line of 80 columns with the one before or in a
+ * new one. Returns the column. */
+static int print_word(const char *text, int length, int column) {
+    if (column + 1 + length > 80)
+        column = printf("\n%28s", "") - 1;
+    return column + printf(" %.*s", length, text);
+}
+
 static void print_help(const Job *job) {
     printf("usage: diffenc %s %s\n\n", job->command->name, job->command->usage);
     for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++) {
-        char left[64], value[TEXT_SIZE];
+        char value[TEXT_SIZE], text[TEXT_SIZE + 16];
         if (!(o->takers & job->command->taker))
             continue;
-        snprintf(left, sizeof left, "--%s %s", o->name, o->argument);
+        int column = printf("  --%s %-*s", o->name, 23 - (int)strlen(o->name), o->argument), length;
+        for (const char *word = o->help; *word; word += length, word += strspn(word, " ")) {
+            length = (int)strcspn(word, " ");
+            column = print_word(word, length, column);
+        }
         option_text(o, job, value);
-        printf("  %-28s %s", left, o->help);
+        length = snprintf(text, sizeof text, "(default %s)", value);
         if (*o->argument && *value)
-            printf(" (default %s)", value);
+            print_word(text, length, column);
         printf("\n");
     }
 }
@@ -418,7 +432,7 @@ static int parse_options(Job *job) {
         const char *text = *argument, *value = strchr(text, '=');
         const int is_option = strncmp(text, "--", 2) == 0;
         const Option *o = is_option ? option_find(command->taker, text + 2, strcspn(text + 2, "=")) : NULL;
-        if (strcmp(text, "--help") == 0) {
+        if (asks_help(text)) {
             print_help(job);
             return HELP;
         }
@@ -933,11 +947,23 @@ static int directory_inspect(Job *job) {
     return result;
 }
 
+/* A directory and those that it is to lie in. Returns 0, or -1 and errno. */
+static int directory_make(const char *path) {
+    char part[TEXT_SIZE];
+    for (const char *end = path; end;) {
+        end = strchr(end + 1, '/');
+        snprintf(part, sizeof part, "%.*s", end ? (int)(end - path) : TEXT_SIZE, path);
+        if (mkdir(part, 0777) && errno != EEXIST)
+            return -1;
+    }
+    return 0;
+}
+
 /* One training at a time in a directory. The lock goes with the process, however that ends. */
 static int directory_enter(Job *job) {
     struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
     char path[TEXT_SIZE];
-    if (!job->resume && mkdir(job->out, 0777) && errno != EEXIST)
+    if (!job->resume && directory_make(job->out))
         return fail(&job->error, "%s: cannot be created: %s", job->out, strerror(errno));
     path_in(job->out, ".lock", path);
     job->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0666);
@@ -2121,6 +2147,11 @@ static int run(const Command *command, char **arguments) {
 }
 
 int main(int argc, char **argv) {
+    char *asked[4] = {argv[0], argc > 2 ? argv[2] : NULL, "--help", NULL};
+    if (argc > 2 && strcmp(argv[1], "help") == 0)
+        argc = 3, argv = asked; /* diffenc help COMMAND */
+    if (argc > 2 && asks_help(argv[2]))
+        argv[2] = asked[2]; /* check and bench know no -h */
     const char *name = argc > 1 ? argv[1] : "";
     const Command *command = COMMANDS;
     int descriptor, status;
@@ -2133,13 +2164,16 @@ int main(int argc, char **argv) {
         command++;
     if (command < COMMANDS + COMMAND_COUNT) {
         status = command->run ? run(command, argv + 2) : command->run_elsewhere(argc - 1, argv + 1);
-    } else if (argc < 2 || strcmp(name, "--help") == 0 || strcmp(name, "help") == 0) {
+    } else if (strcmp(name, "--version") == 0) {
+        printf("%s\n", VERSION);
+        status = OK;
+    } else if (argc < 2 || asks_help(name) || strcmp(name, "help") == 0) {
         FILE *to = argc < 2 ? stderr : stdout;
         fprintf(to, "DiffEnc: variational diffusion with a learned encoder\n\n"
                     "usage: diffenc COMMAND [options]\n\n");
         for (command = COMMANDS; command < COMMANDS + COMMAND_COUNT; command++)
             fprintf(to, "  %-8s %s\n", command->name, command->help);
-        fprintf(to, "\ndiffenc COMMAND --help names every option with its default.\n");
+        fprintf(to, "\ndiffenc help COMMAND names every option with its default.\n");
         status = argc < 2 ? USAGE : HELP;
     } else {
         Error error;

@@ -373,7 +373,8 @@ static void test_help(void) {
         {"info", ""},
         {"check", "seed"},
         {"bench", "threads"}};
-    const Outcome all = succeed("$D --help");
+    const Outcome all = succeed("$D --help | awk 'length > 80 {exit 1} {print}'");
+    succeed("$D -h >asked && $D help | cmp - asked && $D --version | grep -qx 'diffenc [0-9.]*'");
     for (int i = 0; i < 8; i++) {
         char line[64], options[TEXT];
         snprintf(line, sizeof line, "\n  %s ", commands[i].command);
@@ -381,6 +382,9 @@ static void test_help(void) {
         const Outcome o = succeed("$D %s --help", commands[i].command);
         snprintf(line, sizeof line, "usage: diffenc %s ", commands[i].command);
         CHECK(strstr(o.out, line) == o.out, "%s --help begins with its usage", commands[i].command);
+        succeed("c=%s; $D $c --help >asked && $D $c -h | cmp - asked && $D help $c | cmp - asked &&"
+                " awk 'length > 80 {exit 1}' asked",
+                commands[i].command);
         snprintf(options, sizeof options, "%s", commands[i].options);
         for (char *option = strtok(options, " "); option; option = strtok(NULL, " ")) {
             snprintf(line, sizeof line, "\n  --%s ", option);
@@ -389,7 +393,8 @@ static void test_help(void) {
         /* Every number and choice tells its default. */
         for (const char *at = o.out; (at = strstr(at, "\n  --")) != NULL; at++) {
             const char *argument = at + 5 + strcspn(at + 5, " \n");
-            const size_t length = strcspn(at + 1, "\n");
+            const char *next = strstr(at + 1, "\n  --");
+            const size_t length = next ? (size_t)(next - at - 1) : strlen(at + 1);
             const int must = strncmp(argument, " N", 2) == 0 || strncmp(argument, " T", 2) == 0;
             CHECK(!must || (memchr(at + 1, '(', length) && strstr(at, "(default ") < at + 1 + length),
                   "%s --help: no default in '%.*s'", commands[i].command, (int)length, at + 1);
@@ -966,6 +971,16 @@ static void test_makefile(void) {
     CHECK(strstr(o.out, "build/env-gcc-"), "%s", o.out);
     o = run("mkdir trained && touch trained/mine && make -C $TOP -s -o all run RUN=$W/trained");
     CHECK(o.status == 2 && strstr(o.out, "is there already") && file_count("trained/mine") == 1, "%s", o.out);
+    setenv("M", "make -s CC=true", 1);   /* quick: a compiler that takes everything */
+    o = succeed("$M -C $TOP help | awk 'length > 80 {exit 1} {print}'");
+    CHECK(strstr(o.out, "\nuninstall   Take") && !strstr(o.out, "-ffp-contract"), "%s", o.out);
+    succeed("mkdir -p house/mnist && ln -s $TOP/* house 2>/dev/null; $M -C house -n test | grep -q"
+            " \"MNIST_DIR='.*/house/mnist' sh tests/run.sh\"");
+    succeed("$M -C $TOP -o all install PREFIX=$W/usr && test -x $W/usr/bin/diffenc && "
+            "$M -C $TOP uninstall PREFIX=$W/usr && ! test -e $W/usr/bin/diffenc");
+    if (run("git -C $TOP rev-parse").status == 0)   /* what the README has made is no news to git */
+        succeed("cd $TOP && for f in $(grep -o -e '--out [a-z./-]*' README.md | cut -c 7- | grep -v /); do"
+                " git check-ignore -q $f || { echo $f; exit 1; }; done");
 }
 
 /* What is printed is what is used. */
@@ -1063,10 +1078,10 @@ static void test_no_directory(void) {
            "ulimit -t 20; $D sample old --count 65536 --steps 1000000 --out none/out.png");
     refuse(1, "No such file or directory", "$D show old --out none/out.png");
     refuse(1, "No such file or directory", "$D grad $V --batch $VB --out none/out");
-    refuse(1, "No such file or directory", "$D train $TINY --steps 1 --out none/out");
     refuse(1, "Not a directory",
            "ulimit -t 20; $D sample old --count 65536 --steps 1000000 --out old/out.png");
-    refuse(1, "Not a directory", "$D train $TINY --steps 1 --out old/out");
+    refuse(1, "Not a directory", "$D train $TINY --steps 1 --out old/out/in");
+    succeed("$D train $TINY --steps 0 --out $W/made//by/it/ && test -f made/by/it/checkpoint.safetensors");
     refuse(1, "Not a directory", "$D train $TINY --steps 1 --out old");
     succeed("mkdir kept.png");
     refuse(1, "is not a regular file", "$D sample old --count 1 --steps 1 --out kept.png");
