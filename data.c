@@ -945,6 +945,9 @@ int dataset_open(Dataset *dataset, const char *where, Split split, uint64_t seed
             c.failed = dataset_add(dataset, where, i, error);
     require(&c, dataset->count > 0, "holds neither %s (MNIST) nor %s (CIFAR-10), plain or with .gz",
             file_names[split][0], is_test ? "test_batch.bin" : "data_batch_1.bin to ..5.bin");
+    if (!c.failed && !is_built_in && !is_test && dataset->channels == 3 && dataset->count < 5 * MOST_RECORDS)
+        fprintf(stderr, "diffenc: %s: holds %u images, all five batches 50000\n", where,
+                (unsigned)dataset->count);
     if (c.failed)
         dataset_close(dataset);
     return c.failed;

@@ -378,8 +378,8 @@ static int option_set(const Option *o, Job *job, const char *text, Error *error)
 
 static int asks_help(const char *text) { return strcmp(text, "-h") == 0 || strcmp(text, "--help") == 0; }
 
-/* Print the first `length` bytes of a text behind a space, in a line of 80 columns with the one before or in a
- * new one. Returns the column. */
+/* Print the first `length` bytes of a text behind a space, in a line of 80 columns with the one before or in
+ * a new one. Returns the column. */
 static int print_word(const char *text, int length, int column) {
     if (column + 1 + length > 80)
         column = printf("\n%28s", "") - 1;
@@ -712,7 +712,9 @@ static int data_open(Job *job, const char *where, Split split, Dataset *data) {
     Error inner;
     if (dataset_open(data, where, split, job->settings.seed, &inner))
         return fail(&job->error, "%s%s", inner.text,
-                    job->resume ? "; --data says where the data are now" : "");
+                    job->resume                   ? "; --data says where the data are now"
+                    : strcmp(where, "mnist") == 0 ? "; 'make mnist' fetches them"
+                                                  : "");
     if (!job->model.params && split == SPLIT_TRAIN) {
         c->height = data->height, c->width = data->width, c->image_channels = data->channels;
         c->classes = job->settings.conditional ? data->classes : 0;
@@ -1456,6 +1458,9 @@ static int train(Job *job) {
         return -1;
     workers_start(job);
     config_model_name(c, model);
+    if (job->model.step > (uint64_t)job->steps)
+        fprintf(stderr, "diffenc: %s: is at step %llu already, beyond --steps %d\n", checkpoint,
+                (unsigned long long)job->model.step, job->steps);
     printf("%s: %zu weights, %s (%u images of %dx%dx%d), %d thread%s, about %.0f MiB of memory, "
            "from step %llu to %d (%.2f epochs), into %s\n",
            model, job->model.weight_count, job->settings.data, (unsigned)job->data.count, c->height, c->width,

@@ -546,7 +546,9 @@ static void test_steps_0(void) {
           "initial checkpoint");
     CHECK(file_count("zero/*.png") == 0, "pictures of no training");
     check_resumed("zero", 2, "");
-    succeed("$D train --resume --sample-steps 2 --steps 1 --out zero");
+    const Outcome o = succeed("$D train --resume --sample-steps 2 --steps 1 --out zero");
+    CHECK(strstr(o.error, "zero/checkpoint.safetensors: is at step 2 already, beyond --steps 1\n"), "%s",
+          o.error);
     CHECK(step_of("zero/checkpoint.safetensors") == 2, "a total that is passed already changes nothing");
     same_trainings("zero-not", "zero", 2);
     refuse(1, "there is a checkpoint already", "$D train $TINY --steps 2 --out zero");
@@ -1193,7 +1195,9 @@ static void test_wrong_usage(void) {
 
 static void test_bad_data(void) {
     static const char *const directories[][2] = {
-        {"no-such", "No such file or directory"},
+        {"no-such", "No such file or directory\n"},
+        {"mnist", "mnist: No such file or directory; 'make mnist' fetches them"},
+        {"odd/train-images-idx3-ubyte", "Not a directory"},
         {"empty-directory", "holds neither"},
         {"empty", "holds 0 bytes, expected an IDX header"},
         {"short", "holds 10 bytes, expected an IDX header"},
@@ -1238,7 +1242,10 @@ static void test_bad_checkpoints(void) {
         {"expected a safetensors file", "$D sample bad.empty --out out.png"},
         {"a header of 8367736964726416744 bytes, expected at most", "$D sample bad.text --out out.png"},
         {"bytes of its header", "$D sample bad.head --out out.png"},
-        {"bad.cut: ", "$D eval bad.cut --limit 1"},
+        {"bad.cut: is truncated, holds 40000 of ", "$D eval bad.cut --limit 1"},
+        {"bad.gz: is a gzip file", "gzip -c good >bad.gz; $D eval bad.gz"},
+        {"bad.zip: is a ZIP file", "printf 'PK\\3\\4PK456789abcdef' >bad.zip; $D info bad.zip"},
+        {"m1: is a directory", "$D info m1"},
         {"bad.longer: ", "$D eval bad.longer --limit 1"},
         {"ema.score.down.1.0.norm1.scale', which model vdm-2 needs", "$D eval bad.deeper --limit 1"},
         {"tensors that model vdm-1 does not have", "$D eval bad.shallower --limit 1"},
@@ -1930,11 +1937,12 @@ static void test_colour(void) {
     succeed("mkdir cifar");
     write_cifar("cifar/data_batch_1.bin", 5);
     write_cifar("cifar/test_batch.bin", 3);
-    succeed("$D train $TINY --data cifar --steps 1 --eval-every 1 --out colours");
+    Outcome o = succeed("$D train $TINY --data cifar --steps 1 --eval-every 1 --out colours");
+    CHECK(strstr(o.error, "diffenc: cifar: holds 5 images, all five batches 50000\nstep 1"), "%s", o.error);
     succeed("$D sample colours/checkpoint.safetensors --count 2 --steps 2 --out colour.ppm");
     read_text("colour.ppm", text);
     CHECK(strncmp(text, "P6\n70 36\n255\n", 13) == 0, "colour.ppm begins with %.20s", text);
-    const Outcome o = succeed("$D eval colours/checkpoint.safetensors --data cifar");
+    o = succeed("$D eval colours/checkpoint.safetensors --data cifar");
     CHECK(strstr(o.out, "3 test images of "), "%s", o.out);
     succeed("cp colours/checkpoint.safetensors colour");
     succeed("$D show colour --data cifar --times 0 --count 1 --out colour.ppm");
