@@ -494,7 +494,8 @@ static int write_npy(void *stream, const void *context) {
 }
 
 static FileWriter image_writer(const char *path) {
-    const int is_png = has_extension(path, ".png") || has_extension(path, ".apng");
+    const int is_png =
+        has_extension(path, ".png") || has_extension(path, ".apng") || strcmp(path, "-") == 0;
     const int is_netpbm = has_extension(path, ".pgm") || has_extension(path, ".ppm");
     return is_png ? write_png : is_netpbm ? write_netpbm : has_extension(path, ".npy") ? write_npy : NULL;
 }
@@ -519,8 +520,12 @@ int images_write(const char *path, const unsigned char *images, int count, int h
     require(&c, height * (width * 3.0 + 1) <= 1.9e9, "an image of %d x %d pixels is too large", width,
             height);
     require(&c, count == 1 || writer == write_npy || (writer == write_png && delay), "holds one image only");
-    return c.failed || image_path_check(path, channels, error) || file_replace(path, writer, &image, error)
-               ? -1 : 0;
+    if (c.failed || image_path_check(path, channels, error))
+        return -1;
+    if (strcmp(path, "-") != 0)
+        return file_replace(path, writer, &image, error);
+    writer(stdout, &image);   /* what goes wrong is said at the program's end, as for all of stdout */
+    return 0;
 }
 
 int image_write(const char *path, const unsigned char *pixels, int height, int width, int channels,

@@ -627,7 +627,7 @@ int file_replace(const char *path, FileWriter write, const void *context, Error 
 /* ---- images ---- */
 
 /* pixels [height, width, channels], 1 or 3 channels, as .png, .pgm (1 channel), .ppm or .npy ([1, height,
- * width, channels], any channels): by the path's end. */
+ * width, channels], any channels): by the path's end. "-" is stdout, as .png. */
 int image_write(const char *path, const unsigned char *pixels, int height, int width, int channels,
                 Error *error);
 int image_path_check(const char *path, int channels, Error *error);   /* before hours of work */

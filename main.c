@@ -741,6 +741,10 @@ static unsigned char *images_of(Job *job, const Dataset *data, int count, unsign
     return images;
 }
 
+static int is_same(const struct stat *a, const struct stat *b) {
+    return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
+}
+
 static int is_stdout(const char *path) { return strcmp(path, "-") == 0; }
 
 /* Whether files can be made there is better known before minutes of work than after, and whether that would
@@ -757,8 +761,7 @@ static int output_check(Job *job, const char *input) {
         strcpy(slash ? slash + 1 : directory, ".");
         if (access(directory, W_OK | X_OK))
             return fail(&job->error, "%s: %s", outputs[i], strerror(errno));
-        if (stat(outputs[i], &out) == 0 && stat(input, &in) == 0 && out.st_dev == in.st_dev &&
-            out.st_ino == in.st_ino)
+        if (stat(outputs[i], &out) == 0 && stat(input, &in) == 0 && is_same(&out, &in))
             return fail(&job->error, "%s: is the same file as the input %s", outputs[i], input);
     }
     return 0;
@@ -773,33 +776,12 @@ typedef struct {
 /* Where a line goes that tells of what was written. */
 static FILE *tell(const Job *job) { return is_stdout(job->out) ? stderr : stdout; }
 
-/* image_write, which writes whole files only: what goes to stdout lies in one for a moment. */
-static int picture_write(Job *job, const char *path, const unsigned char *pixels, int h, int w,
-                         int channels) {
-    char directory[] = "/tmp/diffenc.XXXXXX", file[TEXT_SIZE];
-    if (!is_stdout(path))
-        return image_write(path, pixels, h, w, channels, &job->error);
-    if (!mkdtemp(directory))
-        return fail(&job->error, "%s: cannot be created: %s", directory, strerror(errno));
-    path_in(directory, "picture.png", file);
-    const int status = image_write(file, pixels, h, w, channels, &job->error);
-    FILE *in = fopen(file, "rb");
-    for (int byte; in && (byte = getc(in)) != EOF;)
-        putchar(byte);
-    if (in)
-        fclose(in);
-    unlink(file);
-    rmdir(directory);
-    return status;
-}
-
 /* Several as a grid, a single one without a border. */
 static int grid_write(Job *job, const char *path, Pictures p, int columns) {
-    if (p.count == 1)
-        return picture_write(job, path, p.pixels, p.height, p.width, p.channels);
-    int h, w;
-    unsigned char *grid = image_grid(p.pixels, p.count, columns, p.height, p.width, p.channels, &h, &w);
-    const int status = picture_write(job, path, grid, h, w, p.channels);
+    int h = p.height, w = p.width;
+    unsigned char *grid =
+        p.count > 1 ? image_grid(p.pixels, p.count, columns, p.height, p.width, p.channels, &h, &w) : NULL;
+    const int status = image_write(path, grid ? grid : p.pixels, h, w, p.channels, &job->error);
     free(grid);
     return status;
 }
@@ -835,11 +817,8 @@ static void time_text(double seconds, char text[32]) {
 }
 
 static int terminal_width(void) {
-    const char *columns = getenv("COLUMNS");
     struct winsize size;
-    if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0)
-        return size.ws_col;
-    return columns && atoi(columns) > 0 ? atoi(columns) : 80;
+    return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
 }
 
 /* Write over the terminal's line: with a text that fits, or with nothing. */
@@ -985,8 +964,7 @@ static int directory_check(const Job *job, Error *error) {
     char path[TEXT_SIZE];
     struct stat locked, here;
     path_in(job->out, ".lock", path);
-    if (fstat(job->lock, &locked) == 0 && stat(path, &here) == 0 && locked.st_dev == here.st_dev &&
-        locked.st_ino == here.st_ino)
+    if (fstat(job->lock, &locked) == 0 && stat(path, &here) == 0 && is_same(&locked, &here))
         return 0;
     return fail(error, "%s: was removed or replaced while this training was at work in it", job->out);
 }
@@ -1175,7 +1153,7 @@ static void progress(Job *job, const StepReport *r) {
     const unsigned long long step = job->model.step;
     const double now = seconds_now();
     const int terminal = isatty(STDERR_FILENO), last = step == (unsigned)job->steps || stop_signal;
-    char line[LINE_SIZE], terms[LINE_SIZE], speed[64], left[32];
+    char line[LINE_SIZE], terms[LINE_SIZE / 2], speed[64], left[32];
     if (!last && job->last_line > 0 && now - job->last_line < (terminal ? 0.1 : 10))
         return;
     time_left(job, left);
@@ -1554,7 +1532,7 @@ static int sample(Job *job) {
     const int channels = is_points(c) && !ends_in(job->out, ".npy") ? 3 : c->image_channels;
     /* Thrice the pictures: as they are, as a grid, as a file. */
     const double each = count * (double)image_size(c) + (is_points(c) ? PANEL_SIZE : 0);
-    if (image_path_check(is_stdout(job->out) ? "-.png" : job->out, channels, &job->error) ||
+    if (image_path_check(job->out, channels, &job->error) ||
         memory_check(job, 3 * each * (job->trajectory ? 2 * FRAMES : 1)))
         return -1;
     if (job->trajectory ? trajectory_write(job, count, steps) : sample_to(job, job->out, steps, job->seed))
@@ -1953,7 +1931,7 @@ static int show(Job *job) {
     if (times_parse(job, &s))
         return USAGE;
     const size_t pixels = (size_t)s.times * c->height * c->width, each = 3 * SHOW_ROWS * pixels;
-    if (image_path_check(is_stdout(job->out) ? "-.png" : job->out, 3, &job->error))
+    if (image_path_check(job->out, 3, &job->error))
         return -1;
     if (c->kind == VDM)
         return fail(&job->error, "%s: vdm-%d has no encoder to show: x_t = x", job->checkpoint,
