@@ -727,13 +727,19 @@ static int limited(const Dataset *data, int limit) {
     return limit > 0 && (uint32_t)limit < data->count ? limit : (int)data->count;
 }
 
-/* `count` images, evenly over the whole split: files may be sorted. And their labels, or NULL. */
-static unsigned char *images_of(Job *job, const Dataset *data, int count, unsigned char **labels) {
+/* `count` images, the first one of each of so many classes, the others evenly over the whole split: files may
+ * be sorted. And their labels, or NULL. */
+static unsigned char *images_of(Job *job, const Dataset *data, int count, int classes,
+                                unsigned char **labels) {
     const size_t d = (size_t)data->height * data->width * data->channels;
     unsigned char *images = arena_allocate(job->arena, (size_t)count, d);
     *labels = data->classes ? arena_allocate(job->arena, (size_t)count, 1) : NULL;
     for (int i = 0; i < count; i++) {
-        const uint32_t index = (uint32_t)((uint64_t)i * data->count / (unsigned)count);
+        uint32_t index = 0;
+        while (index < data->count && i < classes && dataset_label(data, index) != i)
+            index++;
+        if (i >= classes || index == data->count)
+            index = (uint32_t)((uint64_t)i * data->count / (unsigned)count);
         dataset_image(data, index, images + (size_t)i * d);
         if (*labels)
             (*labels)[i] = (unsigned char)dataset_label(data, index);
@@ -816,15 +822,19 @@ static void time_text(double seconds, char text[32]) {
     snprintf(text, 32, "%lld:%02d:%02d left", s / 3600, (int)(s / 60 % 60), (int)(s % 60));
 }
 
-static int terminal_width(void) {
+/* How many columns there are on stderr: any number where it is no terminal. */
+static int line_width(void) {
     struct winsize size;
+    if (!isatty(STDERR_FILENO))
+        return INT_MAX;
     return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
 }
 
-/* Write over the terminal's line: with a text that fits, or with nothing. */
+/* A line of progress, which takes the place of the one before on a terminal. */
 static void show_line(Job *job, const char *text) {
-    fprintf(stderr, "\r%.*s\33[K", terminal_width() - 1, text);
-    job->line_is_open = *text != 0;
+    const int terminal = isatty(STDERR_FILENO);
+    fprintf(stderr, terminal ? "\r%.*s\33[K" : "%.*s\n", line_width() - 1, text);
+    job->line_is_open = terminal && *text;
 }
 
 /* What is printed next begins a line of its own. */
@@ -1011,8 +1021,8 @@ static int log_check(Job *job, uint64_t step, long *kept) {
             return 0;
         if (value[0] <= (double)step) {
             *kept = ftell(log);
-            job->seconds = value[COLUMNS - 1];
-            job->best = fmin(job->best, value[TEST_COLUMN]); /* not NAN */
+            job->seconds = fmin(fmax(value[COLUMNS - 1], 0), 1e12); /* neither of them NAN */
+            job->best = fmin(job->best, value[TEST_COLUMN]);
         }
         last = value[0];
     }
@@ -1152,25 +1162,19 @@ static void report(Job *job) {
 static void progress(Job *job, const StepReport *r) {
     const unsigned long long step = job->model.step;
     const double now = seconds_now();
-    const int terminal = isatty(STDERR_FILENO), last = step == (unsigned)job->steps || stop_signal;
+    const int last = step == (unsigned)job->steps || stop_signal, width = line_width();
     char line[LINE_SIZE], terms[LINE_SIZE / 2], speed[64], left[32];
-    if (!last && job->last_line > 0 && now - job->last_line < (terminal ? 0.1 : 10))
+    if (!last && job->last_line > 0 && now - job->last_line < (width < INT_MAX ? 0.1 : 10))
         return;
     time_left(job, left);
     job->last_line = now;
     snprintf(terms, sizeof terms, " (recon %.4f  latent %.4f  diffusion %.4f)", r->recon, r->latent,
              r->diffusion);
     snprintf(speed, sizeof speed, "  %.1f images/s", job->settings.batch / job->step_seconds);
-    for (int parts = 2; parts >= 0; parts--) { /* as many as a terminal has room for */
-        const int length = snprintf(line, sizeof line, "step %llu/%d  %.4f bpd%s%s  %s", step, job->steps,
-                                    r->total, parts > 1 ? terms : "", parts > 0 ? speed : "", left);
-        if (!terminal || length < terminal_width())
-            break;
-    }
-    if (terminal)
-        show_line(job, line);
-    else
-        fprintf(stderr, "%s\n", line);
+    for (int parts = 2, length = width; parts >= 0 && length >= width; parts--) /* as many as have room */
+        length = snprintf(line, sizeof line, "step %llu/%d  %.4f bpd%s%s  %s", step, job->steps, r->total,
+                          parts > 1 ? terms : "", parts > 0 ? speed : "", left);
+    show_line(job, line);
 }
 
 static int due(uint64_t step, int every) { return every > 0 && step > 0 && step % (uint64_t)every == 0; }
@@ -1270,7 +1274,7 @@ static int sample_to(Job *job, const char *path, int steps, uint64_t seed) {
     if (job->data.count == 0 && data_open(job, "swirl", SPLIT_TEST, &job->data))
         return -1;
     memcpy(images + all, images, all);
-    memcpy(images, images_of(job, &job->data, count, &labels), all);
+    memcpy(images, images_of(job, &job->data, count, 0, &labels), all);
     return grid_write(job, path, pictures_of(job, images, 2, count), 2);
 }
 
@@ -1383,7 +1387,7 @@ static int train_data(Job *job) {
         return 0;
     const int status = data_open(job, s->data, SPLIT_TEST, &test);
     job->test_count = limited(&test, job->eval_limit);
-    job->test = status ? NULL : images_of(job, &test, job->test_count, &job->test_labels);
+    job->test = status ? NULL : images_of(job, &test, job->test_count, 0, &job->test_labels);
     dataset_close(&test);
     return status;
 }
@@ -1797,7 +1801,7 @@ static int eval(Job *job) {
             return status;
     double *distance = arena_allocate(job->arena, distances, sizeof *distance), all = 0;
     double(*draws)[DRAW_COLUMNS] = draw_count ? arena_allocate(job->arena, draw_count, sizeof *draws) : NULL;
-    unsigned char *labels, *images = images_of(job, &job->data, count, &labels);
+    unsigned char *labels, *images = images_of(job, &job->data, count, 0, &labels);
     for (job->parts_done = 0; job->parts_done < n; job->parts_done++)
         if (eval_take(job, job->parts_done) || eval_one(job, job->parts_done, images, labels, count, draws))
             return -1;
@@ -1944,17 +1948,7 @@ static int show(Job *job) {
     const double panels = is_points(c) ? 3.0 * s.times * PANEL_SIZE : 0;
     if (memory_check(job, count * (3.0 * (double)each + (double)pixels * sizeof(double)) + panels))
         return -1;
-    unsigned char *labels, *images = images_of(job, &job->data, count, &labels);
-    for (int class = 0; class < smaller(classes, count); class ++) { /* the first one of each */
-        uint32_t i = 0;
-        while (i < job->data.count && dataset_label(&job->data, i) != class)
-            i++;
-        if (i < job->data.count) {
-            dataset_image(&job->data, i, images + (size_t) class * image_size(c));
-            if (labels)
-                labels[class] = (unsigned char) class;
-        }
-    }
+    unsigned char *labels, *images = images_of(job, &job->data, count, classes, &labels);
     s.images = images, s.labels = labels;
     s.pictures = arena_allocate(job->arena, (size_t)count, each);
     s.change = arena_allocate(job->arena, (size_t)count, pixels * sizeof(double));

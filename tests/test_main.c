@@ -1006,7 +1006,7 @@ static void test_terminal(void) {
                  {60, "$D train $TINY $S --out s60", "\rstep 1/1  ", " images/s  0:00:00 left\33[K"},
                  {40, "$D train $TINY $S --out s40", "\rstep 1/1  ", " bpd  0:00:00 left\33[K"},
                  {25, "$D train $TINY $S --out s25", "\rstep 1/1  ", " bpd  0:\33[K"},
-                 {30, "$D eval good good --limit 4 --repeats 400", "\r", "/8 images  0:0"}};
+                 {30, "$D eval good good --limit 4 --repeats 200", "\r", "/8 images  0:0"}};
     for (int i = 0; i < 5; i++) {
         const struct winsize size = {.ws_col = list[i].columns};
         const int terminal = posix_openpt(O_RDWR | O_NOCTTY);
