@@ -1,4 +1,4 @@
-# DiffEnc in C. `make` builds ./diffenc; everything else is below, with its reason.
+# DiffEnc in C. `make` builds ./diffenc; everything else is below, with its reason, which `make help` prints.
 #
 #   make CC=clang            another compiler
 #   make MARCH=x86-64-v3     another machine than this one (default: native)
@@ -77,11 +77,12 @@ run: all
 	./$(PROGRAM) train --data digits --steps 2400 --out $(RUN)
 	@echo "Look at $(RUN)/samples-2400.png and $(RUN)/report.html."
 
-# All tests, in single and in double precision; the last line is the sum of both. MNIST_DIR=DIR adds the real data.
+# All tests, in single and in double precision; the last line is the sum of both. Real data are added where mnist/ is
+# there, or MNIST_DIR=DIR says where they are.
 test:
 	@$(MAKE) --no-print-directory all tests
 	@$(MAKE) --no-print-directory all tests DOUBLE=1
-	@sh tests/run.sh $(BUILD) $(BUILD)-double
+	@$(if $(MNIST_DIR),,$(if $(wildcard mnist),MNIST_DIR='$(CURDIR)/mnist')) sh tests/run.sh $(BUILD) $(BUILD)-double
 
 tests: $(TESTS)
 
@@ -143,12 +144,32 @@ trust: all
 mnist:
 	sh tests/fetch_mnist.sh mnist
 
+# Remove what was built.
 clean:
 	rm -rf build diffenc diffenc-double
 
+# Copy the program to $(PREFIX)/bin.
 install: all
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(PROGRAM) $(DESTDIR)$(PREFIX)/bin/$(PROGRAM)
 
-.PHONY: all always run test tests check mutants bench bench-peer paper fuzz fuzzing trust mnist clean install
+# Take it away from there.
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/$(PROGRAM)
+
+# What there is to make: each target with the comment above it.
+help:
+	@awk '/^#/ { for (i = 2; i <= NF; i++) word[++n] = $$i; next } \
+	    /^[a-z-]+:/ && n { \
+	        line = sprintf("%-11s", substr($$1, 1, length($$1) - 1)); \
+	        for (i = 1; i <= n; i++) { \
+	            if (length(line word[i]) > 78) { print line; line = sprintf("%11s", "") } \
+	            line = line " " word[i] \
+	        } \
+	        print line \
+	    } \
+	    !/=/ { n = 0 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: all always run test tests check mutants bench bench-peer paper fuzz fuzzing trust mnist clean install \
+        uninstall help
 .SECONDARY:

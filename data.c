@@ -485,7 +485,9 @@ static int write_pixels(void *stream, const void *context) {
     return ferror((FILE *)stream);
 }
 
-static int is_png(const char *path) { return has_extension(path, ".png") || has_extension(path, ".apng"); }
+static int is_png(const char *path) {
+    return has_extension(path, ".png") || has_extension(path, ".apng") || strcmp(path, "-") == 0;
+}
 
 int image_path_check(const char *path, int channels, Error *error) {
     Cursor c = {.name = path, .error = error};
@@ -505,7 +507,12 @@ int images_write(const char *path, const unsigned char *images, int count, int h
     assert(count == 1 || has_extension(path, ".npy") || (is_png(path) && delay));
     require(&c, height * (width * 3.0 + 1) <= 1.9e9, "an image of %d x %d pixels is too large", width,
             height);
-    return c.failed ? -1 : file_replace(path, is_png(path) ? write_png : write_pixels, &image, error);
+    if (c.failed)
+        return -1;
+    if (strcmp(path, "-") != 0)
+        return file_replace(path, is_png(path) ? write_png : write_pixels, &image, error);
+    write_png(stdout, &image);   /* what goes wrong is said at the program's end, as for all of stdout */
+    return 0;
 }
 
 int image_write(const char *path, const unsigned char *pixels, int height, int width, int channels,
@@ -919,6 +926,9 @@ int dataset_open(Dataset *dataset, const char *where, Split split, uint64_t seed
             c.failed = dataset_add(dataset, where, i, error);
     require(&c, dataset->count > 0, "holds neither %s (MNIST) nor %s (CIFAR-10), plain or with .gz",
             file_names[split][0], is_test ? "test_batch.bin" : "data_batch_1.bin to ..5.bin");
+    if (!c.failed && !is_built_in && !is_test && dataset->channels == 3 && dataset->count < 5 * MOST_RECORDS)
+        fprintf(stderr, "diffenc: %s: holds %u images, all five batches 50000\n", where,
+                (unsigned)dataset->count);
     if (c.failed)
         dataset_close(dataset);
     return c.failed;

@@ -433,6 +433,8 @@ typedef struct {
     real *transposed;                  /* [weight_count] likewise */
     Arena *results;
     const volatile sig_atomic_t *stop; /* NULL, or not 0 when runs are to end early */
+    void (*progress)(void *watcher, int done, int count);   /* NULL, or told of each example of workers_run */
+    void *watcher;
 } Workers;
 
 void workers_new(Workers *workers, Model *model, int threads);
@@ -625,7 +627,7 @@ int file_replace(const char *path, FileWriter write, const void *context, Error 
 /* ---- images ---- */
 
 /* pixels [height, width, channels], 1 or 3 channels, as .png, .pgm (1 channel), .ppm or .npy ([1, height,
- * width, channels], any channels): by the path's end. */
+ * width, channels], any channels): by the path's end. "-" is stdout, as .png. */
 int image_write(const char *path, const unsigned char *pixels, int height, int width, int channels,
                 Error *error);
 int image_path_check(const char *path, int channels, Error *error);   /* before hours of work */

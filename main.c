@@ -21,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -37,6 +38,7 @@ enum { OK = 0, FAILURE = 1, USAGE = 2, HELP = 3 };
 
 enum { MAX_THREADS = 256, MAX_BATCH = 1 << 20 };
 
+static const char *const VERSION = "diffenc 1.0";
 static const double LOG_2 = 0.6931471805599453;
 static const char *const TERMS[4] = {"recon", "latent", "diffusion", "total"};
 
@@ -94,6 +96,7 @@ typedef struct {
     char data[TEXT_SIZE];
     uint64_t data_digest; /* of these images, wherever they lie; 0: not known */
     uint64_t step;        /* of the checkpoint */
+    char made_by[TEXT_SIZE];
 } Settings;
 
 /* What a command needs of a checkpoint: only the weights in training (grad), only their average (sample,
@@ -104,11 +107,11 @@ typedef struct Command Command;
 typedef struct Evaluated Evaluated;
 typedef struct {
     /* Options; which command has which is said by OPTIONS. */
-    int threads, steps, save_every, sample_every, sample_steps, eval_every, eval_limit, resume;
+    int threads, steps, save_every, keep_every, sample_every, sample_steps, eval_every, eval_limit, resume;
     int count, one_class, sampler, draw, trajectory, split, limit, repeats, timesteps;
     uint64_t seed;
     char out[TEXT_SIZE], chart[TEXT_SIZE], csv[TEXT_SIZE]; /* files to be written */
-    char ratio[TEXT_SIZE], batch[TEXT_SIZE], times[TEXT_SIZE];
+    char ratio[TEXT_SIZE], batch[TEXT_SIZE], times[TEXT_SIZE], init[TEXT_SIZE];
     char where[TEXT_SIZE]; /* of the data; "": as in training */
     Settings settings;
     const char *checkpoint; /* the present one */
@@ -128,10 +131,14 @@ typedef struct {
     unsigned char *test, *test_labels; /* [test_count] images */
     int test_count, lock; /* descriptor of OUT/.lock */
     FILE *log;
-    double started, step_seconds, last_line, next_report;
+    double seconds, step_seconds, next_report; /* of its steps, also before it was resumed; of one of them */
     uint64_t first_step;
+    double first_seconds; /* before that step */
+    double best;          /* the least test bound */
     unsigned long long newest_grid; /* its step; 0: none */
     const char *end;                /* why the training ended, or NULL */
+    double last_line, work_began;   /* when */
+    int parts_done;                 /* of the present work: checkpoints */
     int line_is_open;               /* the terminal's cursor stands behind the progress line */
 } Job;
 
@@ -145,9 +152,11 @@ struct Command {
 };
 
 /* Who takes an option: commands, and the metadata of checkpoints. What is FIXED makes the model and the order
- * of the data, and cannot change when a training is resumed. */
-enum { TRAIN = 1, SAMPLE = 2, EVAL = 4, SHOW = 8, GRAD = 16, RECORD = 32, KEPT = 64 };
+ * of the data, and cannot change when a training is resumed; what is NETWORK says what the weights are. */
+enum { TRAIN = 1, SAMPLE = 2, EVAL = 4, SHOW = 8, GRAD = 16, INFO = 32 };
+enum { RECORD = 64, KEPT = 128, SHAPE = 256 };
 enum { ALL = TRAIN | SAMPLE | EVAL | SHOW | GRAD, SETTING = TRAIN | RECORD, FIXED = SETTING | KEPT };
+enum { NETWORK = FIXED | SHAPE };
 
 typedef enum { INT, RANGE, NUMBER, COUNT, TEXT, CHOICE, MODEL } OptionType;
 
@@ -173,12 +182,12 @@ typedef char ENUMERATIONS_ARE_INTS[sizeof(NetKind) == sizeof(int) ? 1 : -1];
 #define O(member) IN(settings.optimizer.member)
 
 static const Option OPTIONS[] = {
-    {"model", FIXED, MODEL, IN(settings.config), 0, 0, "NAME", "vdm-L, diffenc-L-nt or diffenc-L-E"},
-    {"net", FIXED, CHOICE, C(net), 0, 0, "flat|unet", "body of the score network"},
-    {"channels", FIXED, INT, C(channels), -1e9, 1e9, "N", "of the score network, a multiple of 4"},
+    {"model", NETWORK, MODEL, IN(settings.config), 0, 0, "NAME", "vdm-L, diffenc-L-nt or diffenc-L-E"},
+    {"net", NETWORK, CHOICE, C(net), 0, 0, "flat|unet", "body of the score network"},
+    {"channels", NETWORK, INT, C(channels), -1e9, 1e9, "N", "of the score network, a multiple of 4"},
     {"encoder-channels", FIXED, INT, C(encoder_channels), -1e9, 1e9, "N", "of the encoder, a multiple of 4"},
-    {"fourier", FIXED, RANGE, C(fourier_first), 0, 0, "FIRST..LAST", "features of z, as powers of two"},
-    {"predict", FIXED, CHOICE, C(prediction), 0, 0, "v|eps|x", "what the score network predicts"},
+    {"fourier", NETWORK, RANGE, C(fourier_first), 0, 0, "FIRST..LAST", "features of z, as powers of two"},
+    {"predict", NETWORK, CHOICE, C(prediction), 0, 0, "v|eps|x", "what the score network predicts"},
     {"schedule", FIXED, CHOICE, C(schedule), 0, 0, "fixed|learned", "the end points of gamma(t)"},
     {"gamma-min", FIXED, NUMBER, C(gamma_min), -1e9, 1e9, "X", "gamma(0); where a learned schedule starts"},
     {"gamma-max", FIXED, NUMBER, C(gamma_max), -1e9, 1e9, "X", "gamma(1); where a learned schedule starts"},
@@ -204,6 +213,7 @@ static const Option OPTIONS[] = {
     {"width", RECORD, INT, C(width), -1e9, 1e9, "", ""},
     {"image-channels", RECORD, INT, C(image_channels), -1e9, 1e9, "", ""},
     {"classes", RECORD, INT, C(classes), -1e9, 1e9, "", ""},
+    {"made-by", RECORD, TEXT, IN(settings.made_by), 0, 0, "", ""},
     {"data", EVAL | SHOW, TEXT, IN(where), 0, 0, "DIR|digits|swirl",
      "needed unless it was trained on what is built in"},
     {"split", EVAL, CHOICE, IN(split), 0, 0, "train|test", "which images"},
@@ -229,6 +239,7 @@ static const Option OPTIONS[] = {
      "images U8 [B,H,W,C], t [B], eps, eps0 [B,H,W,C]; labels U8 [B] of a conditional model"},
     {"threads", ALL, INT, IN(threads), 1, MAX_THREADS, "N", "train and grad use at most 16"},
     {"save-every", TRAIN, INT, IN(save_every), 0, 2e9, "N", "between checkpoints; 0: at the end only"},
+    {"keep-every", TRAIN, INT, IN(keep_every), 0, 2e9, "N", "between numbered checkpoints; 0: none"},
     {"sample-every", TRAIN, INT, IN(sample_every), 0, 2e9, "N", "between grids; 0: at the end only"},
     {"sample-steps", TRAIN, INT, IN(sample_steps), 0, 1e6, "T", "steps of a grid, at most T; 0: no grids"},
     {"eval-every", TRAIN, INT, IN(eval_every), 0, 2e9, "N", "between bounds on test images; 0: none"},
@@ -240,6 +251,7 @@ static const Option OPTIONS[] = {
      "a grid: .png, .pgm, .ppm or -; each: N-%03d.png; all: .npy"},
     {"out", SHOW, TEXT, IN(out), 0, 0, "FILE", "of each image x_t, y, (x_t - x_s)/(t - s) over t"},
     {"out", GRAD, TEXT, IN(out), 0, 0, "FILE", "loss.recon, .latent, .diffusion in nats, bpd, grad.NAME"},
+    {"init", TRAIN, TEXT, IN(init), 0, 0, "CHECKPOINT", "start from its averaged weights"},
     {"resume", TRAIN, INT, IN(resume), 0, 1, "", "go on where the checkpoint in --out stands"},
 };
 enum { OPTION_COUNT = sizeof OPTIONS / sizeof OPTIONS[0] };
@@ -364,17 +376,31 @@ static int option_set(const Option *o, Job *job, const char *text, Error *error)
     return good ? 0 : fail(error, "%s '%.80s': expected %s", o->name, text, expected);
 }
 
+static int asks_help(const char *text) { return strcmp(text, "-h") == 0 || strcmp(text, "--help") == 0; }
+
+/* Print the first `length` bytes of a text behind a space, in a line of 80 columns with the one before or in
+ * a new one. Returns the column. */
+static int print_word(const char *text, int length, int column) {
+    if (column + 1 + length > 80)
+        column = printf("\n%28s", "") - 1;
+    return column + printf(" %.*s", length, text);
+}
+
 static void print_help(const Job *job) {
     printf("usage: diffenc %s %s\n\n", job->command->name, job->command->usage);
     for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++) {
-        char left[64], value[TEXT_SIZE];
+        char value[TEXT_SIZE], text[TEXT_SIZE + 16];
         if (!(o->takers & job->command->taker))
             continue;
-        snprintf(left, sizeof left, "--%s %s", o->name, o->argument);
+        int column = printf("  --%s %-*s", o->name, 23 - (int)strlen(o->name), o->argument), length;
+        for (const char *word = o->help; *word; word += length, word += strspn(word, " ")) {
+            length = (int)strcspn(word, " ");
+            column = print_word(word, length, column);
+        }
         option_text(o, job, value);
-        printf("  %-28s %s", left, o->help);
+        length = snprintf(text, sizeof text, "(default %s)", value);
         if (*o->argument && *value)
-            printf(" (default %s)", value);
+            print_word(text, length, column);
         printf("\n");
     }
 }
@@ -406,7 +432,7 @@ static int parse_options(Job *job) {
         const char *text = *argument, *value = strchr(text, '=');
         const int is_option = strncmp(text, "--", 2) == 0;
         const Option *o = is_option ? option_find(command->taker, text + 2, strcspn(text + 2, "=")) : NULL;
-        if (strcmp(text, "--help") == 0) {
+        if (asks_help(text)) {
             print_help(job);
             return HELP;
         }
@@ -569,6 +595,7 @@ static int checkpoint_write(Job *job, const char *path) {
     const char *metadata[2 * OPTION_COUNT + 4] = {"format", "diffenc", "format_version", "1"};
     int texts = 4;
     job->settings.step = m->step;
+    strcpy(job->settings.made_by, VERSION);
     for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++)
         if (o->takers & RECORD) {
             char(*text)[TEXT_SIZE] = arena_allocate(job->arena, 2, sizeof *text);
@@ -588,9 +615,8 @@ static int checkpoint_write(Job *job, const char *path) {
     return tensors_write(path, out, count, metadata, texts / 2, &job->error);
 }
 
-static int checkpoint_load(Job *job, const TensorFile *f, const char *path) {
+static int checkpoint_load(Job *job, const TensorFile *f, const char *path, Load load) {
     const Model *m = &job->model;
-    const Load load = job->command->load;
     char model[32];
     int known = 0;
     config_model_name(&m->config, model);
@@ -624,12 +650,29 @@ static int checkpoint_take(Job *job, const TensorFile *f, const char *path) {
     if (weights > f->bytes.size / sizeof(float))
         return fail(error, "%s: holds %zu bytes, too few for %zu weights", path, f->bytes.size, weights);
     if (model_memory_check(job, weights) || model_new(&job->model, c, job->settings.seed, error) ||
-        checkpoint_load(job, f, path))
+        checkpoint_load(job, f, path, job->command->load))
         return -1;
     job->model.step = job->settings.step;
     if (job->command->load == LOAD_ALL && f->tensors[0].type != TYPE_OF_REAL)
         fprintf(stderr, "diffenc: %s: was written in another precision, goes on in %s\n", path,
                 TYPE_OF_REAL == TYPE_F64 ? "double" : "single");
+    return 0;
+}
+
+/* A new model's weights: the averaged ones of a checkpoint whose networks are the same. */
+static int init_take(Job *job, const TensorFile *f, const char *path) {
+    for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++) {
+        char key[TEXT_SIZE], wanted[TEXT_SIZE];
+        metadata_key(o->name, key);
+        option_text(o, job, wanted);
+        const char *found = o->takers & SHAPE ? tensors_metadata(f, key) : NULL;
+        if (found && strcmp(found, wanted) != 0)
+            return fail(&job->error, "%s: was trained with --%s %.60s, not %.60s", path, o->name, found,
+                        wanted);
+    }
+    if (checkpoint_load(job, f, path, LOAD_EMA))
+        return -1;
+    memcpy(job->model.params, job->model.ema, job->model.weight_count * sizeof(real));
     return 0;
 }
 
@@ -669,7 +712,9 @@ static int data_open(Job *job, const char *where, Split split, Dataset *data) {
     Error inner;
     if (dataset_open(data, where, split, job->settings.seed, &inner))
         return fail(&job->error, "%s%s", inner.text,
-                    job->resume ? "; --data says where the data are now" : "");
+                    job->resume                   ? "; --data says where the data are now"
+                    : strcmp(where, "mnist") == 0 ? "; 'make mnist' fetches them"
+                                                  : "");
     if (!job->model.params && split == SPLIT_TRAIN) {
         c->height = data->height, c->width = data->width, c->image_channels = data->channels;
         c->classes = job->settings.conditional ? data->classes : 0;
@@ -682,18 +727,28 @@ static int limited(const Dataset *data, int limit) {
     return limit > 0 && (uint32_t)limit < data->count ? limit : (int)data->count;
 }
 
-/* `count` images, evenly over the whole split: files may be sorted. And their labels, or NULL. */
-static unsigned char *images_of(Job *job, const Dataset *data, int count, unsigned char **labels) {
+/* `count` images, the first one of each of so many classes, the others evenly over the whole split: files may
+ * be sorted. And their labels, or NULL. */
+static unsigned char *images_of(Job *job, const Dataset *data, int count, int classes,
+                                unsigned char **labels) {
     const size_t d = (size_t)data->height * data->width * data->channels;
     unsigned char *images = arena_allocate(job->arena, (size_t)count, d);
     *labels = data->classes ? arena_allocate(job->arena, (size_t)count, 1) : NULL;
     for (int i = 0; i < count; i++) {
-        const uint32_t index = (uint32_t)((uint64_t)i * data->count / (unsigned)count);
+        uint32_t index = 0;
+        while (index < data->count && i < classes && dataset_label(data, index) != i)
+            index++;
+        if (i >= classes || index == data->count)
+            index = (uint32_t)((uint64_t)i * data->count / (unsigned)count);
         dataset_image(data, index, images + (size_t)i * d);
         if (*labels)
             (*labels)[i] = (unsigned char)dataset_label(data, index);
     }
     return images;
+}
+
+static int is_same(const struct stat *a, const struct stat *b) {
+    return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
 }
 
 static int is_stdout(const char *path) { return strcmp(path, "-") == 0; }
@@ -712,8 +767,7 @@ static int output_check(Job *job, const char *input) {
         strcpy(slash ? slash + 1 : directory, ".");
         if (access(directory, W_OK | X_OK))
             return fail(&job->error, "%s: %s", outputs[i], strerror(errno));
-        if (stat(outputs[i], &out) == 0 && stat(input, &in) == 0 && out.st_dev == in.st_dev &&
-            out.st_ino == in.st_ino)
+        if (stat(outputs[i], &out) == 0 && stat(input, &in) == 0 && is_same(&out, &in))
             return fail(&job->error, "%s: is the same file as the input %s", outputs[i], input);
     }
     return 0;
@@ -728,33 +782,12 @@ typedef struct {
 /* Where a line goes that tells of what was written. */
 static FILE *tell(const Job *job) { return is_stdout(job->out) ? stderr : stdout; }
 
-/* image_write, which writes whole files only: what goes to stdout lies in one for a moment. */
-static int picture_write(Job *job, const char *path, const unsigned char *pixels, int h, int w,
-                         int channels) {
-    char directory[] = "/tmp/diffenc.XXXXXX", file[TEXT_SIZE];
-    if (!is_stdout(path))
-        return image_write(path, pixels, h, w, channels, &job->error);
-    if (!mkdtemp(directory))
-        return fail(&job->error, "%s: cannot be created: %s", directory, strerror(errno));
-    path_in(directory, "picture.png", file);
-    const int status = image_write(file, pixels, h, w, channels, &job->error);
-    FILE *in = fopen(file, "rb");
-    for (int byte; in && (byte = getc(in)) != EOF;)
-        putchar(byte);
-    if (in)
-        fclose(in);
-    unlink(file);
-    rmdir(directory);
-    return status;
-}
-
 /* Several as a grid, a single one without a border. */
 static int grid_write(Job *job, const char *path, Pictures p, int columns) {
-    if (p.count == 1)
-        return picture_write(job, path, p.pixels, p.height, p.width, p.channels);
-    int h, w;
-    unsigned char *grid = image_grid(p.pixels, p.count, columns, p.height, p.width, p.channels, &h, &w);
-    const int status = picture_write(job, path, grid, h, w, p.channels);
+    int h = p.height, w = p.width;
+    unsigned char *grid =
+        p.count > 1 ? image_grid(p.pixels, p.count, columns, p.height, p.width, p.channels, &h, &w) : NULL;
+    const int status = image_write(path, grid ? grid : p.pixels, h, w, p.channels, &job->error);
     free(grid);
     return status;
 }
@@ -782,6 +815,55 @@ static Pictures pictures_of(Job *job, unsigned char *images, int sets, int count
     return (Pictures){panels, sets, PANEL, PANEL, 3};
 }
 
+/* ---- progress ---- */
+
+static void time_text(double seconds, char text[32]) {
+    const long long s = (long long)seconds;
+    snprintf(text, 32, "%lld:%02d:%02d left", s / 3600, (int)(s / 60 % 60), (int)(s % 60));
+}
+
+/* How many columns there are on stderr: any number where it is no terminal. */
+static int line_width(void) {
+    struct winsize size;
+    if (!isatty(STDERR_FILENO))
+        return INT_MAX;
+    return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
+}
+
+/* A line of progress, which takes the place of the one before on a terminal. */
+static void show_line(Job *job, const char *text) {
+    const int terminal = isatty(STDERR_FILENO);
+    fprintf(stderr, terminal ? "\r%.*s\33[K" : "%.*s\n", line_width() - 1, text);
+    job->line_is_open = terminal && *text;
+}
+
+/* What is printed next begins a line of its own. */
+static void end_line(Job *job) {
+    if (job->line_is_open)
+        fputc('\n', stderr);
+    job->line_is_open = 0;
+}
+
+/* How many images a grid or an evaluation has behind it, on a terminal and until its result is there. */
+static void work_progress(void *watcher, int done, int count) {
+    Job *job = watcher;
+    const double now = seconds_now();
+    const int parts = job->checkpoint_count > 0 ? job->checkpoint_count : 1;
+    char line[128], left[32];
+    done += job->parts_done * count, count *= parts;
+    if (done == 0) {
+        end_line(job);
+        job->work_began = job->last_line = now;
+    } else if (done == count && job->line_is_open) {
+        show_line(job, "");
+    } else if (now - job->last_line >= 0.1) {
+        job->last_line = now;
+        time_text((now - job->work_began) / done * (count - done), left);
+        snprintf(line, sizeof line, "%d/%d images  %s", done, count, left);
+        show_line(job, line);
+    }
+}
+
 /* ---- means ---- */
 
 /* Mean and standard error of x[i * stride] - minus[i * stride], i < count; minus may be NULL. */
@@ -806,22 +888,27 @@ static void mean_by_term(double (*terms)[4], double (*minus)[4], int count, doub
 
 /* ---- diffenc train: its directory ---- */
 
-static void grid_path(const Job *job, unsigned long long step, char path[TEXT_SIZE]) {
-    char name[64];
-    snprintf(name, sizeof name, "samples-%llu.png", step);
-    path_in(job->out, name, path);
+static void numbered_path(const Job *job, const char *name, unsigned long long step, const char *end,
+                          char path[TEXT_SIZE]) {
+    char numbered[64];
+    snprintf(numbered, sizeof numbered, "%s-%llu%s", name, step, end);
+    path_in(job->out, numbered, path);
 }
 
 /* Whether a training writes files of this name: 1, their temporary ones (file_replace): 2, or 0. */
 static int file_kind(const char *name) {
-    int whole[4] = {0}, temporary[4] = {0};
-    sscanf(name, "checkpoint.safetensors%n.tmp.%*[0-9]%n", &whole[0], &temporary[0]);
-    sscanf(name, "log.csv%n.tmp.%*[0-9]%n", &whole[1], &temporary[1]);
-    sscanf(name, "report.html%n.tmp.%*[0-9]%n", &whole[2], &temporary[2]);
-    sscanf(name, "samples-%*[0-9].png%n.tmp.%*[0-9]%n", &whole[3], &temporary[3]);
-    for (int i = 0; i < 4; i++)
-        if (whole[i] && (!name[whole[i]] || (temporary[i] && !name[temporary[i]])))
-            return name[whole[i]] ? 2 : 1;
+    static const char *const own[6] = {
+        "checkpoint.safetensors%n", "checkpoint-%*[0-9].safetensors%n", "best.safetensors%n",
+        "log.csv%n",                "report.html%n",                    "samples-%*[0-9].png%n"};
+    for (int i = 0; i < 6; i++) {
+        int whole = 0, temporary = 0;
+        sscanf(name, own[i], &whole);
+        if (whole && !name[whole])
+            return 1;
+        sscanf(name + whole, ".tmp.%*[0-9]%n", &temporary);
+        if (whole && temporary && !name[whole + temporary])
+            return 2;
+    }
     return 0;
 }
 
@@ -851,11 +938,23 @@ static int directory_inspect(Job *job) {
     return result;
 }
 
+/* A directory and those that it is to lie in. Returns 0, or -1 and errno. */
+static int directory_make(const char *path) {
+    char part[TEXT_SIZE];
+    for (const char *end = path; end;) {
+        end = strchr(end + 1, '/');
+        snprintf(part, sizeof part, "%.*s", end ? (int)(end - path) : TEXT_SIZE, path);
+        if (mkdir(part, 0777) && errno != EEXIST)
+            return -1;
+    }
+    return 0;
+}
+
 /* One training at a time in a directory. The lock goes with the process, however that ends. */
 static int directory_enter(Job *job) {
     struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
     char path[TEXT_SIZE];
-    if (!job->resume && mkdir(job->out, 0777) && errno != EEXIST)
+    if (!job->resume && directory_make(job->out))
         return fail(&job->error, "%s: cannot be created: %s", job->out, strerror(errno));
     path_in(job->out, ".lock", path);
     job->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0666);
@@ -875,8 +974,7 @@ static int directory_check(const Job *job, Error *error) {
     char path[TEXT_SIZE];
     struct stat locked, here;
     path_in(job->out, ".lock", path);
-    if (fstat(job->lock, &locked) == 0 && stat(path, &here) == 0 && locked.st_dev == here.st_dev &&
-        locked.st_ino == here.st_ino)
+    if (fstat(job->lock, &locked) == 0 && stat(path, &here) == 0 && is_same(&locked, &here))
         return 0;
     return fail(error, "%s: was removed or replaced while this training was at work in it", job->out);
 }
@@ -906,10 +1004,13 @@ static int log_line(const char *line, double value[COLUMNS]) {
 
 /* Check that a log is that of the checkpoint at `step`: the header, then consecutive steps, that one among
  * them or just before the first. *kept gets the length up to that step; what is behind it, whole lines or the
- * beginning of one, was written between the checkpoint and the end of the training. */
-static int log_check(FILE *log, uint64_t step, long *kept) {
+ * beginning of one, was written between the checkpoint and the end of the training. The seconds and the best
+ * bound go on from what is kept. */
+static int log_check(Job *job, uint64_t step, long *kept) {
+    FILE *log = job->log;
     char line[LINE_SIZE];
     double value[COLUMNS], last = 0;
+    job->best = INFINITY;
     if (fgets(line, sizeof line, log) && strcmp(line, LOG_HEADER) != 0)
         return 0;
     *kept = ftell(log);
@@ -918,8 +1019,11 @@ static int log_check(FILE *log, uint64_t step, long *kept) {
             return feof(log) && last >= (double)step && strspn(line, "0123456789.,+-einfa") == strlen(line);
         if (value[0] != last + 1 && (last > 0 || value[0] > (double)step + 1))
             return 0;
-        if (value[0] <= (double)step)
+        if (value[0] <= (double)step) {
             *kept = ftell(log);
+            job->seconds = fmin(fmax(value[COLUMNS - 1], 0), 1e12); /* neither of them NAN */
+            job->best = fmin(job->best, value[TEST_COLUMN]);
+        }
         last = value[0];
     }
     return last == 0 || last >= (double)step;
@@ -936,7 +1040,7 @@ static int log_open(Job *job) {
     if (!job->log)
         return fail(&job->error, "%s: cannot be opened for writing: %s", path, strerror(errno));
     rewind(job->log);
-    if (!log_check(job->log, job->model.step, &kept))
+    if (!log_check(job, job->model.step, &kept))
         return fail(&job->error, "%s: is not the log of this training; without it --resume begins a new one",
                     path);
     if (ftruncate(file, kept) || fseek(job->log, 0, SEEK_END) ||
@@ -948,8 +1052,7 @@ static int log_open(Job *job) {
 /* ---- diffenc train: its report ---- */
 
 static void time_left(const Job *job, char text[32]) {
-    const long long left = (long long)(job->step_seconds * (job->steps - (double)job->model.step));
-    snprintf(text, 32, "%lld:%02d:%02d left", left / 3600, (int)(left / 60 % 60), (int)(left % 60));
+    time_text(job->step_seconds * (job->steps - (double)job->model.step), text);
 }
 
 static void put_base64(FILE *out, const char *path) {
@@ -1023,7 +1126,7 @@ static int write_report(void *stream, const void *context) {
     fputs(".</p>\n<main>", stream);
     put_charts(stream, job);
     if (job->newest_grid > 0) {
-        grid_path(job, job->newest_grid, text);
+        numbered_path(job, "samples", job->newest_grid, ".png", text);
         fprintf(stream, "<figure><img alt='samples' src='data:image/png;base64,");
         put_base64(stream, text);
         fprintf(stream, "'><figcaption>Samples at step %llu</figcaption></figure>\n", job->newest_grid);
@@ -1037,13 +1140,6 @@ static int write_report(void *stream, const void *context) {
         }
     fputs("</dl></main>\n", stream);
     return ferror((FILE *)stream);
-}
-
-/* What is printed next begins a line of its own. */
-static void end_line(Job *job) {
-    if (job->line_is_open)
-        fputc('\n', stderr);
-    job->line_is_open = 0;
 }
 
 /* A report that cannot be written ends no training, and is not what a training failed by. The log may be
@@ -1066,25 +1162,36 @@ static void report(Job *job) {
 static void progress(Job *job, const StepReport *r) {
     const unsigned long long step = job->model.step;
     const double now = seconds_now();
-    const int terminal = isatty(STDERR_FILENO), last = step == (unsigned)job->steps || stop_signal;
-    char left[32];
-    if (!last && job->last_line > 0 && now - job->last_line < (terminal ? 0.1 : 10))
+    const int last = step == (unsigned)job->steps || stop_signal, width = line_width();
+    char line[LINE_SIZE], terms[LINE_SIZE / 2], speed[64], left[32];
+    if (!last && job->last_line > 0 && now - job->last_line < (width < INT_MAX ? 0.1 : 10))
         return;
     time_left(job, left);
     job->last_line = now;
-    fprintf(stderr,
-            "%sstep %llu/%d  %.4f bpd (recon %.4f  latent %.4f  diffusion %.4f)  %.1f images/s  %s%s",
-            terminal ? "\r" : "", step, job->steps, r->total, r->recon, r->latent, r->diffusion,
-            job->settings.batch / job->step_seconds, left, terminal ? "  " : "\n");
-    job->line_is_open = terminal;
-    fflush(stderr);
+    snprintf(terms, sizeof terms, " (recon %.4f  latent %.4f  diffusion %.4f)", r->recon, r->latent,
+             r->diffusion);
+    snprintf(speed, sizeof speed, "  %.1f images/s", job->settings.batch / job->step_seconds);
+    for (int parts = 2, length = width; parts >= 0 && length >= width; parts--) /* as many as have room */
+        length = snprintf(line, sizeof line, "step %llu/%d  %.4f bpd%s%s  %s", step, job->steps, r->total,
+                          parts > 1 ? terms : "", parts > 0 ? speed : "", left);
+    show_line(job, line);
+}
+
+static int due(uint64_t step, int every) { return every > 0 && step > 0 && step % (uint64_t)every == 0; }
+
+static int save_as(Job *job, const char *path) {
+    return directory_check(job, &job->error) ? -1 : checkpoint_write(job, path);
 }
 
 /* The checkpoint, and the log up to it, which a resumed training asks for. */
 static int save(Job *job) {
+    char path[TEXT_SIZE];
     if (job->log)
         fsync(fileno(job->log));
-    return directory_check(job, &job->error) ? -1 : checkpoint_write(job, job->checkpoint);
+    numbered_path(job, "checkpoint", job->model.step, ".safetensors", path);
+    if (due(job->model.step, job->keep_every) && save_as(job, path))
+        return -1;
+    return save_as(job, job->checkpoint);
 }
 
 /* After the work on what is called `name`: was it ended by a signal, or are its results no numbers? Then
@@ -1167,7 +1274,7 @@ static int sample_to(Job *job, const char *path, int steps, uint64_t seed) {
     if (job->data.count == 0 && data_open(job, "swirl", SPLIT_TEST, &job->data))
         return -1;
     memcpy(images + all, images, all);
-    memcpy(images, images_of(job, &job->data, count, &labels), all);
+    memcpy(images, images_of(job, &job->data, count, 0, &labels), all);
     return grid_write(job, path, pictures_of(job, images, 2, count), 2);
 }
 
@@ -1179,7 +1286,7 @@ static void sample_grid(Job *job) {
     char path[TEXT_SIZE];
     if (steps == 0)
         return;
-    grid_path(job, job->model.step, path);
+    numbered_path(job, "samples", job->model.step, ".png", path);
     const int status = sample_to(job, path, steps, job->settings.seed);
     if (stop_signal)
         return;
@@ -1190,10 +1297,7 @@ static void sample_grid(Job *job) {
     }
     job->newest_grid = job->model.step;
     printf("%s\n", path);
-    fflush(stdout);
 }
-
-static int due(uint64_t step, int every) { return every > 0 && step > 0 && step % (uint64_t)every == 0; }
 
 /* One step on the next images in the order of their epoch, with all that follows it: a line in the log, the
  * evaluation, the progress. */
@@ -1203,7 +1307,8 @@ static int train_step(Job *job) {
     unsigned char *images = arena_allocate(job->arena, (size_t)s->batch, d);
     unsigned char *labels = arena_allocate(job->arena, (size_t)s->batch, 1);
     StepReport r = {0};
-    char test[1024] = ",";
+    char test[1024] = ",", path[TEXT_SIZE];
+    const double start = seconds_now();
     for (int i = 0; i < s->batch; i++) {
         const uint64_t n = job->model.step * (uint64_t)s->batch + (uint64_t)i;
         const uint32_t position = (uint32_t)(n % job->data.count), epoch = (uint32_t)(n / job->data.count);
@@ -1215,6 +1320,8 @@ static int train_step(Job *job) {
                       &job->error))
         return stop_signal ? 0 : -1; /* a step in which a signal came is not taken */
     const unsigned long long step = job->model.step;
+    job->seconds += seconds_now() - start; /* without evaluations, grids and files */
+    job->step_seconds = (job->seconds - job->first_seconds) / (double)(step - job->first_step);
     if (due(step, job->eval_every)) {
         double result[4][2], (*terms)[4];
         terms = arena_allocate(job->arena, (size_t)job->test_count, sizeof *terms);
@@ -1225,12 +1332,14 @@ static int train_step(Job *job) {
             end_line(job);
             printf("step %llu: test %.4f +- %.4f bpd on %d images\n", step, result[3][0], result[3][1],
                    job->test_count);
-            fflush(stdout);
+            path_in(job->out, "best.safetensors", path);
+            if (result[3][0] < job->best && save_as(job, path))
+                return -1;
+            job->best = fmin(job->best, result[3][0]);
         }
     }
     fprintf(job->log, "%llu,%.6f,%.6f,%.6f,%.6f,%.6f,%s,%.3f\n", step, r.total, r.recon, r.latent,
-            r.diffusion, r.gradient_norm, test, seconds_now() - job->started);
-    job->step_seconds = (seconds_now() - job->started) / (double)(step - job->first_step);
+            r.diffusion, r.gradient_norm, test, job->seconds);
     progress(job, &r);
     if (fflush(job->log))
         return fail(&job->error, "%s/log.csv: cannot be written: %s", job->out, strerror(errno));
@@ -1246,14 +1355,13 @@ static int train_loop(Job *job) {
     const ArenaMark mark = arena_mark(job->arena);
     int status = 0;
     job->settings.optimizer.steps = job->steps;
-    job->first_step = *step;
-    job->started = seconds_now();
-    job->next_report = job->started + 1;
+    job->first_step = *step, job->first_seconds = job->seconds;
+    job->next_report = seconds_now() + 1;
     while (status == 0 && *step < steps && !stop_signal) {
         if (due(*step, job->sample_every))
             sample_grid(job);
         if (!stop_signal && (status = train_step(job)) == 0 && *step < steps &&
-            (due(*step, job->save_every) || due(*step, job->sample_every)))
+            (due(*step, job->save_every) || due(*step, job->sample_every) || due(*step, job->keep_every)))
             status = save(job);
         arena_release(job->arena, mark);
     }
@@ -1275,16 +1383,18 @@ static int train_data(Job *job) {
         return fail(&job->error, "%s: holds other images%s than this training began with", s->data,
                     s->conditional ? " or labels" : "");
     s->data_digest = digest;
+    job->need += job->data.pixels ? (double)job->data.count * (double)image_size(&s->config) : 0;
     if (!job->eval_every)
         return 0;
     const int status = data_open(job, s->data, SPLIT_TEST, &test);
     job->test_count = limited(&test, job->eval_limit);
-    job->test = status ? NULL : images_of(job, &test, job->test_count, &job->test_labels);
+    job->test = status ? NULL : images_of(job, &test, job->test_count, 0, &job->test_labels);
     dataset_close(&test);
     return status;
 }
 
-/* Everything that can be refused before memory is taken; a new training's directory is made last. */
+/* Everything that can be refused, most of it before memory is taken; a new training's directory is made
+ * last. */
 static int train_prepare(Job *job) {
     Settings *s = &job->settings;
     Error *error = &job->error;
@@ -1300,8 +1410,9 @@ static int train_prepare(Job *job) {
     job->model.config = s->config; /* with what may change on the way */
     if (job->resume)
         return log_open(job);
-    if (model_size(&s->config, &weights, error) || model_memory_check(job, weights) || directory_enter(job) ||
-        model_new(&job->model, &s->config, s->seed, error))
+    if (model_size(&s->config, &weights, error) || model_memory_check(job, weights) ||
+        model_new(&job->model, &s->config, s->seed, error) ||
+        (*job->init && file_take(job, job->init, init_take)) || directory_enter(job))
         return -1;
     return save(job) || log_open(job) ? -1 : 0; /* a log without a checkpoint would be a stranger's */
 }
@@ -1311,6 +1422,8 @@ static void workers_start(Job *job) {
     catch_signals();
     workers_new(&job->workers, &job->model, job->threads);
     job->workers.stop = &stop_signal;
+    job->workers.progress = isatty(STDERR_FILENO) ? work_progress : NULL;
+    job->workers.watcher = job;
 }
 
 static int train(Job *job) {
@@ -1320,14 +1433,23 @@ static int train(Job *job) {
     job->checkpoint = checkpoint;
     if (!job->resume && config_check(c, &job->error)) /* known from the options alone */
         return USAGE;
+    if (job->resume && *job->init) {
+        fail(&job->error, "init %s: begins a new training, --resume goes on with one", job->init);
+        return USAGE;
+    }
     if (train_prepare(job))
         return -1;
     workers_start(job);
     config_model_name(c, model);
-    printf("%s: %zu weights, %s (%u images of %dx%dx%d), %d threads, from step %llu to %d, into %s\n", model,
-           job->model.weight_count, job->settings.data, (unsigned)job->data.count, c->height, c->width,
-           c->image_channels, job->threads, (unsigned long long)job->model.step, job->steps, job->out);
-    fflush(stdout);
+    if (job->model.step > (uint64_t)job->steps)
+        fprintf(stderr, "diffenc: %s: is at step %llu already, beyond --steps %d\n", checkpoint,
+                (unsigned long long)job->model.step, job->steps);
+    printf("%s: %zu weights, %s (%u images of %dx%dx%d), %d thread%s, about %.0f MiB of memory, "
+           "from step %llu to %d (%.2f epochs), into %s\n",
+           model, job->model.weight_count, job->settings.data, (unsigned)job->data.count, c->height, c->width,
+           c->image_channels, job->threads, job->threads > 1 ? "s" : "", ldexp(job->need, -20),
+           (unsigned long long)job->model.step, job->steps,
+           (double)job->steps * job->settings.batch / job->data.count, job->out);
     const int status = train_loop(job);
     job->end = status ? job->error.text : stop_signal ? "stopped; --resume goes on" : "finished";
     if (job->model.step > 0)
@@ -1415,7 +1537,7 @@ static int sample(Job *job) {
     const int channels = is_points(c) && !ends_in(job->out, ".npy") ? 3 : c->image_channels;
     /* Thrice the pictures: as they are, as a grid, as a file. */
     const double each = count * (double)image_size(c) + (is_points(c) ? PANEL_SIZE : 0);
-    if (image_path_check(is_stdout(job->out) ? "-.png" : job->out, channels, &job->error) ||
+    if (image_path_check(job->out, channels, &job->error) ||
         memory_check(job, 3 * each * (job->trajectory ? 2 * FRAMES : 1)))
         return -1;
     if (job->trajectory ? trajectory_write(job, count, steps) : sample_to(job, job->out, steps, job->seed))
@@ -1635,7 +1757,7 @@ static int eval_take(Job *job, int i) {
     for (int k = 0; k < OPTION_COUNT; k++) { /* the seed makes the digits, too */
         char text[TEXT_SIZE] = "";
         if (OPTIONS[k].takers & RECORD && strcmp(OPTIONS[k].name, "seed") != 0 &&
-            strcmp(OPTIONS[k].name, "data-digest") != 0)
+            strcmp(OPTIONS[k].name, "data-digest") != 0 && strcmp(OPTIONS[k].name, "made-by") != 0)
             option_text(&OPTIONS[k], job, text);
         strcpy(e->training[k], text);
     }
@@ -1680,10 +1802,11 @@ static int eval(Job *job) {
             return status;
     double *distance = arena_allocate(job->arena, distances, sizeof *distance), all = 0;
     double(*draws)[DRAW_COLUMNS] = draw_count ? arena_allocate(job->arena, draw_count, sizeof *draws) : NULL;
-    unsigned char *labels, *images = images_of(job, &job->data, count, &labels);
-    for (int i = 0; i < n; i++)
-        if (eval_take(job, i) || eval_one(job, i, images, labels, count, draws))
+    unsigned char *labels, *images = images_of(job, &job->data, count, 0, &labels);
+    for (job->parts_done = 0; job->parts_done < n; job->parts_done++)
+        if (eval_take(job, job->parts_done) || eval_one(job, job->parts_done, images, labels, count, draws))
             return -1;
+    job->parts_done = 0;
     if (T > 0)
         step_distances(&job->workers, images, labels, count, job->seed, distance);
     for (size_t i = 0; i < distances && !stop_signal; i++)
@@ -1813,7 +1936,7 @@ static int show(Job *job) {
     if (times_parse(job, &s))
         return USAGE;
     const size_t pixels = (size_t)s.times * c->height * c->width, each = 3 * SHOW_ROWS * pixels;
-    if (image_path_check(is_stdout(job->out) ? "-.png" : job->out, 3, &job->error))
+    if (image_path_check(job->out, 3, &job->error))
         return -1;
     if (c->kind == VDM)
         return fail(&job->error, "%s: vdm-%d has no encoder to show: x_t = x", job->checkpoint,
@@ -1826,17 +1949,7 @@ static int show(Job *job) {
     const double panels = is_points(c) ? 3.0 * s.times * PANEL_SIZE : 0;
     if (memory_check(job, count * (3.0 * (double)each + (double)pixels * sizeof(double)) + panels))
         return -1;
-    unsigned char *labels, *images = images_of(job, &job->data, count, &labels);
-    for (int class = 0; class < smaller(classes, count); class ++) { /* the first one of each */
-        uint32_t i = 0;
-        while (i < job->data.count && dataset_label(&job->data, i) != class)
-            i++;
-        if (i < job->data.count) {
-            dataset_image(&job->data, i, images + (size_t) class * image_size(c));
-            if (labels)
-                labels[class] = (unsigned char) class;
-        }
-    }
+    unsigned char *labels, *images = images_of(job, &job->data, count, classes, &labels);
     s.images = images, s.labels = labels;
     s.pictures = arena_allocate(job->arena, (size_t)count, each);
     s.change = arena_allocate(job->arena, (size_t)count, pixels * sizeof(double));
@@ -1943,6 +2056,28 @@ static int grad(Job *job) {
     return output_check(job, job->batch) ? -1 : file_take(job, job->batch, grad_take);
 }
 
+/* ---- diffenc info ---- */
+
+static int info(Job *job) {
+    const Model *m = &job->model;
+    char text[TEXT_SIZE];
+    printf("%s: %zu weights\n", job->checkpoint, m->weight_count);
+    for (int i = 0, first = 0; i < m->parameter_count; i++) { /* parts are what names begin with */
+        const Parameter *p = &m->parameter[i], *next = p + 1;
+        const int length = (int)strcspn(p->name, ".");
+        if (i + 1 < m->parameter_count && strncmp(p->name, next->name, (size_t)length + 1) == 0)
+            continue;
+        printf("  %-18.*s %zu\n", length, p->name, p->offset + p->count - m->parameter[first].offset);
+        first = i + 1;
+    }
+    for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++) {
+        option_text(o, job, text);
+        if (o->takers & RECORD && *text)
+            printf("  %-18s %s\n", o->name, text);
+    }
+    return 0;
+}
+
 /* ---- commands ---- */
 
 static const Command COMMANDS[] = {
@@ -1955,6 +2090,8 @@ static const Command COMMANDS[] = {
      "the encoder at work: x_t, y and their change over t"},
     {"grad", GRAD, LOAD_PARAMS, grad, NULL, "CHECKPOINT --batch FILE --out FILE [options]",
      "loss terms and gradients of a given batch, from file to file"},
+    {"info", INFO, LOAD_PARAMS, info, NULL, "CHECKPOINT",
+     "what a checkpoint is: weights by part, settings, step"},
     {"check", 0, 0, NULL, check_main, "", "prove every gradient and every identity of the method"},
     {"bench", 0, 0, NULL, bench_main, "", "speed: kernels against the machine's peak, a training step"},
 };
@@ -1988,24 +2125,33 @@ static int run(const Command *command, char **arguments) {
 }
 
 int main(int argc, char **argv) {
+    char *asked[4] = {argv[0], argc > 2 ? argv[2] : NULL, "--help", NULL};
+    if (argc > 2 && strcmp(argv[1], "help") == 0)
+        argc = 3, argv = asked; /* diffenc help COMMAND */
+    if (argc > 2 && asks_help(argv[2]))
+        argv[2] = asked[2]; /* check and bench know no -h */
     const char *name = argc > 1 ? argv[1] : "";
     const Command *command = COMMANDS;
     int descriptor, status;
     while ((descriptor = open("/dev/null", O_RDWR)) >= 0 && descriptor <= STDERR_FILENO)
         ; /* where one of the three is closed, the next file opened would take the place of the terminal */
     close(descriptor);
-    signal(SIGXFSZ, SIG_IGN); /* a write beyond the limit on file sizes then fails, and is reported */
+    setvbuf(stdout, NULL, _IOLBF, 0); /* whoever reads a result through a pipe has each line at once */
+    signal(SIGXFSZ, SIG_IGN);         /* a write beyond the limit on file sizes then fails, and is reported */
     while (command < COMMANDS + COMMAND_COUNT && strcmp(name, command->name) != 0)
         command++;
     if (command < COMMANDS + COMMAND_COUNT) {
         status = command->run ? run(command, argv + 2) : command->run_elsewhere(argc - 1, argv + 1);
-    } else if (argc < 2 || strcmp(name, "--help") == 0 || strcmp(name, "help") == 0) {
+    } else if (strcmp(name, "--version") == 0) {
+        printf("%s\n", VERSION);
+        status = OK;
+    } else if (argc < 2 || asks_help(name) || strcmp(name, "help") == 0) {
         FILE *to = argc < 2 ? stderr : stdout;
         fprintf(to, "DiffEnc: variational diffusion with a learned encoder\n\n"
                     "usage: diffenc COMMAND [options]\n\n");
         for (command = COMMANDS; command < COMMANDS + COMMAND_COUNT; command++)
             fprintf(to, "  %-8s %s\n", command->name, command->help);
-        fprintf(to, "\ndiffenc COMMAND --help names every option with its default.\n");
+        fprintf(to, "\ndiffenc help COMMAND names every option with its default.\n");
         status = argc < 2 ? USAGE : HELP;
     } else {
         Error error;
@@ -2015,7 +2161,9 @@ int main(int argc, char **argv) {
     }
     if (status == HELP)
         status = OK;
-    if (fflush(stdout) && status == OK) {
+    if (ferror(stdout))
+        putchar('\n'); /* what failed before fails again, and tells why */
+    if ((fflush(stdout) || ferror(stdout)) && status == OK) {
         fprintf(stderr, "diffenc: standard output: %s\n", strerror(errno));
         status = FAILURE;
     }

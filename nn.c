@@ -581,6 +581,9 @@ static Network *network_of_thread(Workers *w) {
 }
 
 void workers_run(Workers *w, const real *weights, int count, ExampleWork work, void *context) {
+    int done = 0;
+    if (w->progress)
+        w->progress(w->watcher, 0, count);
 #pragma omp parallel for num_threads(w->threads) schedule(dynamic, 1)
     for (int example = 0; example < count; example++) {
         Network *n = network_of_thread(w);
@@ -589,8 +592,12 @@ void workers_run(Workers *w, const real *weights, int count, ExampleWork work, v
         n->stop = w->stop;
         n->graph.dropout = 0;
         network_begin(n);
-        if (!workers_stopped(w))
-            work(n, example, context);
+        if (workers_stopped(w))
+            continue;
+        work(n, example, context);
+#pragma omp critical
+        if (w->progress)
+            w->progress(w->watcher, ++done, count);
     }
 }
 

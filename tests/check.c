@@ -1103,7 +1103,7 @@ static void print_report(const Proof *p, const Report *r, int *claims, int *fail
 
 static const char HELP[] =
     "usage: diffenc check [options]\n"
-    "Prove every gradient and identity of the method; one line for each claim with the error measured.\n"
+    "Prove every gradient and identity of the method: a line each, with its error.\n"
     "\n"
     "  --seed N   random points, weights and noise (default 1)\n"
     "  --stop     end soon after the first claim that fails (default: go on)\n";

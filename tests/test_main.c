@@ -18,6 +18,7 @@
 #include <math.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/ioctl.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -136,6 +137,20 @@ static int file_count(const char *pattern) {
 }
 
 static int same_files(const char *a, const char *b) { return run("cmp %s %s", a, b).status == 0; }
+
+/* What a message must say, and the command that must be refused with it before anything is written. Every
+ * output is called out..., and none of these may be there afterwards. */
+typedef struct {
+    const char *part, *command;
+} Refusal;
+
+static void refuse_all(int status, const Refusal *list, size_t size) {
+    for (size_t i = 0; i < size / sizeof *list; i++) {
+        refuse(status, list[i].part, "%s", list[i].command);
+        CHECK(file_count("out*") == 0, "%s: leaves an output", list[i].command);
+        succeed("rm -rf out*");
+    }
+}
 
 static void pause_for(double seconds) {
     const struct timespec span = {(time_t)seconds, (long)(1e9 * (seconds - floor(seconds)))};
@@ -346,25 +361,30 @@ static void test_golden(void) {
 static void test_help(void) {
     static const struct {
         const char *command, *options;
-    } commands[7] = {
+    } commands[8] = {
         {"train",
          "model net channels encoder-channels predict schedule gamma-min gamma-max timesteps variance-ratio "
          "batch seed data dropout lr warmup weight-decay clip ema steps threads save-every sample-every "
-         "sample-steps eval-every eval-limit out resume"},
+         "sample-steps eval-every eval-limit out resume keep-every init"},
         {"sample", "count steps seed sampler pixels trajectory threads out"},
         {"eval", "data split limit repeats timesteps variance-ratio seed threads chart csv"},
         {"show", "data count times amplify threads out"},
         {"grad", "batch out threads"},
+        {"info", ""},
         {"check", "seed"},
         {"bench", "threads"}};
-    const Outcome all = succeed("$D --help");
-    for (int i = 0; i < 7; i++) {
+    const Outcome all = succeed("$D --help | awk 'length > 80 {exit 1} {print}'");
+    succeed("$D -h >asked && $D help | cmp - asked && $D --version | grep -qx 'diffenc [0-9.]*'");
+    for (int i = 0; i < 8; i++) {
         char line[64], options[TEXT];
         snprintf(line, sizeof line, "\n  %s ", commands[i].command);
         CHECK(strstr(all.out, line), "--help names %s", commands[i].command);
         const Outcome o = succeed("$D %s --help", commands[i].command);
         snprintf(line, sizeof line, "usage: diffenc %s ", commands[i].command);
         CHECK(strstr(o.out, line) == o.out, "%s --help begins with its usage", commands[i].command);
+        succeed("c=%s; $D $c --help >asked && $D $c -h | cmp - asked && $D help $c | cmp - asked &&"
+                " awk 'length > 80 {exit 1}' asked",
+                commands[i].command);
         snprintf(options, sizeof options, "%s", commands[i].options);
         for (char *option = strtok(options, " "); option; option = strtok(NULL, " ")) {
             snprintf(line, sizeof line, "\n  --%s ", option);
@@ -373,7 +393,8 @@ static void test_help(void) {
         /* Every number and choice tells its default. */
         for (const char *at = o.out; (at = strstr(at, "\n  --")) != NULL; at++) {
             const char *argument = at + 5 + strcspn(at + 5, " \n");
-            const size_t length = strcspn(at + 1, "\n");
+            const char *next = strstr(at + 1, "\n  --");
+            const size_t length = next ? (size_t)(next - at - 1) : strlen(at + 1);
             const int must = strncmp(argument, " N", 2) == 0 || strncmp(argument, " T", 2) == 0;
             CHECK(!must || (memchr(at + 1, '(', length) && strstr(at, "(default ") < at + 1 + length),
                   "%s --help: no default in '%.*s'", commands[i].command, (int)length, at + 1);
@@ -422,10 +443,12 @@ static void test_resume(void) {
         CHECK(file_count("a/report.html") == 1 && file_count("a/samples-4.png") == 1, "%s: no pictures",
               ways[i]);
         succeed("$D train $TINY %s --steps 2 --threads 1 --out b", ways[i]);
-        succeed("rm b/samples-2.png && printf '3,9,9,9,9,9,,,9\\n3,9,9' >>b/log.csv");
+        succeed("rm b/samples-2.png && printf '3,9,9,9,9,9,,,9\\n3,9,9' >>b/log.csv &&"
+                " sed -i '/^2,/s/[^,]*$/1234.5/' b/log.csv");
         succeed("$D train --resume --sample-steps 2 %s --steps 4 --threads 3 --out b",
                 i == 4 || i == 6 ? "--eval-every 2 --eval-limit 3 --sample-every 2" : "");
         same_trainings("a", "b", 4);
+        succeed("grep -q '^3,.*,123[45]\\..*' b/log.csv");   /* the seconds of training go on */
         CHECK(is_whole("a/checkpoint.safetensors"), "%s: a checkpoint that is not finite", ways[i]);
     }
     CHECK(file_count("a/*.tmp*") + file_count("b/*.tmp*") == 0, "temporary files are left");
@@ -523,7 +546,9 @@ static void test_steps_0(void) {
           "initial checkpoint");
     CHECK(file_count("zero/*.png") == 0, "pictures of no training");
     check_resumed("zero", 2, "");
-    succeed("$D train --resume --sample-steps 2 --steps 1 --out zero");
+    const Outcome o = succeed("$D train --resume --sample-steps 2 --steps 1 --out zero");
+    CHECK(strstr(o.error, "zero/checkpoint.safetensors: is at step 2 already, beyond --steps 1\n"), "%s",
+          o.error);
     CHECK(step_of("zero/checkpoint.safetensors") == 2, "a total that is passed already changes nothing");
     same_trainings("zero-not", "zero", 2);
     refuse(1, "there is a checkpoint already", "$D train $TINY --steps 2 --out zero");
@@ -600,6 +625,55 @@ static void test_changed_data(void) {
     succeed("$D train --resume --data again-small --sample-steps 2 --steps 2 --out data");
     succeed("$D train $TINY --data again-small --steps 2 --out data-not");
     same_trainings("data-not", "data", 2);
+}
+
+/* Numbered checkpoints are those of shorter trainings; the best one is that of the least bound in the log,
+ * also of the part before a resume. */
+static void test_kept_checkpoints(void) {
+    static const char *const best = "keep/best.safetensors";
+    static const char *const least = "awk -F, 'NR > 1 && (!b || $7 < b) {b = $7; s = $1} END {print s}' "
+                                     "keep/log.csv";
+    succeed("$D train $TINY --lr 0.2 --steps 5 --keep-every 2 --eval-every 1 --eval-limit 2 --out keep");
+    CHECK(file_count("keep/checkpoint-*.safetensors") == 2, "checkpoints of steps 2 and 4 were to be kept");
+    succeed("$D train $TINY --lr 0.2 --steps 4 --out keep4 && test $(%s) = %ld &&"
+            " cmp keep4/checkpoint.safetensors keep/checkpoint-4.safetensors",
+            least, step_of(best));
+    succeed("cp %s was-best && sed -i '/^2,/s/,[^,]*,[^,]*,[^,]*$/,0.1,0.1,9/' keep/log.csv &&"
+            " $D train --resume --steps 9 --eval-every 1 --eval-limit 2 --sample-steps 0 --out keep &&"
+            " cmp was-best %s",
+            best, best);
+}
+
+/* A new training from the averaged weights of another one; what is told of a checkpoint. */
+static void test_init_and_info(void) {
+    static const Refusal list[] = {
+        {"good: was trained with --model vdm-1, not diffenc-1-1", "$D train $TINY --init good --out out"},
+        {"--predict v, not eps", "$D train $TINY --predict eps --init finite --out out"},
+        {"is [4, 16], expected [8, 32]", "$D train $TINY --encoder-channels 8 --init finite --out out"},
+        {"no-such: No such file", "$D train $TINY --init no-such --out out"},
+    };
+    static const char *const vectors[3] = {"params", "ema", "adam.m"};
+    succeed("$D train $TINY --steps 0 --init finite --seed 2 --out init");
+    TensorFile from = read_tensors("finite"), to = read_tensors("init/checkpoint.safetensors");
+    for (int i = 0; i < 3; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "%s.score.conv_in.kernel", vectors[i]);
+        const TensorEntry *got = tensors_find(&to, name);
+        const TensorEntry *want = tensors_find(&from, "ema.score.conv_in.kernel");
+        CHECK(got && want && (memcmp(got->data, want->data, want->size) == 0) == (i < 2),
+              "%s is not what --init makes of ema", name);
+    }
+    tensors_free(&from);
+    tensors_free(&to);
+    CHECK(step_of("init/checkpoint.safetensors") == 0, "--init begins at step 0");
+    refuse_all(1, list, sizeof list);
+    refuse(2, "init good: begins a new training", "$D train --resume --init good --out init");
+    const Outcome o = succeed("$D info $T10");
+    CHECK(number_behind(o.out, "\n  score ") + number_behind(o.out, "\n  gamma ") ==
+                  number_behind(o.out, "safetensors: ") &&
+              number_behind(o.out, "\n  timesteps ") == 10,
+          "%s", o.out);
+    succeed("$D info init/checkpoint.safetensors | grep -q '^  made-by  *diffenc [0-9]'");
 }
 
 /* ---- ended from outside ---- */
@@ -830,6 +904,10 @@ static void test_strangers_files(void) {
     succeed("mkdir log pic && echo mine >log/log.csv && echo mine >pic/samples-7.png");
     refuse(1, "log.csv: is there already", "$D train $TINY --steps 1 --out log");
     refuse(1, "samples-7.png: is there already", "$D train $TINY --steps 1 --out pic");
+    succeed("mkdir best kept-5 && echo mine >best/best.safetensors && echo mine "
+            ">kept-5/checkpoint-5.safetensors");
+    refuse(1, "best.safetensors: is there already", "$D train $TINY --steps 1 --out best");
+    refuse(1, "checkpoint-5.safetensors: is there already", "$D train $TINY --steps 1 --out kept-5");
     succeed("test $(cat log/log.csv pic/samples-7.png | grep -c mine) = 2");
 }
 
@@ -895,35 +973,62 @@ static void test_makefile(void) {
     CHECK(strstr(o.out, "build/env-gcc-"), "%s", o.out);
     o = run("mkdir trained && touch trained/mine && make -C $TOP -s -o all run RUN=$W/trained");
     CHECK(o.status == 2 && strstr(o.out, "is there already") && file_count("trained/mine") == 1, "%s", o.out);
+    setenv("M", "make -s CC=true", 1);   /* quick: a compiler that takes everything */
+    o = succeed("$M -C $TOP help | awk 'length > 80 {exit 1} {print}'");
+    CHECK(strstr(o.out, "\nuninstall   Take") && !strstr(o.out, "-ffp-contract"), "%s", o.out);
+    succeed("mkdir -p house/mnist && ln -s $TOP/* house 2>/dev/null; MNIST_DIR= $M -C house -n test | grep -q"
+            " \"MNIST_DIR='.*/house/mnist' sh tests/run.sh\"");
+    succeed("$M -C $TOP -o all install PREFIX=$W/usr && test -x $W/usr/bin/diffenc && "
+            "$M -C $TOP uninstall PREFIX=$W/usr && ! test -e $W/usr/bin/diffenc");
+    if (run("git -C $TOP rev-parse").status == 0)   /* what the README has made is no news to git */
+        succeed("cd $TOP && for f in $(grep -o -e '--out [a-z./-]*' README.md | cut -c 7- | grep -v /); do"
+                " git check-ignore -q $f || { echo $f; exit 1; }; done");
 }
 
 /* What is printed is what is used. */
 static void test_thread_count(void) {
 #ifdef _OPENMP
-    const char *const expected = ", 8 threads";
+    const char *const expected = ", 8 threads, about ";
 #else
-    const char *const expected = ", 1 threads";
+    const char *const expected = ", 1 thread, about ";
 #endif
-    const Outcome o = succeed("$D train $TINY --threads 8 --steps 0 --out eight");
-    CHECK(strstr(o.out, expected), "%s", o.out);
+    const Outcome o = succeed("$D train $TINY --threads 8 --steps 7 --sample-steps 0 --out eight");
+    CHECK(strstr(o.out, expected) && strstr(o.out, "0 to 7 (4.00 epochs)"), "%s", o.out);
 }
 
-/* On a terminal the progress is one line that is written over and over. What else is said begins a new
- * one. */
+/* On a terminal the progress is one line that is written over and over, and fits; that of a grid or an
+ * evaluation is gone at its end. What else is said begins a new one. */
 static void test_terminal(void) {
-    const int terminal = posix_openpt(O_RDWR | O_NOCTTY);
-    if (terminal < 0 || grantpt(terminal) || unlockpt(terminal)) {
-        printf("skipped: the progress line (no terminal to be had)\n");
-        return;
+    static const struct {
+        unsigned short columns;
+        const char *command, *begin, *part;
+    } list[5] = {{130, "$D train $TINY --lr 1e6 --steps 400 --out seen", "\rstep 1/400  ", "bpd (recon "},
+                 {60, "$D train $TINY $S --out s60", "\rstep 1/1  ", " images/s  0:00:00 left\33[K"},
+                 {40, "$D train $TINY $S --out s40", "\rstep 1/1  ", " bpd  0:00:00 left\33[K"},
+                 {25, "$D train $TINY $S --out s25", "\rstep 1/1  ", " bpd  0:\33[K"},
+                 {30, "$D eval good good --limit 4 --repeats 200", "\r", "/8 images  0:0"}};
+    for (int i = 0; i < 5; i++) {
+        const struct winsize size = {.ws_col = list[i].columns};
+        const int terminal = posix_openpt(O_RDWR | O_NOCTTY);
+        if (terminal < 0 || grantpt(terminal) || unlockpt(terminal)) {
+            printf("skipped: the progress line (no terminal to be had)\n");
+            return;
+        }
+        ioctl(terminal, TIOCSWINSZ, &size);
+        run("exec 2>%s; S='--steps 1 --sample-steps 0'; %s", ptsname(terminal), list[i].command);
+        char text[TEXT] = "";
+        const ssize_t length = read(terminal, text, sizeof text - 1);
+        text[length > 0 ? length : 0] = 0;
+        close(terminal);
+        CHECK(strstr(text, list[i].begin) == text && strstr(text, list[i].part), "%s: progress is '%s'",
+              list[i].command, text);
+        for (const char *at = text; (at = strchr(at, '\r')) != NULL; at++)
+            CHECK(strcspn(at + 1, "\n\33") < list[i].columns, "%s: too long for %d columns: %s",
+                  list[i].command, list[i].columns, text);
+        CHECK(i > 0 || (strstr(text, "\ndiffenc: step ") && !strstr(text, "left  diffenc")),
+              "the error begins a line: %s", text);
+        CHECK(i < 4 || strcmp(text + strlen(text) - 4, "\r\33[K") == 0, "something is left: %s", text);
     }
-    run("$D train $TINY --lr 1e6 --steps 400 --out seen 2>%s", ptsname(terminal));
-    char text[TEXT] = "";
-    const ssize_t size = read(terminal, text, sizeof text - 1);
-    text[size > 0 ? size : 0] = 0;
-    close(terminal);
-    CHECK(strstr(text, "\rstep 1/400 ") == text, "the progress begins with '%.20s'", text);
-    CHECK(strstr(text, "\ndiffenc: step ") && !strstr(text, "left  diffenc"), "the error begins a line: %s",
-          text);
 }
 
 /* ---- full disks ---- */
@@ -975,10 +1080,10 @@ static void test_no_directory(void) {
            "ulimit -t 20; $D sample old --count 65536 --steps 1000000 --out none/out.png");
     refuse(1, "No such file or directory", "$D show old --out none/out.png");
     refuse(1, "No such file or directory", "$D grad $V --batch $VB --out none/out");
-    refuse(1, "No such file or directory", "$D train $TINY --steps 1 --out none/out");
     refuse(1, "Not a directory",
            "ulimit -t 20; $D sample old --count 65536 --steps 1000000 --out old/out.png");
-    refuse(1, "Not a directory", "$D train $TINY --steps 1 --out old/out");
+    refuse(1, "Not a directory", "$D train $TINY --steps 1 --out old/out/in");
+    succeed("$D train $TINY --steps 0 --out $W/made//by/it/ && test -f made/by/it/checkpoint.safetensors");
     refuse(1, "Not a directory", "$D train $TINY --steps 1 --out old");
     succeed("mkdir kept.png");
     refuse(1, "is not a regular file", "$D sample old --count 1 --steps 1 --out kept.png");
@@ -1001,20 +1106,6 @@ static void test_no_directory(void) {
 }
 
 /* ---- bad input ---- */
-
-/* What a message must say, and the command that must be refused with it before anything is written. Every
- * output is called out..., and none of these may be there afterwards. */
-typedef struct {
-    const char *part, *command;
-} Refusal;
-
-static void refuse_all(int status, const Refusal *list, size_t size) {
-    for (size_t i = 0; i < size / sizeof *list; i++) {
-        refuse(status, list[i].part, "%s", list[i].command);
-        CHECK(file_count("out*") == 0, "%s: leaves an output", list[i].command);
-        succeed("rm -rf out*");
-    }
-}
 
 static void test_wrong_usage(void) {
     /* An option of train out of range, and what is said of it by name. */
@@ -1104,7 +1195,9 @@ static void test_wrong_usage(void) {
 
 static void test_bad_data(void) {
     static const char *const directories[][2] = {
-        {"no-such", "No such file or directory"},
+        {"no-such", "No such file or directory\n"},
+        {"mnist", "mnist: No such file or directory; 'make mnist' fetches them"},
+        {"odd/train-images-idx3-ubyte", "Not a directory"},
         {"empty-directory", "holds neither"},
         {"empty", "holds 0 bytes, expected an IDX header"},
         {"short", "holds 10 bytes, expected an IDX header"},
@@ -1149,7 +1242,10 @@ static void test_bad_checkpoints(void) {
         {"expected a safetensors file", "$D sample bad.empty --out out.png"},
         {"a header of 8367736964726416744 bytes, expected at most", "$D sample bad.text --out out.png"},
         {"bytes of its header", "$D sample bad.head --out out.png"},
-        {"bad.cut: ", "$D eval bad.cut --limit 1"},
+        {"bad.cut: is truncated, holds 40000 of ", "$D eval bad.cut --limit 1"},
+        {"bad.gz: is a gzip file", "gzip -c good >bad.gz; $D eval bad.gz"},
+        {"bad.zip: is a ZIP file", "printf 'PK\\3\\4PK456789abcdef' >bad.zip; $D info bad.zip"},
+        {"m1: is a directory", "$D info m1"},
         {"bad.longer: ", "$D eval bad.longer --limit 1"},
         {"ema.score.down.1.0.norm1.scale', which model vdm-2 needs", "$D eval bad.deeper --limit 1"},
         {"tensors that model vdm-1 does not have", "$D eval bad.shallower --limit 1"},
@@ -1841,11 +1937,12 @@ static void test_colour(void) {
     succeed("mkdir cifar");
     write_cifar("cifar/data_batch_1.bin", 5);
     write_cifar("cifar/test_batch.bin", 3);
-    succeed("$D train $TINY --data cifar --steps 1 --eval-every 1 --out colours");
+    Outcome o = succeed("$D train $TINY --data cifar --steps 1 --eval-every 1 --out colours");
+    CHECK(strstr(o.error, "diffenc: cifar: holds 5 images, all five batches 50000\nstep 1"), "%s", o.error);
     succeed("$D sample colours/checkpoint.safetensors --count 2 --steps 2 --out colour.ppm");
     read_text("colour.ppm", text);
     CHECK(strncmp(text, "P6\n70 36\n255\n", 13) == 0, "colour.ppm begins with %.20s", text);
-    const Outcome o = succeed("$D eval colours/checkpoint.safetensors --data cifar");
+    o = succeed("$D eval colours/checkpoint.safetensors --data cifar");
     CHECK(strstr(o.out, "3 test images of "), "%s", o.out);
     succeed("cp colours/checkpoint.safetensors colour");
     succeed("$D show colour --data cifar --times 0 --count 1 --out colour.ppm");
@@ -1932,6 +2029,8 @@ int main(void) {
         {"steps 0", test_steps_0},
         {"settings", test_changed_settings},
         {"changed data", test_changed_data},
+        {"kept checkpoints", test_kept_checkpoints},
+        {"init and info", test_init_and_info},
         {"images", test_images},
         {"forms", test_forms},
         {"trajectory", test_trajectory},
