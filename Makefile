@@ -4,11 +4,12 @@
 #   make MARCH=x86-64-v3     another machine than this one (default: native)
 #   make DOUBLE=1            ./diffenc-double: the same sources in double precision, where gradients are proven
 #   make OPENMP=             without threads (default: found out below)
+#   make MPI=1               for `mpirun -n R ./diffenc ...`: batches on more machines than one
 #   make SANITIZE=address,undefined    for tests
 #
 # Objects of each such choice live in a directory of their own, so choices can be mixed without cleaning.
 
-CC      = cc
+CC      = $(if $(MPI),mpicc,cc)
 MARCH   = native
 PREFIX  = /usr/local
 DESTDIR =
@@ -34,7 +35,8 @@ ARCH   := $(call accepts,-march=$(MARCH)) $(call accepts,-mprefer-vector-width=5
 CFLAGS  = -O3 -g -Wall -Wextra -Wpedantic
 FLAGS   = -std=c99 $(CFLAGS) $(ARCH) -ffp-contract=fast -fno-math-errno -fno-trapping-math $(OPENMP) $(SIMD) \
           $(if $(OPENMP),,-Wno-unknown-pragmas) $(call accepts,-Wno-pass-failed) \
-          $(if $(DOUBLE),-DDIFFENC_DOUBLE) $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize-recover=all)
+          $(if $(DOUBLE),-DDIFFENC_DOUBLE) $(if $(MPI),-DDIFFENC_MPI) \
+          $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize-recover=all)
 
 # Threads of some systems have stacks of 128 KiB.
 FRAMES := $(call accepts,-Wframe-larger-than=16384)
@@ -140,6 +142,10 @@ $(BUILD)/program.o: main.c diffenc.h $(BUILD)/command
 trust: all
 	sh tests/trust.sh
 
+# Ranks of `make MPI=1`, up to three on this machine, against one: `make MPI=1 test-mpi`.
+test-mpi: $(BUILD)/diffenc
+	sh tests/test_mpi.sh $(BUILD)/diffenc
+
 # Fetch MNIST into mnist/, with checksums.
 mnist:
 	sh tests/fetch_mnist.sh mnist
@@ -170,6 +176,6 @@ help:
 	    } \
 	    !/=/ { n = 0 }' $(firstword $(MAKEFILE_LIST))
 
-.PHONY: all always run test tests check mutants bench bench-peer paper fuzz fuzzing trust mnist clean install \
-        uninstall help
+.PHONY: all always run test tests check mutants bench bench-peer paper fuzz fuzzing trust test-mpi mnist clean \
+        install uninstall help
 .SECONDARY:

@@ -456,6 +456,7 @@ int training_step(Model *model, Workers *workers, const Optimizer *optimizer, co
     const real *gradient = workers_gradient(workers, batch, training_example, &b);
     if (!gradient)
         return fail(error, "step %llu: stopped", (unsigned long long)model->step + 1);
+    ranks_gather(b.terms, 1, batch, sizeof *b.terms);
     mean_terms(&model->config, &b, mean);
     *r = (StepReport){mean[0], mean[1], mean[2], mean[0] + mean[1] + mean[2], NAN};
     if (isfinite(r->total))
@@ -472,7 +473,9 @@ static void given_example(Network *n, int i, void *context) {
 
 const real *batch_gradient(Workers *workers, const Example *examples, int batch, double (*terms)[3]) {
     Batch b = {.given = examples, .batch = batch, .terms = terms};
-    return workers_gradient(workers, batch, given_example, &b);
+    const real *gradient = workers_gradient(workers, batch, given_example, &b);
+    ranks_gather(terms, 1, batch, sizeof *terms);
+    return gradient;
 }
 
 /* ---- algorithm 2: the bound on a data set ---- */
@@ -529,6 +532,8 @@ void evaluate(Workers *workers, const unsigned char *images, const unsigned char
                     .terms = terms, .draws = draws,
                     .u = random_uniform(random_stream(seed, RANDOM_EVAL_TIME, 0, 0), 0)};
     workers_run(workers, workers->model->ema, count, evaluate_example, &e);
+    ranks_gather(terms, 1, count, sizeof *terms);
+    ranks_gather(draws, draws ? repeats : 0, count, sizeof *draws);
 }
 
 /* ||mu_P - mu_Q||^2 / sigma_Q^2 of every step, from which the best sigma_P^2 follows. */
@@ -551,6 +556,7 @@ void step_distances(Workers *workers, const unsigned char *images, const unsigne
                     uint64_t seed, double *distance) {
     Evaluation e = {.images = images, .labels = labels, .count = count, .seed = seed, .distance = distance};
     workers_run(workers, workers->model->ema, count, every_step, &e);
+    ranks_gather(distance, workers->model->config.timesteps, count, sizeof *distance);
 }
 
 /* ---- algorithm 3: sampling ---- */
@@ -612,6 +618,11 @@ int sample_trajectory(Workers *workers, const unsigned char *labels, int count, 
                   workers_results(workers, (size_t)count, 1), count, frames, trajectory};
     memset(s.finite, 1, (size_t)count);
     workers_run(workers, workers->model->ema, count, sample_example, &s);
+    const Config *c = &workers->model->config;
+    const size_t d = (size_t)c->height * c->width * c->image_channels;
+    ranks_gather(s.finite, 1, count, 1);
+    ranks_gather(images, 1, count, d);
+    ranks_gather(trajectory, 2 * frames, count, d);
     return memchr(s.finite, 0, (size_t)count) ? -1 : 0;
 }
 

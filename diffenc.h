@@ -420,9 +420,24 @@ Tensor *encoder_network(Network *network, Tensor *x, Tensor *t, int plain_sums);
 
 void schedule_parameters(Network *network, Tensor **b, Tensor **w);   /* gamma.b, gamma.w: numbers */
 
-/* Threads, each with an arena, a graph and a network of its own. A gradient is summed in slots, example i in
- * slot i mod (number of slots), which depends on the batch alone; a slot is worked on by one thread at a
- * time, in order, and slots are added in order: the same bits for any number of threads. */
+/* mpirun starts a program built by `make MPI=1` several times, on one machine or many, as ranks 0, 1, 2, ...
+ * All of them run the same command, each with the whole model and a share of the examples, and meet where
+ * results are put together. A rank that went another way would leave the rest waiting for good. So what only
+ * one of them can know, a signal or a failure, they tell one another at each meeting. Rank 0 alone prints and
+ * writes. Without MPI there is one rank. */
+int this_rank(void);
+int rank_count(void);
+void ranks_begin(void);
+int ranks_agree(int flag);   /* the largest flag of all ranks; does not return where a rank has failed */
+void ranks_end(const char *failure);   /* NULL, or why this rank has failed, as a line for the terminal */
+
+/* All ranks get each other's share of the records [rows, count], which have `size` bytes each. */
+void ranks_gather(void *records, int rows, int count, size_t size);
+
+/* Threads, each with an arena, a graph and a network of its own. A gradient is summed in slots, example i of
+ * the rank's share in slot i mod (number of slots), which depends on the share alone; a slot is worked on by
+ * one thread at a time, in order; slots and then ranks are added in order: the same bits for any number of
+ * threads. */
 enum { GRADIENT_SLOTS = 16 };
 
 typedef struct {
@@ -446,9 +461,10 @@ int network_stopped(const Network *network);
 /* Memory for the results of a batch, kept from step to step. */
 void *workers_results(Workers *workers, size_t count, size_t size);
 
-/* Call `work` once for each example 0..count-1, on the threads, with a network whose graph has just begun:
- * with any vector of weights, without dropout and gradients; or with model->params, where `work` calls
- * backward(): returns the sum of the gradients, [weight_count], or NULL when it was stopped. */
+/* Call `work` once for each example of the rank's share of 0..count-1, on the threads, with a network whose
+ * graph has just begun: with any vector of weights, without dropout and gradients; or with model->params,
+ * where `work` calls backward(): returns the sum of the gradients of all ranks, [weight_count], or NULL when
+ * one was stopped. */
 typedef void (*ExampleWork)(Network *network, int example, void *context);
 void workers_run(Workers *workers, const real *weights, int count, ExampleWork work, void *context);
 const real *workers_gradient(Workers *workers, int count, ExampleWork work, void *context);

@@ -74,6 +74,14 @@ static void catch_signals(void) {
             sigaction(numbers[i], &action, NULL);
 }
 
+/* The signal that came to any rank. All ranks ask at the same places, and so go the same way. */
+static int stopped(void) {
+    const int agreed = ranks_agree(stop_signal);
+    if (agreed)
+        stop_signal = agreed;
+    return agreed;
+}
+
 static const char *signal_name(void) {
     switch (stop_signal) {
     case SIGINT: return "SIGINT";
@@ -954,6 +962,9 @@ static int directory_make(const char *path) {
 static int directory_enter(Job *job) {
     struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
     char path[TEXT_SIZE];
+    ranks_agree(0); /* what another rank refuses leaves no directory */
+    if (this_rank() > 0)
+        return 0;
     if (!job->resume && directory_make(job->out))
         return fail(&job->error, "%s: cannot be created: %s", job->out, strerror(errno));
     path_in(job->out, ".lock", path);
@@ -1034,6 +1045,8 @@ static int log_open(Job *job) {
     const int flags = O_RDWR | O_APPEND | O_CREAT | O_CLOEXEC | O_NOFOLLOW | (job->resume ? 0 : O_EXCL);
     char path[TEXT_SIZE];
     long kept;
+    if (this_rank() > 0)
+        return 0;
     path_in(job->out, "log.csv", path);
     const int file = open(path, flags, 0666);
     job->log = file < 0 ? NULL : fdopen(file, "a+");
@@ -1180,6 +1193,8 @@ static void progress(Job *job, const StepReport *r) {
 static int due(uint64_t step, int every) { return every > 0 && step > 0 && step % (uint64_t)every == 0; }
 
 static int save_as(Job *job, const char *path) {
+    if (this_rank() > 0)
+        return 0;
     return directory_check(job, &job->error) ? -1 : checkpoint_write(job, path);
 }
 
@@ -1197,7 +1212,7 @@ static int save(Job *job) {
 /* After the work on what is called `name`: was it ended by a signal, or are its results no numbers? Then
  * nothing is written. */
 static int result_check(Job *job, const char *name, int finite) {
-    if (stop_signal)
+    if (stopped())
         return fail(&job->error, "stopped by %s, nothing was written", signal_name());
     return finite ? 0 : fail(&job->error, "%s: the result is not finite", name);
 }
@@ -1265,6 +1280,8 @@ static int sample_to(Job *job, const char *path, int steps, uint64_t seed) {
         sample_images(&job->workers, labels, count, steps, job->sampler, seed, job->draw, images);
     if (result_check(job, path, status == 0) || (job->log && directory_check(job, &job->error)))
         return -1;
+    if (this_rank() > 0)
+        return 0;
     if (ends_in(path, ".npy"))
         return images_write(path, images, count, c->height, c->width, c->image_channels, 0, &job->error);
     if (!job->log && is_numbered(path))
@@ -1288,7 +1305,7 @@ static void sample_grid(Job *job) {
         return;
     numbered_path(job, "samples", job->model.step, ".png", path);
     const int status = sample_to(job, path, steps, job->settings.seed);
-    if (stop_signal)
+    if (stopped())
         return;
     end_line(job);
     if (status) {
@@ -1318,7 +1335,7 @@ static int train_step(Job *job) {
     }
     if (training_step(&job->model, &job->workers, &s->optimizer, images, labels, s->batch, s->seed, &r,
                       &job->error))
-        return stop_signal ? 0 : -1; /* a step in which a signal came is not taken */
+        return stopped() ? 0 : -1; /* a step in which a signal came is not taken */
     const unsigned long long step = job->model.step;
     job->seconds += seconds_now() - start; /* without evaluations, grids and files */
     job->step_seconds = (job->seconds - job->first_seconds) / (double)(step - job->first_step);
@@ -1327,7 +1344,7 @@ static int train_step(Job *job) {
         terms = arena_allocate(job->arena, (size_t)job->test_count, sizeof *terms);
         evaluate(&job->workers, job->test, job->test_labels, job->test_count, 1, s->seed, terms, NULL);
         mean_by_term(terms, NULL, job->test_count, result);
-        if (!stop_signal) {
+        if (!stopped()) {
             snprintf(test, sizeof test, "%.6f,%.6f", result[3][0], result[3][1]);
             end_line(job);
             printf("step %llu: test %.4f +- %.4f bpd on %d images\n", step, result[3][0], result[3][1],
@@ -1338,6 +1355,8 @@ static int train_step(Job *job) {
             job->best = fmin(job->best, result[3][0]);
         }
     }
+    if (this_rank() > 0)
+        return 0;
     fprintf(job->log, "%llu,%.6f,%.6f,%.6f,%.6f,%.6f,%s,%.3f\n", step, r.total, r.recon, r.latent,
             r.diffusion, r.gradient_norm, test, job->seconds);
     progress(job, &r);
@@ -1357,17 +1376,17 @@ static int train_loop(Job *job) {
     job->settings.optimizer.steps = job->steps;
     job->first_step = *step, job->first_seconds = job->seconds;
     job->next_report = seconds_now() + 1;
-    while (status == 0 && *step < steps && !stop_signal) {
+    while (status == 0 && *step < steps && !stopped()) {
         if (due(*step, job->sample_every))
             sample_grid(job);
-        if (!stop_signal && (status = train_step(job)) == 0 && *step < steps &&
+        if (!stopped() && (status = train_step(job)) == 0 && *step < steps &&
             (due(*step, job->save_every) || due(*step, job->sample_every) || due(*step, job->keep_every)))
             status = save(job);
         arena_release(job->arena, mark);
     }
     if (status == 0)
         status = save(job);
-    if (status == 0 && *step > 0 && !stop_signal)
+    if (status == 0 && *step > 0 && !stopped())
         sample_grid(job);
     return status;
 }
@@ -1441,23 +1460,24 @@ static int train(Job *job) {
         return -1;
     workers_start(job);
     config_model_name(c, model);
-    if (job->model.step > (uint64_t)job->steps)
+    const int threads = rank_count() * job->threads;
+    if (job->model.step > (uint64_t)job->steps && this_rank() == 0)
         fprintf(stderr, "diffenc: %s: is at step %llu already, beyond --steps %d\n", checkpoint,
                 (unsigned long long)job->model.step, job->steps);
     printf("%s: %zu weights, %s (%u images of %dx%dx%d), %d thread%s, about %.0f MiB of memory, "
            "from step %llu to %d (%.2f epochs), into %s\n",
            model, job->model.weight_count, job->settings.data, (unsigned)job->data.count, c->height, c->width,
-           c->image_channels, job->threads, job->threads > 1 ? "s" : "", ldexp(job->need, -20),
+           c->image_channels, threads, threads > 1 ? "s" : "", ldexp(job->need, -20),
            (unsigned long long)job->model.step, job->steps,
            (double)job->steps * job->settings.batch / job->data.count, job->out);
     const int status = train_loop(job);
-    job->end = status ? job->error.text : stop_signal ? "stopped; --resume goes on" : "finished";
-    if (job->model.step > 0)
+    job->end = status ? job->error.text : stopped() ? "stopped; --resume goes on" : "finished";
+    if (job->model.step > 0 && this_rank() == 0)
         report(job);
     if (status)
         return FAILURE;
     const unsigned long long step = job->model.step;
-    if (!stop_signal) {
+    if (!stopped()) {
         printf("%s at step %llu\n", checkpoint, step);
         return 0;
     }
@@ -1502,6 +1522,8 @@ static int trajectory_write(Job *job, int count, int steps) {
                                          job->seed, job->draw, images + sets * all, times, images);
     if (result_check(job, job->out, status == 0))
         return -1;
+    if (this_rank() > 0)
+        return 0;
     Pictures p = pictures_of(job, images, (int)sets, count);
     const size_t size = (size_t)p.height * p.width * p.channels, rows = p.count / sets;
     if (!animated) {
@@ -1770,7 +1792,7 @@ static int eval_one(Job *job, int i, const unsigned char *images, const unsigned
     Evaluated *e = &job->evaluated[i];
     e->terms = arena_allocate(job->arena, (size_t)count, sizeof *e->terms);
     evaluate(&job->workers, images, labels, count, job->repeats, job->seed, e->terms, draws);
-    if (stop_signal)
+    if (stopped())
         return result_check(job, e->path, 0);
     mean_by_term(e->terms, NULL, count, e->value);
     mean_by_term(e->terms, job->evaluated->terms, count, e->difference);
@@ -1813,6 +1835,8 @@ static int eval(Job *job) {
         all += distance[i];
     if (result_check(job, job->checkpoint, isfinite(all)))
         return -1;
+    if (this_rank() > 0)
+        return 0;
     printf("%d %s images of %s, ", count, job->split == SPLIT_TEST ? "test" : "training", job->where);
     if (n == 1)
         printf("step %llu, ", (unsigned long long)job->model.step);
@@ -1956,8 +1980,13 @@ static int show(Job *job) {
     memset(s.change, 0, (size_t)count * pixels * sizeof(double));
     s.broken = arena_allocate(job->arena, (size_t)count, 1);
     workers_run(&job->workers, job->model.ema, count, show_example, &s);
+    ranks_gather(s.pictures, 1, count, each);
+    ranks_gather(s.change, 1, count, pixels * sizeof(double));
+    ranks_gather(s.broken, 1, count, 1);
     if (result_check(job, job->checkpoint, stop_signal || memchr(s.broken, 1, (size_t)count) == NULL))
         return -1;
+    if (this_rank() > 0)
+        return 0;
     if (is_points(c))
         return show_points(job, &s, count);
     const double scale = draw_changes(&s, count, job->amplify);
@@ -2046,10 +2075,12 @@ static int grad_take(Job *job, const TensorFile *f, const char *path) {
         return -1;
     double(*terms)[3] = arena_allocate(job->arena, (size_t)count, sizeof *terms);
     const real *gradient = batch_gradient(&job->workers, examples, count, terms);
-    int finite = stop_signal || isfinite(dot(gradient, gradient, job->model.weight_count));
+    int finite = stopped() || isfinite(dot(gradient, gradient, job->model.weight_count)); /* or it is NULL */
     for (int i = 0; i < 3 * count && finite && !stop_signal; i++)
         finite = isfinite(terms[i / 3][i % 3]);
-    return result_check(job, job->checkpoint, finite) ? -1 : gradient_write(job, terms, count, gradient);
+    if (result_check(job, job->checkpoint, finite))
+        return -1;
+    return this_rank() > 0 ? 0 : gradient_write(job, terms, count, gradient);
 }
 
 static int grad(Job *job) {
@@ -2100,6 +2131,8 @@ enum { COMMAND_COUNT = sizeof COMMANDS / sizeof COMMANDS[0] };
 /* Run a command, say what went wrong, free everything. Returns the exit status. */
 static int run(const Command *command, char **arguments) {
     Job *job = job_new(command, arguments);
+    char failure[4 * sizeof job->error.text];
+    ranks_begin();
     int status = parse_options(job);
     if (status < 0)
         status = USAGE;
@@ -2112,8 +2145,8 @@ static int run(const Command *command, char **arguments) {
     if (status == OK)
         status = command->run(job);
     end_line(job);
-    if (status != OK && status != HELP)
-        say(&job->error);
+    const int failed = status != OK && status != HELP;
+    ranks_end(failed ? printable(job->error.text, failure, sizeof failure) : NULL);
     workers_free(&job->workers);
     model_free(&job->model);
     dataset_close(&job->data);

@@ -507,6 +507,112 @@ void model_free(Model *m) {
     memset(m, 0, sizeof *m);
 }
 
+/* ---- ranks ---- */
+
+/* The first of a rank's share of the examples; behind it the share of the next rank begins. */
+static int share_begin(int count, int rank) {
+    return (int)((int64_t)count * rank / rank_count());
+}
+
+#ifdef DIFFENC_MPI
+#include <mpi.h>
+
+int rank_count(void) {
+    int begun, count = 1;
+    MPI_Initialized(&begun);
+    if (begun)
+        MPI_Comm_size(MPI_COMM_WORLD, &count);
+    return count;
+}
+
+int this_rank(void) {
+    int rank = 0;
+    if (rank_count() > 1)
+        MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    return rank;
+}
+
+void ranks_begin(void) {
+    int provided;
+    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &provided);
+    if (this_rank() > 0 && (!freopen("/dev/null", "w", stdout) || !freopen("/dev/null", "w", stderr)))
+        exit(1);
+}
+
+/* The largest flag of all ranks. Where some have failed, the first of them says why; rank 0 alone then has an
+ * exit status other than 0, for mpirun ends all others when it sees one. */
+static int meet(int flag, const char *failure) {
+    enum { FAILED = 1000 };   /* more than any signal's number */
+    struct { int flag, rank; } most = {failure ? FAILED : flag, this_rank()};
+    char text[4 * sizeof(Error)];
+    MPI_Allreduce(MPI_IN_PLACE, &most, 1, MPI_2INT, MPI_MAXLOC, MPI_COMM_WORLD);
+    if (most.flag == FAILED) {
+        const int rank = this_rank();
+        snprintf(text, sizeof text, "%s", failure ? failure : "");
+        MPI_Bcast(text, sizeof text, MPI_CHAR, most.rank, MPI_COMM_WORLD);
+        fprintf(stderr, "diffenc: %s\n", text);
+        MPI_Finalize();
+        if (!failure || rank > 0)
+            exit(rank == 0);
+    }
+    return most.flag;
+}
+
+int ranks_agree(int flag) {
+    return rank_count() > 1 ? meet(flag, NULL) : flag;
+}
+
+void ranks_end(const char *failure) {
+    meet(0, failure);
+    if (!failure)
+        MPI_Finalize();
+}
+
+void ranks_gather(void *records, int rows, int count, size_t size) {
+    for (int rank = 0; rank < rank_count() && rank_count() > 1 && rows > 0; rank++) {
+        const int begin = share_begin(count, rank), end = share_begin(count, rank + 1);
+        MPI_Datatype record, share;
+        MPI_Type_contiguous((int)size, MPI_BYTE, &record);
+        MPI_Type_vector(rows, end - begin, count, record, &share);
+        MPI_Type_commit(&share);
+        MPI_Bcast((char *)records + (size_t)begin * size, 1, share, rank, MPI_COMM_WORLD);
+        MPI_Type_free(&share);
+        MPI_Type_free(&record);
+    }
+}
+
+/* Each rank adds up one block of the vector, in the order of the ranks: how MPI goes about it decides nothing
+ * about the bits. All blocks are of one length, so vector and scratch have room for rank_count() more. */
+static void sum_over_ranks(real *vector, size_t count, real *scratch) {
+    const MPI_Datatype type = sizeof(real) == sizeof(float) ? MPI_FLOAT : MPI_DOUBLE;
+    const size_t ranks = (size_t)rank_count(), block = (count + ranks - 1) / ranks;
+    real *own = vector + block * (size_t)this_rank();
+    if (ranks == 1)
+        return;
+    MPI_Alltoall(vector, (int)block, type, scratch, (int)block, type, MPI_COMM_WORLD);
+    memcpy(own, scratch, block * sizeof(real));
+    for (const real *from = scratch + block; from < scratch + ranks * block; from += block)
+        for (size_t i = 0; i < block; i++)
+            own[i] += from[i];
+    MPI_Allgather(MPI_IN_PLACE, 0, type, vector, (int)block, type, MPI_COMM_WORLD);
+}
+#else
+int rank_count(void) { return 1; }
+int this_rank(void) { return 0; }
+void ranks_begin(void) {}
+int ranks_agree(int flag) { return flag; }
+void ranks_end(const char *failure) {
+    if (failure)
+        fprintf(stderr, "diffenc: %s\n", failure);
+}
+void ranks_gather(void *records, int rows, int count, size_t size) {
+    (void)records, (void)rows, (void)count, (void)size;
+}
+static void sum_over_ranks(real *vector, size_t count, real *scratch) {
+    (void)vector, (void)count, (void)scratch;
+}
+#endif
+
 /* ---- batches ---- */
 
 void network_begin(Network *n) {
@@ -581,11 +687,13 @@ static Network *network_of_thread(Workers *w) {
 }
 
 void workers_run(Workers *w, const real *weights, int count, ExampleWork work, void *context) {
+    const int begin = share_begin(count, this_rank()), end = share_begin(count, this_rank() + 1);
     int done = 0;
+    ranks_agree(0);   /* whether all have come so far is better known before the work than after it */
     if (w->progress)
-        w->progress(w->watcher, 0, count);
+        w->progress(w->watcher, 0, end - begin);
 #pragma omp parallel for num_threads(w->threads) schedule(dynamic, 1)
-    for (int example = 0; example < count; example++) {
+    for (int example = begin; example < end; example++) {
         Network *n = network_of_thread(w);
         n->weights = weights;
         n->transposed = NULL, n->gradient = NULL;
@@ -597,7 +705,7 @@ void workers_run(Workers *w, const real *weights, int count, ExampleWork work, v
         work(n, example, context);
 #pragma omp critical
         if (w->progress)
-            w->progress(w->watcher, ++done, count);
+            w->progress(w->watcher, ++done, end - begin);
     }
 }
 
@@ -605,7 +713,7 @@ void workers_run(Workers *w, const real *weights, int count, ExampleWork work, v
 static void transpose_kernels(Workers *w) {
     const Model *m = w->model;
     if (!w->transposed)
-        w->transposed = allocate(m->weight_count, sizeof(real));
+        w->transposed = allocate(m->weight_count + (size_t)rank_count(), sizeof(real));
 #pragma omp parallel for num_threads(w->threads) schedule(dynamic, 1)
     for (int i = 0; i < m->parameter_count; i++) {
         const Parameter *p = &m->parameter[i];
@@ -629,12 +737,14 @@ static void sum_slots(Workers *w, int slots) {
 }
 
 const real *workers_gradient(Workers *w, int count, ExampleWork work, void *context) {
+    const int begin = share_begin(count, this_rank()), end = share_begin(count, this_rank() + 1);
     /* A slot is zeroed and summed, so that one slot for two examples costs half as much. */
-    const int slots = count / 2 < 1 ? 1 : count / 2 < GRADIENT_SLOTS ? count / 2 : GRADIENT_SLOTS;
+    const int pairs = (end - begin) / 2;
+    const int slots = pairs < 1 ? 1 : pairs < GRADIENT_SLOTS ? pairs : GRADIENT_SLOTS;
     transpose_kernels(w);
     for (int i = 0; i < slots; i++)
         if (!w->slot[i])
-            w->slot[i] = allocate(w->model->weight_count, sizeof(real));
+            w->slot[i] = allocate(w->model->weight_count + (size_t)rank_count(), sizeof(real));
 #pragma omp parallel for num_threads(w->threads) schedule(dynamic, 1)
     for (int slot = 0; slot < slots; slot++) {
         Network *n = network_of_thread(w);
@@ -642,14 +752,17 @@ const real *workers_gradient(Workers *w, int count, ExampleWork work, void *cont
         n->transposed = w->transposed;
         n->gradient = w->slot[slot];
         memset(n->gradient, 0, w->model->weight_count * sizeof(real));
-        for (int example = slot; example < count && !workers_stopped(w); example += slots) {
+        for (int example = begin + slot; example < end && !workers_stopped(w); example += slots) {
             network_begin(n);
             n->encoder_fixed = 0;
             work(n, example, context);
         }
     }
     sum_slots(w, slots);
-    return workers_stopped(w) ? NULL : w->slot[0];
+    if (ranks_agree(workers_stopped(w)))
+        return NULL;
+    sum_over_ranks(w->slot[0], w->model->weight_count, w->transposed);
+    return w->slot[0];
 }
 
 /* ---- training ---- */
