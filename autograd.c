@@ -321,8 +321,26 @@ typedef enum {
 
 static double sigmoid_of(double x) { return 1 / (1 + exp(-x)); }
 
-/* Radians of a number of cycles; whole cycles are taken off without rounding. */
-static double radians(double cycles) { return TWO_PI * (cycles - floor(cycles + 0.5)); }
+/* sin(2 pi r), |r| <= 1/4, by the Taylor series: as exact as libm's, and it runs in vector registers. */
+static inline double sine_within_quarter(double r) {
+    const double angle = TWO_PI * r, square = angle * angle;
+    double sum = 1;
+    for (int k = 20; k > 0; k -= 2)
+        sum = 1 - square * (1.0 / (k * (k + 1))) * sum;
+    return angle * sum;
+}
+
+/* From -1/2 to 1/2: whole cycles are taken off without rounding. */
+static inline double part_of_cycle(double cycles) { return cycles - floor(cycles + 0.5); }
+
+static inline double sine_of_cycles(double cycles) {
+    const double r = part_of_cycle(cycles);
+    return sine_within_quarter(r > 0.25 ? 0.5 - r : r < -0.25 ? -0.5 - r : r);
+}
+
+static inline double cosine_of_cycles(double cycles) {
+    return sine_within_quarter(0.25 - fabs(part_of_cycle(cycles)));
+}
 
 /* The value of a function and its slope. Each caller wants one of them, and has only that computed. */
 typedef struct { double value, slope; } Point;
@@ -342,21 +360,43 @@ static inline Point function_at(Function f, double x) {
     case TANH: return (Point){tanh(x), 1 - tanh(x) * tanh(x)};
     case SWISH: return (Point){x * s, s * (1 + x * (1 - s))};
     case SWISH_SLOPE: return (Point){s * (1 + x * (1 - s)), s * (1 - s) * (2 + x * (1 - 2 * s))};
-    case SINE: return (Point){sin(radians(x)), TWO_PI * cos(radians(x))};
-    case COSINE: return (Point){cos(radians(x)), -TWO_PI * sin(radians(x))};
+    case SINE: return (Point){sine_of_cycles(x), TWO_PI * cosine_of_cycles(x)};
+    case COSINE: return (Point){cosine_of_cycles(x), -TWO_PI * sine_of_cycles(x)};
     }
     return (Point){0, 0};
 }
 
+/* Each x becomes f(x), or its slope there. Where f is a constant, the compiler can vectorise the loop. */
+static inline void function_loop(const Function f, const int slope, size_t count, double *x) {
+    for (size_t i = 0; i < count; i++)
+        x[i] = slope ? function_at(f, x[i]).slope : function_at(f, x[i]).value;
+}
+
+/* Of all elements, in scratch memory. The Fourier features are many, so theirs are loops of their own. */
+static inline double *function_values(const Tensor *y, const int slope) {
+    const size_t count = element_count(y);
+    double *x = arena_allocate(y->graph->arena, count, sizeof *x);
+    for (size_t i = 0; i < count; i++)
+        x[i] = element(y->input[0], i);
+    if (y->option == SINE)
+        function_loop(SINE, slope, count, x);
+    else if (y->option == COSINE)
+        function_loop(COSINE, slope, count, x);
+    else
+        function_loop((Function)y->option, slope, count, x);
+    return x;
+}
+
 static void function_forward(Tensor *y) {
+    const double *value = function_values(y, 0);
     for (size_t i = 0; i < element_count(y); i++)
-        set_element(y, i, function_at((Function)y->option, element(y->input[0], i)).value);
+        set_element(y, i, value[i]);
 }
 
 static void function_backward(Tensor *y) {
-    const Function f = (Function)y->option;
+    const double *slope = function_values(y, 1);
     for (size_t i = 0; i < element_count(y); i++)
-        y->gradient[i] = (real)(y->gradient[i] * function_at(f, element(y->input[0], i)).slope);
+        y->gradient[i] = (real)(y->gradient[i] * slope[i]);
     add_gradient(y->input[0], y->gradient, element_count(y), 1);
 }
 
