@@ -888,25 +888,27 @@ Tensor *multiples(Tensor *a, const double *factors, int count) {
  * value (option 1) instead of looking for the largest. */
 static void max_pool_forward(Tensor *y) {
     const Tensor *x = y->input[0];
-    const size_t line = (size_t)x->width * x->channels;
-    size_t *largest = y->saved, at = 0;
-    for (int i = 0; i < y->height && !y->option; i++)
-        for (int j = 0; j < y->width; j++)
-            for (int c = 0; c < y->channels; c++, at++) {
-                const size_t corner = 2 * i * line + 2 * (size_t)j * x->channels + c;
-                largest[at] = corner;
-                for (int k = 1; k < 4; k++) {
-                    const size_t candidate = corner + k / 2 * line + k % 2 * (size_t)x->channels;
-                    if (x->value[candidate] > x->value[largest[at]])
-                        largest[at] = candidate;
-                }
+    const int channels = x->channels, line = x->width * channels;
+    int *largest = y->saved;
+    for (int i = 0; i < positions(y) && !y->option; i++) {
+        const int corner = 2 * (i / y->width * line + i % y->width * channels);
+        for (int c = corner; c < corner + channels; c++) {
+            int place = c;
+            real top = x->value[c];
+            for (int k = 1; k < 4; k++) {
+                const int candidate = c + k / 2 * line + k % 2 * channels;
+                place = x->value[candidate] > top ? candidate : place;
+                top = x->value[candidate] > top ? x->value[candidate] : top;
             }
+            largest[i * channels + c - corner] = place;
+        }
+    }
     for (size_t i = 0; i < element_count(y); i++)
         y->value[i] = x->value[largest[i]];
 }
 
 static void max_pool_backward(Tensor *y) {
-    const size_t *largest = y->saved;
+    const int *largest = y->saved;
     real *dx = gradient_of(y->input[0]);
     for (size_t i = 0; i < element_count(y); i++)
         dx[largest[i]] += y->gradient[i];
@@ -917,7 +919,7 @@ static const Operator MAX_POOL = {"max pool", max_pool_forward, max_pool_backwar
 Tensor *max_pool(Tensor *x) {
     assert(x->height % 2 == 0 && x->width % 2 == 0);
     Tensor *y = result_of(&MAX_POOL, x->height / 2, x->width / 2, x->channels, x, NULL, NULL, NULL);
-    y->saved = memory_for(x->graph, element_count(y), sizeof(size_t));
+    y->saved = memory_for(x->graph, element_count(y), sizeof(int));
     compute(y);
     y->tangent = again(y, 1, x->tangent, NULL, NULL, NULL);
     return y;
