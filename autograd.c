@@ -492,12 +492,14 @@ static const real *transposed_kernel(const Tensor *kernel) {
     return made;
 }
 
-/* The gradient of a bias: the sum over the positions of y. */
+/* The gradient of a bias is the sum over the positions of y: a row of ones times y's gradient. */
 static void add_bias_gradient(Tensor *bias, const Tensor *y) {
-    real *d = gradient_of(bias);
-    for (int i = 0; d && i < positions(y); i++)
-        for (int c = 0; c < y->channels; c++)
-            d[c] += y->gradient[(size_t)i * y->channels + c];
+    const int count = positions(y);
+    real *d = gradient_of(bias), *ones = arena_allocate(y->graph->arena, (size_t)count, sizeof(real));
+    for (int i = 0; i < count; i++)
+        ones[i] = 1;
+    if (d)
+        matrix_product(1, count, y->channels, ones, y->gradient, NULL, d, d, y->graph->arena);
 }
 
 /* input: x, kernel, bias, residual. option: with plain sums. */
