@@ -56,6 +56,14 @@ static Tensor *tangent_of(const Tensor *a) { return a ? a->tangent : NULL; }
 
 static double element(const Tensor *a, size_t i) { return a->exact ? a->exact[i] : (double)a->value[i]; }
 
+/* All of them, in scratch memory. */
+static double *elements_of(const Tensor *a) {
+    double *x = arena_allocate(a->graph->arena, element_count(a), sizeof *x);
+    for (size_t i = 0; i < element_count(a); i++)
+        x[i] = element(a, i);
+    return x;
+}
+
 static void set_element(Tensor *a, size_t i, double value) {
     a->value[i] = (real)value;
     if (a->exact)
@@ -321,25 +329,21 @@ typedef enum {
 
 static double sigmoid_of(double x) { return 1 / (1 + exp(-x)); }
 
-/* sin(2 pi r), |r| <= 1/4, by the Taylor series: as exact as libm's, and it runs in vector registers. */
-static inline double sine_within_quarter(double r) {
-    const double angle = TWO_PI * r, square = angle * angle;
-    double sum = 1;
-    for (int k = 20; k > 0; k -= 2)
-        sum = 1 - square * (1.0 / (k * (k + 1))) * sum;
-    return angle * sum;
-}
-
 /* From -1/2 to 1/2: whole cycles are taken off without rounding. */
 static inline double part_of_cycle(double cycles) { return cycles - floor(cycles + 0.5); }
 
+/* sin(2 pi cycles), by the Taylor series within a quarter: as exact as libm, and it runs in vector registers. */
 static inline double sine_of_cycles(double cycles) {
-    const double r = part_of_cycle(cycles);
-    return sine_within_quarter(r > 0.25 ? 0.5 - r : r < -0.25 ? -0.5 - r : r);
+    const double part = part_of_cycle(cycles);
+    const double angle = TWO_PI * (part > 0.25 ? 0.5 - part : part < -0.25 ? -0.5 - part : part);
+    double sum = 1;
+    for (int k = 20; k > 0; k -= 2)
+        sum = 1 - angle * angle * (1.0 / (k * (k + 1))) * sum;
+    return angle * sum;
 }
 
 static inline double cosine_of_cycles(double cycles) {
-    return sine_within_quarter(0.25 - fabs(part_of_cycle(cycles)));
+    return sine_of_cycles(0.25 - fabs(part_of_cycle(cycles)));
 }
 
 /* The value of a function and its slope. Each caller wants one of them, and has only that computed. */
@@ -366,18 +370,16 @@ static inline Point function_at(Function f, double x) {
     return (Point){0, 0};
 }
 
-/* Each x becomes f(x), or its slope there. Where f is a constant, the compiler can vectorise the loop. */
+/* x becomes f(x), or the slope there. Where f is a constant, the compiler can vectorise the loop. */
 static inline void function_loop(const Function f, const int slope, size_t count, double *x) {
     for (size_t i = 0; i < count; i++)
         x[i] = slope ? function_at(f, x[i]).slope : function_at(f, x[i]).value;
 }
 
-/* Of all elements, in scratch memory. The Fourier features are many, so theirs are loops of their own. */
+/* At all elements, in scratch memory. The Fourier features are many, so theirs are loops of their own. */
 static inline double *function_values(const Tensor *y, const int slope) {
     const size_t count = element_count(y);
-    double *x = arena_allocate(y->graph->arena, count, sizeof *x);
-    for (size_t i = 0; i < count; i++)
-        x[i] = element(y->input[0], i);
+    double *x = elements_of(y->input[0]);
     if (y->option == SINE)
         function_loop(SINE, slope, count, x);
     else if (y->option == COSINE)
@@ -939,11 +941,8 @@ typedef struct {
 /* input: u, log variance. */
 static void level_likelihood_forward(Tensor *y) {
     Likelihood *l = y->saved;
-    const size_t count = element_count(y->input[0]);
-    double *u = arena_allocate(y->graph->arena, count, sizeof *u);
-    for (size_t i = 0; i < count; i++)
-        u[i] = element(y->input[0], i);
-    set_element(y, 0, level_softmax(count, u, l->k, exp(-number_of(y->input[1])), l->by_u, &l->by_precision));
+    set_element(y, 0, level_softmax(element_count(y->input[0]), elements_of(y->input[0]), l->k,
+                                    exp(-number_of(y->input[1])), l->by_u, &l->by_precision));
 }
 
 static void level_likelihood_backward(Tensor *y) {
