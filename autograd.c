@@ -332,7 +332,7 @@ static double sigmoid_of(double x) { return 1 / (1 + exp(-x)); }
 /* From -1/2 to 1/2: whole cycles are taken off without rounding. */
 static inline double part_of_cycle(double cycles) { return cycles - floor(cycles + 0.5); }
 
-/* sin(2 pi cycles), by the Taylor series within a quarter: as exact as libm, and it runs in vector registers. */
+/* sin(2 pi cycles), by the Taylor series within a quarter: as exact as libm, but in vector registers. */
 static inline double sine_of_cycles(double cycles) {
     const double part = part_of_cycle(cycles);
     const double angle = TWO_PI * (part > 0.25 ? 0.5 - part : part < -0.25 ? -0.5 - part : part);
