@@ -56,6 +56,14 @@ static Tensor *tangent_of(const Tensor *a) { return a ? a->tangent : NULL; }
 
 static double element(const Tensor *a, size_t i) { return a->exact ? a->exact[i] : (double)a->value[i]; }
 
+/* All of them, in scratch memory. */
+static double *elements_of(const Tensor *a) {
+    double *x = arena_allocate(a->graph->arena, element_count(a), sizeof *x);
+    for (size_t i = 0; i < element_count(a); i++)
+        x[i] = element(a, i);
+    return x;
+}
+
 static void set_element(Tensor *a, size_t i, double value) {
     a->value[i] = (real)value;
     if (a->exact)
@@ -321,8 +329,22 @@ typedef enum {
 
 static double sigmoid_of(double x) { return 1 / (1 + exp(-x)); }
 
-/* Radians of a number of cycles; whole cycles are taken off without rounding. */
-static double radians(double cycles) { return TWO_PI * (cycles - floor(cycles + 0.5)); }
+/* From -1/2 to 1/2: whole cycles are taken off without rounding. */
+static inline double part_of_cycle(double cycles) { return cycles - floor(cycles + 0.5); }
+
+/* sin(2 pi cycles), by the Taylor series within a quarter: as exact as libm, but in vector registers. */
+static inline double sine_of_cycles(double cycles) {
+    const double part = part_of_cycle(cycles);
+    const double angle = TWO_PI * (part > 0.25 ? 0.5 - part : part < -0.25 ? -0.5 - part : part);
+    double sum = 1;
+    for (int k = 20; k > 0; k -= 2)
+        sum = 1 - angle * angle * (1.0 / (k * (k + 1))) * sum;
+    return angle * sum;
+}
+
+static inline double cosine_of_cycles(double cycles) {
+    return sine_of_cycles(0.25 - fabs(part_of_cycle(cycles)));
+}
 
 /* The value of a function and its slope. Each caller wants one of them, and has only that computed. */
 typedef struct { double value, slope; } Point;
@@ -342,21 +364,41 @@ static inline Point function_at(Function f, double x) {
     case TANH: return (Point){tanh(x), 1 - tanh(x) * tanh(x)};
     case SWISH: return (Point){x * s, s * (1 + x * (1 - s))};
     case SWISH_SLOPE: return (Point){s * (1 + x * (1 - s)), s * (1 - s) * (2 + x * (1 - 2 * s))};
-    case SINE: return (Point){sin(radians(x)), TWO_PI * cos(radians(x))};
-    case COSINE: return (Point){cos(radians(x)), -TWO_PI * sin(radians(x))};
+    case SINE: return (Point){sine_of_cycles(x), TWO_PI * cosine_of_cycles(x)};
+    case COSINE: return (Point){cosine_of_cycles(x), -TWO_PI * sine_of_cycles(x)};
     }
     return (Point){0, 0};
 }
 
+/* x becomes f(x), or the slope there. Where f is a constant, the compiler can vectorise the loop. */
+static inline void function_loop(const Function f, const int slope, size_t count, double *x) {
+    for (size_t i = 0; i < count; i++)
+        x[i] = slope ? function_at(f, x[i]).slope : function_at(f, x[i]).value;
+}
+
+/* At all elements, in scratch memory. The Fourier features are many, so theirs are loops of their own. */
+static inline double *function_values(const Tensor *y, const int slope) {
+    const size_t count = element_count(y);
+    double *x = elements_of(y->input[0]);
+    if (y->option == SINE)
+        function_loop(SINE, slope, count, x);
+    else if (y->option == COSINE)
+        function_loop(COSINE, slope, count, x);
+    else
+        function_loop((Function)y->option, slope, count, x);
+    return x;
+}
+
 static void function_forward(Tensor *y) {
+    const double *value = function_values(y, 0);
     for (size_t i = 0; i < element_count(y); i++)
-        set_element(y, i, function_at((Function)y->option, element(y->input[0], i)).value);
+        set_element(y, i, value[i]);
 }
 
 static void function_backward(Tensor *y) {
-    const Function f = (Function)y->option;
+    const double *slope = function_values(y, 1);
     for (size_t i = 0; i < element_count(y); i++)
-        y->gradient[i] = (real)(y->gradient[i] * function_at(f, element(y->input[0], i)).slope);
+        y->gradient[i] = (real)(y->gradient[i] * slope[i]);
     add_gradient(y->input[0], y->gradient, element_count(y), 1);
 }
 
@@ -452,12 +494,14 @@ static const real *transposed_kernel(const Tensor *kernel) {
     return made;
 }
 
-/* The gradient of a bias: the sum over the positions of y. */
+/* The gradient of a bias is the sum over the positions of y: a row of ones times y's gradient. */
 static void add_bias_gradient(Tensor *bias, const Tensor *y) {
-    real *d = gradient_of(bias);
-    for (int i = 0; d && i < positions(y); i++)
-        for (int c = 0; c < y->channels; c++)
-            d[c] += y->gradient[(size_t)i * y->channels + c];
+    const int count = positions(y);
+    real *d = gradient_of(bias), *ones = arena_allocate(y->graph->arena, (size_t)count, sizeof(real));
+    for (int i = 0; i < count; i++)
+        ones[i] = 1;
+    if (d)
+        matrix_product(1, count, y->channels, ones, y->gradient, NULL, d, d, y->graph->arena);
 }
 
 /* input: x, kernel, bias, residual. option: with plain sums. */
@@ -848,25 +892,27 @@ Tensor *multiples(Tensor *a, const double *factors, int count) {
  * value (option 1) instead of looking for the largest. */
 static void max_pool_forward(Tensor *y) {
     const Tensor *x = y->input[0];
-    const size_t line = (size_t)x->width * x->channels;
-    size_t *largest = y->saved, at = 0;
-    for (int i = 0; i < y->height && !y->option; i++)
-        for (int j = 0; j < y->width; j++)
-            for (int c = 0; c < y->channels; c++, at++) {
-                const size_t corner = 2 * i * line + 2 * (size_t)j * x->channels + c;
-                largest[at] = corner;
-                for (int k = 1; k < 4; k++) {
-                    const size_t candidate = corner + k / 2 * line + k % 2 * (size_t)x->channels;
-                    if (x->value[candidate] > x->value[largest[at]])
-                        largest[at] = candidate;
-                }
+    const int channels = x->channels, line = x->width * channels;
+    int *largest = y->saved;
+    for (int i = 0; i < positions(y) && !y->option; i++) {
+        const int corner = 2 * (i / y->width * line + i % y->width * channels);
+        for (int c = corner; c < corner + channels; c++) {
+            int place = c;
+            real top = x->value[c];
+            for (int k = 1; k < 4; k++) {
+                const int candidate = c + k / 2 * line + k % 2 * channels;
+                place = x->value[candidate] > top ? candidate : place;
+                top = x->value[candidate] > top ? x->value[candidate] : top;
             }
+            largest[i * channels + c - corner] = place;
+        }
+    }
     for (size_t i = 0; i < element_count(y); i++)
         y->value[i] = x->value[largest[i]];
 }
 
 static void max_pool_backward(Tensor *y) {
-    const size_t *largest = y->saved;
+    const int *largest = y->saved;
     real *dx = gradient_of(y->input[0]);
     for (size_t i = 0; i < element_count(y); i++)
         dx[largest[i]] += y->gradient[i];
@@ -877,7 +923,7 @@ static const Operator MAX_POOL = {"max pool", max_pool_forward, max_pool_backwar
 Tensor *max_pool(Tensor *x) {
     assert(x->height % 2 == 0 && x->width % 2 == 0);
     Tensor *y = result_of(&MAX_POOL, x->height / 2, x->width / 2, x->channels, x, NULL, NULL, NULL);
-    y->saved = memory_for(x->graph, element_count(y), sizeof(size_t));
+    y->saved = memory_for(x->graph, element_count(y), sizeof(int));
     compute(y);
     y->tangent = again(y, 1, x->tangent, NULL, NULL, NULL);
     return y;
@@ -895,11 +941,8 @@ typedef struct {
 /* input: u, log variance. */
 static void level_likelihood_forward(Tensor *y) {
     Likelihood *l = y->saved;
-    const size_t count = element_count(y->input[0]);
-    double *u = arena_allocate(y->graph->arena, count, sizeof *u);
-    for (size_t i = 0; i < count; i++)
-        u[i] = element(y->input[0], i);
-    set_element(y, 0, level_softmax(count, u, l->k, exp(-number_of(y->input[1])), l->by_u, &l->by_precision));
+    set_element(y, 0, level_softmax(element_count(y->input[0]), elements_of(y->input[0]), l->k,
+                                    exp(-number_of(y->input[1])), l->by_u, &l->by_precision));
 }
 
 static void level_likelihood_backward(Tensor *y) {

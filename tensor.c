@@ -1003,7 +1003,7 @@ INLINE void transform_squares(Transform transform, const int from_size, const in
 /* The tiles of an image are taken some lines at a time, about TILES_AT_ONCE of them, so that what is made of
  * them stays in the core's cache. Each of the 36 places of the transformed tiles is a plane [tiles, channels]
  * of its own, and likewise [in, out] of the transformed kernels. */
-enum { TILES_AT_ONCE = 32 };
+enum { TILES_AT_ONCE = 32, TILES_SUMMED_AT_ONCE = 64 };   /* long sums over them pay more than the cache */
 
 /* `tiles` tiles of some channels as planes. A vector stays free behind each plane, else all of them would
  * compete for the same lines of the cache. */
@@ -1031,9 +1031,9 @@ typedef struct {
     Squares x, y, kernel;          /* planes */
 } Filtering;
 
-static Filtering filtering_of(int h, int w, int in, int out, Arena *scratch) {
+static Filtering filtering_of(int h, int w, int in, int out, int at_once, Arena *scratch) {
     Filtering f = {.lines = (h + TILE - 1) / TILE, .columns = (w + TILE - 1) / TILE};
-    f.at_once = 1 + (TILES_AT_ONCE - 1) / f.columns;
+    f.at_once = 1 + (at_once - 1) / f.columns;
     f.at_once = f.at_once < f.lines ? f.at_once : f.lines;
     f.x = planes(f.at_once * f.columns, f.columns, in, scratch);
     f.y = planes(f.at_once * f.columns, f.columns, out, scratch);
@@ -1048,7 +1048,7 @@ void convolve3x3_fast(int h, int w, int in, int out, const real *x, const real *
         return;
     }
     const ArenaMark mark = arena_mark(scratch);
-    const Filtering f = filtering_of(h, w, in, out, scratch);
+    const Filtering f = filtering_of(h, w, in, out, TILES_AT_ONCE, scratch);
     const int width = f.columns * TILE, size = in * out;
     const real *image = in_zeros(h, w, in, x, 1, f.lines * TILE + 2, width + 2, scratch);
     real *made = arena_allocate(scratch, (size_t)f.at_once * TILE * width * out, sizeof(real));
@@ -1084,7 +1084,7 @@ void convolve3x3_by_kernel_fast(int h, int w, int in, int out, const real *x, co
         return;
     }
     const ArenaMark mark = arena_mark(scratch);
-    const Filtering f = filtering_of(h, w, in, out, scratch);
+    const Filtering f = filtering_of(h, w, in, out, TILES_SUMMED_AT_ONCE, scratch);
     const int height = f.lines * TILE, width = f.columns * TILE, size = in * out;
     const real *image = in_zeros(h, w, in, x, 1, height + 2, width + 2, scratch), *dy_image = dy;
     if (h != height || w != width)
