@@ -404,18 +404,19 @@ static void training_example(Network *n, int i, void *context) {
     n->graph.dropout = n->model->config.dropout;
     n->graph.dropout_stream = random_stream(b->seed, RANDOM_DROPOUT, b->step, index);
     const Method m = method_begin(n);
-    const Example example = {
+    Example example = {
         .k = b->images + (size_t)i * dimension(&m),
         .t = example_time(b->u, i, b->batch, m.config->timesteps),
         .eps = gaussian_image(&m, random_stream(b->seed, RANDOM_NOISE, b->step, index))->value,
-        .eps_0 = gaussian_image(&m, random_stream(b->seed, RANDOM_NOISE_0, b->step, index))->value,
         .label = label_of(b->labels, i)};
     LossTerms terms = {number(m.graph, 0), number(m.graph, 0), NULL};
     n->encoder_fixed = !trains_encoder(b, m.config, i);
-    if (n->encoder_fixed)
+    if (n->encoder_fixed) {
         terms.diffusion = diffusion_loss(&m, example_begin(&m, example), example);
-    else
+    } else {
+        example.eps_0 = gaussian_image(&m, random_stream(b->seed, RANDOM_NOISE_0, b->step, index))->value;
         terms = objective(&m, example);
+    }
     differentiate(&m, terms, b->batch, b->terms[i]);
 }
 
@@ -432,22 +433,9 @@ static void mean_terms(const Config *c, const Batch *b, double mean[3]) {
     }
 }
 
-/* Why a step cannot be taken: the first term of the loss that is not finite, or else the largest one, and the
- * same of the gradient by parameter. A NaN may have a sign, which means nothing. */
-static int diverged(const Model *m, const double mean[3], const real *gradient, Error *error) {
-    static const char *const names[3] = {"recon", "latent", "diffusion"};
-    double norm;
-    const Parameter *p = steepest_parameter(m, gradient, &norm);
-    int term = 0;
-    for (int i = 1; i < 3 && isfinite(mean[term]); i++)
-        if (!(mean[i] <= mean[term]))
-            term = i;
-    return fail(error, "step %llu: diverged: the %s loss is %g, the gradient of %s has the norm %g",
-                (unsigned long long)m->step + 1, names[term], fabs(mean[term]), p->name, fabs(norm));
-}
-
 int training_step(Model *model, Workers *workers, const Optimizer *optimizer, const unsigned char *images,
                   const unsigned char *labels, int batch, uint64_t seed, StepReport *r, Error *error) {
+    static const char *const names[3] = {"recon", "latent", "diffusion"};
     const uint32_t step = (uint32_t)model->step;
     Batch b = {.images = images, .labels = labels, .batch = batch, .step = step, .seed = seed,
                .u = random_uniform(random_stream(seed, RANDOM_TIME, step, 0), 0),
@@ -461,7 +449,7 @@ int training_step(Model *model, Workers *workers, const Optimizer *optimizer, co
     *r = (StepReport){mean[0], mean[1], mean[2], mean[0] + mean[1] + mean[2], NAN};
     if (isfinite(r->total))
         r->gradient_norm = optimizer_step(workers, optimizer, gradient);
-    return isfinite(r->gradient_norm) ? 0 : diverged(model, mean, gradient, error);
+    return isfinite(r->gradient_norm) ? 0 : diverged(model, names, mean, 3, gradient, error);
 }
 
 static void given_example(Network *n, int i, void *context) {

@@ -865,15 +865,22 @@ double optimizer_step(Workers *workers, const Optimizer *o, const real *gradient
     return norm;
 }
 
-const Parameter *steepest_parameter(const Model *m, const real *gradient, double *norm) {
-    const Parameter *found = m->parameter;
+int diverged(const Model *m, const char *const *names, const double *losses, int count, const real *gradient,
+             Error *error) {
+    const Parameter *steepest = m->parameter;
     double most = -1;
+    int worst = 0;
     for (int i = 0; i < m->parameter_count && isfinite(most); i++) {
         const Parameter *p = &m->parameter[i];
         const double square = dot(gradient + p->offset, gradient + p->offset, p->count);
         if (!(square <= most))
-            most = square, found = p;
+            most = square, steepest = p;
     }
-    *norm = sqrt(most);
-    return found;
+    for (int i = 1; i < count && isfinite(losses[worst]); i++)
+        if (!(losses[i] <= losses[worst]))
+            worst = i;
+    /* A NaN may have a sign, which means nothing. */
+    return fail(error, "step %llu: diverged: the %s loss is %g, the gradient of %s has the norm %g",
+                (unsigned long long)m->step + 1, names[worst], fabs(losses[worst]), steepest->name,
+                fabs(sqrt(most)));
 }
