@@ -318,8 +318,8 @@ mutant 'gradient: the last slot is left out of the sum' nn.c \
     'for (int s = 1; s < slots; s++)' \
     'for (int s = 1; s + 1 < slots; s++)'
 mutant 'gradient: as many slots as threads' nn.c \
-    'count / 2 < 1 ? 1 : count / 2 < GRADIENT_SLOTS ? count / 2 : GRADIENT_SLOTS;' \
-    'w->threads < count ? w->threads : count;'
+    'pairs < 1 ? 1 : pairs < GRADIENT_SLOTS ? pairs : GRADIENT_SLOTS;' \
+    'w->threads < pairs ? w->threads : pairs;'
 mutant 'time: seen in 1000 radians, not cycles' nn.c \
     '1000 / 6.283185307179586 * exp' \
     '1000 * exp'

@@ -7,7 +7,7 @@ It trains the models that are to be compared, evaluates them on the same draws a
 which each line names the command that made it. Interrupted anywhere, the same command goes on: a training
 resumes from its checkpoint, and what is done already is not done again.
 
-Environment: SEEDS ("1 2 3"), STEPS (14000, of each training), MNIST_DIR (mnist; "digits" for the built-in
+Environment: SEEDS ("1 2 3"), STEPS (10000, of each training), MNIST_DIR (mnist; "digits" for the built-in
 data), OUT (run-paper), LIMIT (test images of each bound, evenly over the split; 0, the default: all), REPEATS
 (2, draws of time and noise for each of them), FINITE_LIMIT (100, test images of the bounds that visit all T
 steps), SAMPLE_STEPS (250, of the sampled pictures).
@@ -51,7 +51,7 @@ def setting(name, default, smallest=None):
 
 
 SEEDS = setting("SEEDS", "1 2 3").split()
-STEPS = setting("STEPS", "14000", 1)
+STEPS = setting("STEPS", "10000", 1)
 DATA = setting("MNIST_DIR", "mnist")
 OUT = setting("OUT", "run-paper")
 LIMIT = setting("LIMIT", "0", 0)
