@@ -72,11 +72,11 @@ $(BUILD)/command: always
 $(BUILD)/test_%: $(BUILD)/test_%.o $(LIBRARY) $(BUILD)/derivatives.o
 	$(CC) $(FLAGS) $(LDFLAGS) $^ -o $@ -lm
 
-# The main job in less than a minute: train a small DiffEnc on the built-in digits and draw samples.
+# The main job in less than a minute: train a small DiffEnc on the built-in digits and draw some of each.
 RUN = run-digits
 run: all
 	@test ! -e $(RUN) || { echo "$(RUN) is there already: RUN=DIRECTORY names another, or move it away."; exit 1; }
-	./$(PROGRAM) train --data digits --steps 2400 --out $(RUN)
+	./$(PROGRAM) train --data digits --conditional --steps 2400 --out $(RUN)
 	@echo "Look at $(RUN)/samples-2400.png and $(RUN)/report.html."
 
 # All tests, in single and in double precision; the last line is the sum of both. Real data are added where mnist/ is

@@ -707,8 +707,8 @@ static Glyph digit_glyph(RandomStream stream, uint32_t index) {
     for (; position < 8; position++)
         random[position] = random_uniform(stream, position);
     const int digit = (int)(index % 10), glyph = random[0] < 0.35 ? variants[digit] : digit;
-    const double narrow = 0.6 + 0.4 * random[1], slant = 0.5 * random[2] - 0.1, turn = 0.4 * random[3] - 0.2;
-    Glyph g = {.radius = 0.8 + 0.8 * random[7]};
+    const double narrow = 0.75 + 0.25 * random[1], slant = 0.3 * random[2], turn = 0.2 * random[3] - 0.1;
+    Glyph g = {.radius = 1 + 0.6 * random[7]};
     for (const signed char *p = glyphs[glyph]; *p != END; p += 2, g.count++) {
         const int i = g.count, lifted = *p == PEN_UP;
         p += lifted;
@@ -716,8 +716,8 @@ static Glyph digit_glyph(RandomStream stream, uint32_t index) {
         g.stroke[i] = i > 0 ? g.stroke[i - 1] + lifted : 0;
         if (i > 0 && p[0] == p[-2] && p[1] == p[-1])
             position -= 2;   /* the two points of a corner stay together */
-        const double wobbled = narrow * (p[0] - 50 + 7 * (random_uniform(stream, position++) - 0.5));
-        const double down = p[1] - 50 + 7 * (random_uniform(stream, position++) - 0.5);
+        const double wobbled = narrow * (p[0] - 50 + 5 * (random_uniform(stream, position++) - 0.5));
+        const double down = p[1] - 50 + 5 * (random_uniform(stream, position++) - 0.5);
         const double across = wobbled - slant * down;
         g.at[0][i] = across * cos(turn) - down * sin(turn);
         g.at[1][i] = across * sin(turn) + down * cos(turn);
@@ -726,10 +726,10 @@ static Glyph digit_glyph(RandomStream stream, uint32_t index) {
             high[axis] = fmax(high[axis], g.at[axis][i]);
         }
     }
-    const double scale = (16 + 3 * random[4]) / fmax(high[1] - low[1], high[0] - low[0]);
+    const double scale = (17 + 2 * random[4]) / fmax(high[1] - low[1], high[0] - low[0]);
     for (int axis = 0; axis < 2; axis++)
         for (int i = 0; i < g.count; i++)
-            g.at[axis][i] = (DIGIT_SIZE - 1) / 2.0 + 3 * (random[5 + axis] - 0.5) +
+            g.at[axis][i] = (DIGIT_SIZE - 1) / 2.0 + 2 * (random[5 + axis] - 0.5) +
                             scale * (g.at[axis][i] - (low[axis] + high[axis]) / 2);
     return g;
 }
