@@ -1300,7 +1300,8 @@ static int write_tensors(void *file, const void *context) {
         put_string(stream, list->metadata[i]);
     }
     putc('}', stream);
-    for (const TensorOut *t = list->tensors; t < list->tensors + list->tensor_count; t++) {
+    for (int i = 0; i < list->tensor_count; i++) {
+        const TensorOut *t = &list->tensors[i];
         const size_t begin = offset;
         offset += elements_of(t) * TYPE_SIZES[t->type];
         putc(',', stream);
@@ -1313,8 +1314,10 @@ static int write_tensors(void *file, const void *context) {
     int failed = fseek(stream, 0, SEEK_SET);
     put_little_endian(stream, &length, 1, 8);
     failed |= fseek(stream, 0, SEEK_END);
-    for (const TensorOut *t = list->tensors; t < list->tensors + list->tensor_count; t++)
+    for (int i = 0; i < list->tensor_count; i++) {
+        const TensorOut *t = &list->tensors[i];
         put_little_endian(stream, t->data, elements_of(t), TYPE_SIZES[t->type]);
+    }
     return failed || ferror(stream);
 }
 

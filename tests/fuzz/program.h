@@ -1,5 +1,7 @@
 /* program.h - the whole program inside a fuzzer: commands with files, and a look at what they print. */
 
+#define _POSIX_C_SOURCE 200809L
+
 #ifndef PROGRAM_H
 #define PROGRAM_H
 
