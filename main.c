@@ -518,24 +518,26 @@ static double system_limit(const char *path, double limit) {
 }
 
 /* Bytes that this process may have: the machine's, or less where a limit of the process or of one of its
- * control groups, from its own up to the root, says so. */
+ * control groups, from its own up to the root, says so: "4:memory:/GROUP" of version 1, "0::/GROUP" of 2. */
 static double memory_limit(void) {
     double limit = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-    char group[TEXT_SIZE] = "", path[TEXT_SIZE + 64];
+    char line[TEXT_SIZE], path[TEXT_SIZE + 64];
     struct rlimit own;
     if (getrlimit(RLIMIT_AS, &own) == 0 && own.rlim_cur != RLIM_INFINITY)
         limit = fmin(limit, (double)own.rlim_cur);
-    limit = system_limit("/sys/fs/cgroup/memory/memory.limit_in_bytes", limit);
     FILE *stream = fopen("/proc/self/cgroup", "r");
-    if (stream && fscanf(stream, "0::%1000[^\n]", group) != 1)
-        *group = 0; /* none of version 2, which has this one line */
+    while (stream && fgets(line, sizeof line, stream)) {
+        const int newer = strncmp(line, "0::", 3) == 0;
+        char *group = newer || strstr(line, ":memory:") ? strchr(line, '/') : NULL;
+        for (char *end = group ? group + strcspn(group, "\n") : NULL; end; end = strrchr(group, '/')) {
+            *end = 0;
+            snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/memory.%s", newer ? "" : "/memory", group,
+                     newer ? "max" : "limit_in_bytes");
+            limit = system_limit(path, limit);
+        }
+    }
     if (stream)
         fclose(stream);
-    for (char *end = group + strlen(group); end; end = strrchr(group, '/')) {
-        *end = 0;
-        snprintf(path, sizeof path, "/sys/fs/cgroup%s/memory.max", group);
-        limit = system_limit(path, limit);
-    }
     return limit;
 }
 
