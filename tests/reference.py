@@ -1177,7 +1177,8 @@ def training_step(p, ema, optimizer, c, images, dropout, layout, tangent):
     B = len(images)
     t = (torch.rand(()) + torch.arange(B) / B) % 1
     k = images.contiguous(memory_format=layout).float()
-    terms = losses(p, c, k, t, torch.randn_like(k), torch.randn_like(k), None, dropout, tangent)
+    noise, labels = torch.randn_like(k), torch.zeros(B, dtype=torch.int64)
+    terms = losses(p, c, k, t, noise, torch.randn_like(k), labels, dropout, tangent)
     optimizer.zero_grad(set_to_none=True)
     objective(terms, images[0].numel()).backward()
     optimizer.step()
