@@ -1318,6 +1318,8 @@ static void sample_grid(Job *job) {
     printf("%s\n", path);
 }
 
+enum { FEW_STEPS = 20 }; /* after which the speed is known */
+
 /* One step on the next images in the order of their epoch, with all that follows it: a line in the log, the
  * evaluation, the progress. */
 static int train_step(Job *job) {
@@ -1325,6 +1327,7 @@ static int train_step(Job *job) {
     const size_t d = image_size(&s->config);
     unsigned char *images = arena_allocate(job->arena, (size_t)s->batch, d);
     unsigned char *labels = arena_allocate(job->arena, (size_t)s->batch, 1);
+    char left[32];
     StepReport r = {0};
     char test[1024] = ",", path[TEXT_SIZE];
     const double start = seconds_now();
@@ -1362,6 +1365,11 @@ static int train_step(Job *job) {
     fprintf(job->log, "%llu,%.6f,%.6f,%.6f,%.6f,%.6f,%s,%.3f\n", step, r.total, r.recon, r.latent,
             r.diffusion, r.gradient_norm, test, job->seconds);
     progress(job, &r);
+    if (step - job->first_step == FEW_STEPS && step < (unsigned)job->steps) {
+        time_left(job, left);
+        end_line(job);
+        printf("%.3g seconds a step, %s\n", job->step_seconds, left);
+    }
     if (fflush(job->log))
         return fail(&job->error, "%s/log.csv: cannot be written: %s", job->out, strerror(errno));
     if (seconds_now() > job->next_report)

@@ -992,8 +992,11 @@ static void test_thread_count(void) {
 #else
     const char *const expected = ", 1 thread, about ";
 #endif
-    const Outcome o = succeed("$D train $TINY --threads 8 --steps 7 --sample-steps 0 --out eight");
+    Outcome o = succeed("$D train $TINY --threads 8 --steps 7 --sample-steps 0 --out eight");
     CHECK(strstr(o.out, expected) && strstr(o.out, "0 to 7 (4.00 epochs)"), "%s", o.out);
+    CHECK(!strstr(o.out, "seconds a step"), "%s", o.out);
+    o = succeed("$D train $TINY --steps 22 --sample-steps 0 --out longer");   /* known after the first 20 */
+    CHECK(strstr(o.out, " seconds a step, 0:00:00 left\n"), "%s", o.out);
 }
 
 /* On a terminal the progress is one line that is written over and over, and fits; that of a grid or an
