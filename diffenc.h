@@ -487,8 +487,8 @@ Optimizer optimizer_default(void);
  * gradient before clipping, which Muon does not feel. If that is not finite nothing is changed. */
 double optimizer_step(Workers *workers, const Optimizer *optimizer, const real *gradient);
 
-/* Why a step cannot be taken, as an error: the first loss that is not finite, or else the largest one, and the
- * same of the gradient by parameter. */
+/* Why a step cannot be taken, as an error: the first loss that is not finite, or else the largest one, and
+ * the same of the gradient by parameter. */
 int diverged(const Model *model, const char *const *names, const double *losses, int count,
              const real *gradient, Error *error);
 
