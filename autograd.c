@@ -13,6 +13,7 @@
 #include "diffenc.h"
 
 #include <assert.h>
+#include <limits.h>
 #include <math.h>
 #include <string.h>
 
@@ -922,6 +923,7 @@ static const Operator MAX_POOL = {"max pool", max_pool_forward, max_pool_backwar
 
 Tensor *max_pool(Tensor *x) {
     assert(x->height % 2 == 0 && x->width % 2 == 0);
+    assert(element_count(x) <= INT_MAX);   /* what `saved` counts in */
     Tensor *y = result_of(&MAX_POOL, x->height / 2, x->width / 2, x->channels, x, NULL, NULL, NULL);
     y->saved = memory_for(x->graph, element_count(y), sizeof(int));
     compute(y);

@@ -5,7 +5,7 @@
  *
  *     tensor.c    floor 1   errors, memory, random numbers, the loops that do the arithmetic
  *     autograd.c  floor 2   tensors that remember how they were made: reverse mode, and tangents
- *     nn.c        floor 3   layers, the two networks, parameters, batches on threads, AdamW, Muon, EMA
+ *     nn.c        floor 3   layers, the networks, parameters, batches on threads and ranks, optimisers, EMA
  *     diffenc.c   floor 4   the method: its equations, a training step, the bound on a data set, the samplers
  *     data.c      beside    files in and out; it uses tensor.c alone
  *     main.c      roof      the command line, settings and checkpoints, progress, logs, reports

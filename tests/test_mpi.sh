@@ -10,26 +10,8 @@ set -u
 here=$(cd "$(dirname "$0")" && pwd)
 program=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 launch=${MPIRUN:-mpirun --oversubscribe --allow-run-as-root}
-work=$(mktemp -d) || exit 1
-job=
-trap 'test -z "$job" || kill "$job" 2>/dev/null; wait; rm -rf "$work"' EXIT
-trap 'exit 130' INT TERM
-cd "$work" || exit 1
-passed=0
-failed=0
-
-# check WHAT COMMAND...: count whether the command succeeds.
-check() {
-    what=$1
-    shift
-    if "$@" >check.out 2>&1; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAILED $what"
-        head -n 20 check.out
-    fi
-}
+# shellcheck source=tests/checks.sh
+. "$here/checks.sh"
 
 is() { [ "$1" = "$2" ] || { echo "$1, not $2"; cat err.txt; return 1; }; }
 

@@ -10,26 +10,8 @@
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 program=$(cd "$(dirname "${1:-$here/../diffenc}")" && pwd)/$(basename "${1:-diffenc}")
-work=$(mktemp -d) || exit 1
-job=
-trap 'test -z "$job" || kill "$job" 2>/dev/null; wait; rm -rf "$work"' EXIT
-trap 'exit 130' INT TERM
-cd "$work" || exit 1
-passed=0
-failed=0
-
-# check WHAT COMMAND...: count whether the command succeeds.
-check() {
-    what=$1
-    shift
-    if "$@" >check.out 2>&1; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAILED $what"
-        head -n 20 check.out
-    fi
-}
+# shellcheck source=tests/checks.sh
+. "$here/checks.sh"
 
 paper() {
     SEEDS="1 2" STEPS=20 MNIST_DIR=digits OUT=paper LIMIT=24 REPEATS=1 FINITE_LIMIT=2 SAMPLE_STEPS=4 \
