@@ -709,20 +709,30 @@ Tensor *attention_weights(Tensor *q, Tensor *k) {
 /* Rows that are worked on at a time: 28 rows of 784 logits are 88 KB, well within a core's own cache. */
 enum { ATTENTION_ROWS = 28 };
 
-/* saved: the weights [rows, columns]. */
-static void attend_forward(Tensor *y) {
+typedef struct {
+    const Tensor *y;
+    const real *k_transposed;
+} Attention;
+
+static void attend_rows(const void *context, int first, int end, Arena *scratch) {
+    const Tensor *y = ((const Attention *)context)->y;
+    const real *k_transposed = ((const Attention *)context)->k_transposed;
     const Tensor *q = y->input[0], *k = y->input[1], *v = y->input[2];
-    Arena *scratch = y->graph->arena;
-    const int rows = positions(q), columns = positions(k), channels = q->channels;
-    const real *k_transposed = scaled_copy(k, y->number[0], 1);
-    for (int i = 0; i < rows; i += ATTENTION_ROWS) {
-        const int n = rows - i < ATTENTION_ROWS ? rows - i : ATTENTION_ROWS;
+    const int columns = positions(k), channels = q->channels;
+    for (int i = first; i < end; i += ATTENTION_ROWS) {
+        const int n = end - i < ATTENTION_ROWS ? end - i : ATTENTION_ROWS;
         real *p = (real *)y->saved + (size_t)i * columns, *to = y->value + (size_t)i * v->channels;
         matrix_product(n, channels, columns, q->value + (size_t)i * channels, k_transposed, NULL, NULL, p,
                        scratch);
         softmax_rows(p, n, columns);
         matrix_product(n, columns, v->channels, p, v->value, NULL, NULL, to, scratch);
     }
+}
+
+/* saved: the weights [rows, columns]. */
+static void attend_forward(Tensor *y) {
+    const Attention a = {y, scaled_copy(y->input[1], y->number[0], 1)};
+    in_parts(attend_rows, &a, positions(y), y->graph->arena);
 }
 
 /* A few rows at a time: dP = dy v^T, dS = softmax backward, then dq += dS k, dk += dS^T q, dv += P^T dy. */
@@ -825,13 +835,19 @@ Tensor *normalise(Tensor *x, Tensor *scale, Tensor *bias, int kind) {
 
 /* ---- channels side by side ---- */
 
-static void concatenate_forward(Tensor *y) {
-    for (int side = 0, first = 0; side < 2; first += y->input[side++]->channels) {
+static void concatenate_part(const void *tensor, int first, int end, Arena *scratch) {
+    const Tensor *y = tensor;
+    (void)scratch;
+    for (int side = 0, channel = 0; side < 2; channel += y->input[side++]->channels) {
         const Tensor *x = y->input[side];
-        for (int i = 0; i < positions(y); i++)
-            memcpy(y->value + (size_t)i * y->channels + first, x->value + (size_t)i * x->channels,
+        for (int i = first; i < end; i++)
+            memcpy(y->value + (size_t)i * y->channels + channel, x->value + (size_t)i * x->channels,
                    x->channels * sizeof(real));
     }
+}
+
+static void concatenate_forward(Tensor *y) {
+    in_parts(concatenate_part, y, positions(y), y->graph->arena);
 }
 
 static void concatenate_backward(Tensor *y) {

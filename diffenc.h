@@ -76,6 +76,15 @@ void arena_release(Arena *arena, ArenaMark mark);   /* everything allocated sinc
 void arena_reset(Arena *arena);                     /* everything */
 size_t arena_capacity(const Arena *arena);          /* bytes of all blocks, in use or not */
 
+/* ---- work on several threads ---- */
+
+/* Do pieces 0..count-1 of some work: all at once, or in as many parts as arena_divide says, each with scratch
+ * memory of its own, on the threads of the parallel region that have nothing else to do. Where a part ends
+ * must not change what is computed. */
+typedef void PartWork(const void *context, int first, int end, Arena *scratch);
+void in_parts(PartWork *work, const void *context, int count, Arena *scratch);
+void arena_divide(Arena *arena, int parts);   /* of work with this scratch memory, until told otherwise */
+
 /* ---- random numbers ---- */
 
 /* What a number is drawn for. Streams with different purposes are independent. The numbers are part of the
@@ -462,9 +471,9 @@ int network_stopped(const Network *network);
 void *workers_results(Workers *workers, size_t count, size_t size);
 
 /* Call `work` once for each example of the rank's share of 0..count-1, on the threads, with a network whose
- * graph has just begun: with any vector of weights, without dropout and gradients; or with model->params,
- * where `work` calls backward(): returns the sum of the gradients of all ranks, [weight_count], or NULL when
- * one was stopped. */
+ * graph has just begun: with any vector of weights, without dropout and gradients, where threads for which no
+ * example is left help those that have one; or with model->params, where `work` calls backward(): returns
+ * the sum of the gradients of all ranks, [weight_count], or NULL when one was stopped. */
 typedef void (*ExampleWork)(Network *network, int example, void *context);
 void workers_run(Workers *workers, const real *weights, int count, ExampleWork work, void *context);
 const real *workers_gradient(Workers *workers, int count, ExampleWork work, void *context);

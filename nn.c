@@ -689,6 +689,7 @@ static Network *network_of_thread(Workers *w) {
 void workers_run(Workers *w, const real *weights, int count, ExampleWork work, void *context) {
     const int begin = share_begin(count, this_rank()), end = share_begin(count, this_rank() + 1);
     int done = 0;
+    const int left_over = (end - begin) % w->threads;   /* when all threads have had the same number */
     ranks_agree(0);   /* whether all have come so far is better known before the work than after it */
     if (w->progress)
         w->progress(w->watcher, 0, end - begin);
@@ -702,7 +703,10 @@ void workers_run(Workers *w, const real *weights, int count, ExampleWork work, v
         network_begin(n);
         if (workers_stopped(w))
             continue;
+        if (example >= end - left_over)   /* threads that have no example help those that have one */
+            arena_divide(n->graph.arena, (w->threads + left_over - 1) / left_over);
         work(n, example, context);
+        arena_divide(n->graph.arena, 1);
 #pragma omp critical
         if (w->progress)
             w->progress(w->watcher, ++done, end - begin);

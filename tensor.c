@@ -82,6 +82,8 @@ struct Block {
 struct Arena {
     Block *first, *current;
     size_t capacity;
+    int parts;       /* that work is divided into where it can be; 0 or 1: it is not */
+    Arena *helper;   /* of the next part, or NULL */
 };
 
 Arena *arena_new(void) {
@@ -93,6 +95,8 @@ void arena_free(Arena *arena) {
         next = block->next;
         free(block);
     }
+    if (arena)
+        arena_free(arena->helper);
     free(arena);
 }
 
@@ -146,6 +150,34 @@ void arena_reset(Arena *arena) {
 
 size_t arena_capacity(const Arena *arena) {
     return arena->capacity;
+}
+
+/* ---- work on several threads ---- */
+
+void arena_divide(Arena *arena, int parts) {
+    arena->parts = parts;
+    for (; parts > 1; parts--, arena = arena->helper)
+        if (!arena->helper)
+            arena->helper = arena_new();
+}
+
+/* Tasks, because a thread that waits for them does those that nobody has begun: on a busy machine it would
+ * otherwise wait until the system lets the others run, at each of the hundred calls that a network makes. */
+void in_parts(PartWork *work, const void *context, int count, Arena *scratch) {
+    const int wanted = scratch->parts, parts = wanted < count ? wanted : count;
+    if (parts < 2) {
+        work(context, 0, count, scratch);
+        return;
+    }
+    Arena *own = scratch;
+    scratch->parts = 1;   /* what a part calls is not divided again */
+    for (int i = 0; i < parts; i++, own = own->helper) {
+        const int first = (int)((int64_t)count * i / parts), end = (int)((int64_t)count * (i + 1) / parts);
+#pragma omp task if (i < parts - 1) firstprivate(work)
+        work(context, first, end, own);
+    }
+#pragma omp taskwait
+    scratch->parts = wanted;
 }
 
 /* ---- random numbers ---- */
@@ -351,8 +383,15 @@ static void copy_to_vectors(const Product *p, int width, const real *b, real *co
                 copy[n] = n < width ? b[s * p->b_segment + k * p->b_inner + n] : 0;
 }
 
-static void product(const Product *p, Arena *scratch) {
-    const int blocks = (p->rows + BLOCK_ROWS - 1) / BLOCK_ROWS; /* nearly equal in height: 28 = 10 + 9 + 9 */
+/* Blocks of rows, nearly equal in height: 28 = 10 + 9 + 9. */
+static int blocks_of(const Product *p) {
+    return (p->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+}
+
+/* Blocks first..end-1 of all lines. */
+static void product_part(const void *product, int first, int end, Arena *scratch) {
+    const Product *p = product;
+    const int blocks = blocks_of(p);
     const int least = p->rows / blocks, higher = p->rows % blocks;
     const ArenaMark mark = arena_mark(scratch);
     for (int j = 0, width; j < p->columns; j += width) {
@@ -364,12 +403,14 @@ static void product(const Product *p, Arena *scratch) {
         real *copy = arena_allocate(scratch, copied, sizeof(real));
         const ptrdiff_t b_segment = partial ? p->inner * LANES : p->b_segment;
         const ptrdiff_t b_inner = partial ? LANES : p->b_inner;
-        for (int line = 0; line < p->lines; line++) {
+        for (int line = 0, number = 0; line < p->lines; line++) {
             const real *b = p->b + line * p->b_line + j;
             if (partial && (line == 0 || p->b_line))
                 copy_to_vectors(p, width, b, copy);
-            for (int block = 0, i = 0, height; block < blocks; block++, i += height) {
+            for (int block = 0, i = 0, height; block < blocks; block++, i += height, number++) {
                 height = least + (block < higher);
+                if (number < first || number >= end)
+                    continue;
                 const ptrdiff_t at = line * p->c_line + i * p->c_row + j;
                 block_rows(height, width, p, p->a + line * p->a_line + i * p->a_row, partial ? copy : b,
                            b_segment, b_inner, p->bias ? p->bias + j : NULL, p->start ? p->start + at : NULL,
@@ -378,6 +419,10 @@ static void product(const Product *p, Arena *scratch) {
         }
     }
     arena_release(scratch, mark);
+}
+
+static void product(const Product *p, Arena *scratch) {
+    in_parts(product_part, p, p->lines * blocks_of(p), scratch);
 }
 
 void matrix_product(int rows, int inner, int columns, const real *a, const real *b, const real *bias,
@@ -407,11 +452,13 @@ void transpose(const real *a, int rows, int columns, real *out) {
 
 /* ---- convolution ---- */
 
-/* x [h, w, c] in an image [rows, columns, c] of zeros, `border` from its upper left corner. */
-static real *in_zeros(int h, int w, int c, const real *x, int border, int rows, int columns, Arena *scratch) {
+/* x [h, w, c] in an image of zeros, of which these are `rows` lines of `columns` pixels from line `top` on:
+ * x begins in line 0, behind `border` pixels. */
+static real *in_zeros(int h, int w, int c, const real *x, int border, int top, int rows, int columns,
+                      Arena *scratch) {
     const size_t line = (size_t)columns * c, left = (size_t)border * c;
     real *image = arena_allocate(scratch, rows * line, sizeof(real)), *to = image;
-    for (int i = -border; i < rows - border; i++, to += line) {
+    for (int i = top; i < top + rows; i++, to += line) {
         const size_t filled = i >= 0 && i < h ? (size_t)w * c : 0;
         memset(to, 0, left * sizeof(real));
         if (filled)
@@ -457,7 +504,7 @@ void convolve3x3(int h, int w, int in, int out, const real *x, const real *kerne
     for (int i = 0; bias && i < columns; i++)
         all_bias[i] = bias[i % out];
     const Product p = {.lines = w / group, .rows = h, .columns = columns, .segments = 3, .inner = inner,
-                       .a = in_zeros(h, w, in, x, 1, h + 2, w + 2, scratch), .a_line = group * in,
+                       .a = in_zeros(h, w, in, x, 1, -1, h + 2, w + 2, scratch), .a_line = group * in,
                        .a_row = line, .a_segment = line, .a_inner = 1,
                        .b = group > 1 ? widened_kernel(group, in, out, kernel, scratch) : kernel,
                        .b_segment = inner * b_inner, .b_inner = b_inner, .bias = bias ? all_bias : NULL,
@@ -474,7 +521,7 @@ void convolve3x3_by_kernel(int h, int w, int in, int out, const real *x, const r
     const ArenaMark mark = arena_mark(scratch);
     const int few = out < LANES, taps = 3 * in;
     const ptrdiff_t line = (ptrdiff_t)(w + 2) * in, size = (ptrdiff_t)taps * out;
-    const real *image = in_zeros(h, w, in, x, 1, h + 2, w + 2, scratch);
+    const real *image = in_zeros(h, w, in, x, 1, -1, h + 2, w + 2, scratch);
     real *made = few ? arena_allocate(scratch, (size_t)(3 * size), sizeof(real)) : dkernel;
     Product p = {.lines = 3, .rows = taps, .columns = out, .segments = h, .inner = w, .a = image,
                  .a_line = line, .a_row = 1, .a_segment = line, .a_inner = in, .b = dy,
@@ -515,6 +562,7 @@ typedef struct {
     real *mean, *rstd;          /* [columns], of the channel's group */
     real *gain, *offset;        /* [columns]: u = scale xhat + bias = gain x + offset */
     real *scale, *zero, *one;   /* [columns] */
+    real *y;                    /* group_norm's result */
     Arena *scratch;
 } Norm;
 
@@ -681,14 +729,27 @@ static void multiply(size_t count, const real *factor, real *to) {
         to[i] *= factor[i];
 }
 
+/* The rows first..end-1 of y. */
+static void norm_rows(const void *norm, int first, int end, Arena *scratch) {
+    Norm t = *(const Norm *)norm;
+    const size_t at = (size_t)first * t.columns;
+    const real *factor = t.n->dropout_factor;
+    real *y = t.y + at;
+    (void)scratch;
+    t.x += at;
+    t.count = (size_t)(end - first) * t.columns;
+    if (t.n->swish)
+        of_u(&t, swish_of_u, t.x, y);
+    else
+        combine(&t, 0, t.gain, t.x, t.zero, t.x, t.offset, y);
+    multiply(t.count, factor ? factor + at : NULL, y);
+}
+
 void group_norm(const GroupNorm *n, const real *x, real *y, Arena *scratch) {
     const ArenaMark mark = arena_mark(scratch);
-    const Norm t = norm_of(n, x, 1, scratch);
-    if (n->swish)
-        of_u(&t, swish_of_u, x, y);
-    else
-        combine(&t, 0, t.gain, x, t.zero, x, t.offset, y);
-    multiply(t.count, n->dropout_factor, y);
+    Norm t = norm_of(n, x, 1, scratch);
+    t.y = y;
+    in_parts(norm_rows, &t, t.rows, scratch);
     arena_release(scratch, mark);
 }
 
@@ -964,12 +1025,12 @@ INLINE void kernel_transposed(const real *u, ptrdiff_t step, real *to, ptrdiff_t
     to[2 * to_step] = even2 - even + u[5 * step];
 }
 
-/* Squares of numbers, `channels` of them side by side, in lines and columns of tiles; each distance in
- * numbers. A plane of transformed tiles has x 1 plane away and y 6 of them. */
+/* Squares of numbers, `channels` of them side by side: one after the other, or in lines and columns of tiles;
+ * each distance in numbers. A plane of transformed tiles has x 1 plane away and y 6 of them. */
 typedef struct {
     real *data;
-    ptrdiff_t line, column;   /* from tile to tile */
-    ptrdiff_t y, x;           /* within a tile */
+    ptrdiff_t next, line, column;   /* from tile to tile */
+    ptrdiff_t y, x;                 /* within a tile */
 } Squares;
 
 /* N channels of a square of from_size numbers a side become one of to_size: the transform of its columns,
@@ -987,11 +1048,13 @@ INLINE void transform_square(Transform transform, const int from_size, const int
             transform(half[y][0] + n, LANES, to + y * t->y + n, t->x);
 }
 
-INLINE void transform_squares(Transform transform, const int from_size, const int to_size, int lines,
-                              int columns, int channels, const Squares *from, const Squares *to) {
-    for (int i = 0; i < lines * columns; i++) {
-        const real *f = from->data + i / columns * from->line + i % columns * from->column;
-        real *t = to->data + i / columns * to->line + i % columns * to->column;
+/* `count` squares, which are the tiles from `first` on of an image with `columns` in a line. */
+INLINE void transform_squares(Transform transform, const int from_size, const int to_size, int first,
+                              int count, int columns, int channels, const Squares *from, const Squares *to) {
+    for (int i = 0; i < count; i++) {
+        const int line = (first + i) / columns, column = (first + i) % columns;
+        const real *f = from->data + i * from->next + line * from->line + column * from->column;
+        real *t = to->data + i * to->next + line * to->line + column * to->column;
         int c = 0;
         for (; c + LANES <= channels; c += LANES)
             transform_square(transform, from_size, to_size, LANES, f + c, from, t + c, to);
@@ -1000,24 +1063,24 @@ INLINE void transform_squares(Transform transform, const int from_size, const in
     }
 }
 
-/* The tiles of an image are taken some lines at a time, about TILES_AT_ONCE of them, so that what is made of
- * them stays in the core's cache. Each of the 36 places of the transformed tiles is a plane [tiles, channels]
- * of its own, and likewise [in, out] of the transformed kernels. */
+/* The tiles of an image are taken some at a time, so that what is made of them stays in the core's cache.
+ * Each of the 36 places of the transformed tiles is a plane [tiles, channels] of its own, and likewise [in,
+ * out] of the transformed kernels. */
 enum { TILES_AT_ONCE = 32, TILES_SUMMED_AT_ONCE = 64 };   /* long sums over them pay more than the cache */
 
 /* `tiles` tiles of some channels as planes. A vector stays free behind each plane, else all of them would
  * compete for the same lines of the cache. */
-static Squares planes(int tiles, int columns, ptrdiff_t channels, Arena *scratch) {
+static Squares planes(int tiles, ptrdiff_t channels, Arena *scratch) {
     const ptrdiff_t plane = tiles * channels + LANES;
-    const Squares s = {arena_allocate(scratch, (size_t)(PLACES * plane), sizeof(real)),
-                       columns * channels, channels, REACH * plane, plane};
+    const Squares s = {.data = arena_allocate(scratch, (size_t)(PLACES * plane), sizeof(real)),
+                       .next = channels, .y = REACH * plane, .x = plane};
     return s;
 }
 
 /* The tiles of an image [.., width, channels] that begins at `data`. */
 static Squares image_tiles(const real *data, int width, int channels) {
-    const Squares s = {(real *)data, (ptrdiff_t)TILE * width * channels, (ptrdiff_t)TILE * channels,
-                       (ptrdiff_t)width * channels, channels};
+    const Squares s = {.data = (real *)data, .line = (ptrdiff_t)TILE * width * channels,
+                       .column = (ptrdiff_t)TILE * channels, .y = (ptrdiff_t)width * channels, .x = channels};
     return s;
 }
 
@@ -1026,55 +1089,79 @@ static int filtering_pays(int h, int w, int in, int out) {
     return in >= 16 && out >= 16 && h * w >= 196;
 }
 
+/* How many tiles make up a side of so many numbers. */
+static int tiles_along(int side) {
+    return (side + TILE - 1) / TILE;
+}
+
 typedef struct {
-    int lines, columns, at_once;   /* of tiles */
-    Squares x, y, kernel;          /* planes */
+    Squares x, y, kernel;   /* planes */
 } Filtering;
 
-static Filtering filtering_of(int h, int w, int in, int out, int at_once, Arena *scratch) {
-    Filtering f = {.lines = (h + TILE - 1) / TILE, .columns = (w + TILE - 1) / TILE};
-    f.at_once = 1 + (at_once - 1) / f.columns;
-    f.at_once = f.at_once < f.lines ? f.at_once : f.lines;
-    f.x = planes(f.at_once * f.columns, f.columns, in, scratch);
-    f.y = planes(f.at_once * f.columns, f.columns, out, scratch);
-    f.kernel = planes(1, 1, (ptrdiff_t)in * out, scratch);
+static Filtering filtering_of(int tiles, int in, int out, Arena *scratch) {
+    const Filtering f = {planes(tiles, in, scratch), planes(tiles, out, scratch),
+                         planes(1, (ptrdiff_t)in * out, scratch)};
     return f;
+}
+
+/* What convolve3x3_fast was asked for. */
+typedef struct {
+    int h, w, in, out;
+    const real *x, *kernel, *bias, *start;
+    real *y;
+} Convolution;
+
+/* Tiles first..end-1 of y. Each part transforms the kernel for itself, which takes no longer than to fetch it
+ * from the cache of another core. */
+static void convolve_tiles(const void *convolution, int first, int end, Arena *scratch) {
+    const Convolution *v = convolution;
+    const int h = v->h, w = v->w, in = v->in, out = v->out, size = in * out;
+    const int columns = tiles_along(w), width = columns * TILE + 2;
+    const int line = first / columns, lines = (end - 1) / columns + 1 - line;   /* that these tiles lie in */
+    const int groups = (end - first + TILES_AT_ONCE - 1) / TILES_AT_ONCE;
+    const int at_once = (end - first + groups - 1) / groups;   /* nearly equal groups: 49 = 25 + 24 */
+    const ArenaMark mark = arena_mark(scratch);
+    const Filtering f = filtering_of(at_once, in, out, scratch);
+    const real *image = in_zeros(h, w, in, v->x, 1, line * TILE - 1, lines * TILE + 2, width, scratch);
+    real *y = v->y, *made = arena_allocate(scratch, (size_t)TILE * TILE * out, sizeof(real));
+    const Squares tiles = image_tiles(image, width, in);
+    const Squares made_tile = {.data = made, .y = TILE * out, .x = out};
+    const Squares taps = {.data = (real *)v->kernel, .y = 3 * size, .x = size};
+    transform_squares(kernel_transform, 3, REACH, 0, 1, 1, size, &taps, &f.kernel);
+    for (int count; first < end; first += count) {
+        count = end - first < at_once ? end - first : at_once;
+        transform_squares(input_transform, REACH, REACH, first - line * columns, count, columns, in, &tiles,
+                          &f.x);
+        const Product p = {.lines = PLACES, .rows = count, .columns = out, .segments = 1, .inner = in,
+                           .a = f.x.data, .a_line = f.x.x, .a_row = in, .a_inner = 1, .b = f.kernel.data,
+                           .b_line = f.kernel.x, .b_inner = out, .c = f.y.data, .c_line = f.y.x,
+                           .c_row = out};
+        product(&p, scratch);
+        Squares sums = f.y;
+        for (int tile = first; tile < first + count; tile++, sums.data += sums.next) {
+            const int top = tile / columns * TILE, left = tile % columns * TILE;
+            transform_squares(output_transform, REACH, TILE, 0, 1, 1, out, &sums, &made_tile);
+            for (int i = top; i < h && i < top + TILE; i++)
+                for (int j = left; j < w && j < left + TILE; j++) {
+                    const real *from = made + ((i - top) * TILE + j - left) * out;
+                    const ptrdiff_t at = ((ptrdiff_t)i * w + j) * out;
+                    const real *bias = v->bias, *start = v->start ? v->start + at : NULL;
+#pragma omp simd
+                    for (int c = 0; c < out; c++)
+                        y[at + c] = from[c] + (bias ? bias[c] : 0) + (start ? start[c] : 0);
+                }
+        }
+    }
+    arena_release(scratch, mark);
 }
 
 void convolve3x3_fast(int h, int w, int in, int out, const real *x, const real *kernel, const real *bias,
                       const real *start, real *y, Arena *scratch) {
-    if (!filtering_pays(h, w, in, out)) {
+    const Convolution v = {h, w, in, out, x, kernel, bias, start, y};
+    if (filtering_pays(h, w, in, out))
+        in_parts(convolve_tiles, &v, tiles_along(h) * tiles_along(w), scratch);
+    else
         convolve3x3(h, w, in, out, x, kernel, bias, start, y, scratch);
-        return;
-    }
-    const ArenaMark mark = arena_mark(scratch);
-    const Filtering f = filtering_of(h, w, in, out, TILES_AT_ONCE, scratch);
-    const int width = f.columns * TILE, size = in * out;
-    const real *image = in_zeros(h, w, in, x, 1, f.lines * TILE + 2, width + 2, scratch);
-    real *made = arena_allocate(scratch, (size_t)f.at_once * TILE * width * out, sizeof(real));
-    const Squares made_tiles = image_tiles(made, width, out), taps = {(real *)kernel, 0, 0, 3 * size, size};
-    transform_squares(kernel_transform, 3, REACH, 1, 1, size, &taps, &f.kernel);
-    for (int first = 0; first < f.lines; first += f.at_once) {
-        const int lines = f.lines - first < f.at_once ? f.lines - first : f.at_once;
-        Squares tiles = image_tiles(image, width + 2, in);
-        tiles.data += first * tiles.line;
-        transform_squares(input_transform, REACH, REACH, lines, f.columns, in, &tiles, &f.x);
-        const Product p = {.lines = PLACES, .rows = lines * f.columns, .columns = out, .segments = 1,
-                           .inner = in, .a = f.x.data, .a_line = f.x.x, .a_row = in, .a_inner = 1,
-                           .b = f.kernel.data, .b_line = f.kernel.x, .b_inner = out, .c = f.y.data,
-                           .c_line = f.y.x, .c_row = out};
-        product(&p, scratch);
-        transform_squares(output_transform, REACH, TILE, lines, f.columns, out, &f.y, &made_tiles);
-        for (int i = first * TILE; i < h && i < (first + lines) * TILE; i++)
-            for (int j = 0; j < w; j++) {
-                const real *from = made + ((ptrdiff_t)(i - first * TILE) * width + j) * out;
-                const ptrdiff_t at = ((ptrdiff_t)i * w + j) * out;
-#pragma omp simd
-                for (int c = 0; c < out; c++)
-                    y[at + c] = from[c] + (bias ? bias[c] : 0) + (start ? start[at + c] : 0);
-            }
-    }
-    arena_release(scratch, mark);
 }
 
 void convolve3x3_by_kernel_fast(int h, int w, int in, int out, const real *x, const real *dy, real *dkernel,
@@ -1084,27 +1171,29 @@ void convolve3x3_by_kernel_fast(int h, int w, int in, int out, const real *x, co
         return;
     }
     const ArenaMark mark = arena_mark(scratch);
-    const Filtering f = filtering_of(h, w, in, out, TILES_SUMMED_AT_ONCE, scratch);
-    const int height = f.lines * TILE, width = f.columns * TILE, size = in * out;
-    const real *image = in_zeros(h, w, in, x, 1, height + 2, width + 2, scratch), *dy_image = dy;
+    const int lines = tiles_along(h), columns = tiles_along(w), size = in * out;
+    const int height = lines * TILE, width = columns * TILE;
+    const int wanted = 1 + (TILES_SUMMED_AT_ONCE - 1) / columns;   /* lines */
+    const int at_once = (wanted < lines ? wanted : lines) * columns;
+    const Filtering f = filtering_of(at_once, in, out, scratch);
+    const real *image = in_zeros(h, w, in, x, 1, -1, height + 2, width + 2, scratch), *dy_image = dy;
     if (h != height || w != width)
-        dy_image = in_zeros(h, w, out, dy, 0, height, width, scratch);
-    Squares x_tiles = image_tiles(image, width + 2, in), dy_tiles = image_tiles(dy_image, width, out);
-    for (int first = 0; first < f.lines; first += f.at_once) {
-        const int lines = f.lines - first < f.at_once ? f.lines - first : f.at_once;
-        transform_squares(input_transform, REACH, REACH, lines, f.columns, in, &x_tiles, &f.x);
-        transform_squares(output_transposed, TILE, REACH, lines, f.columns, out, &dy_tiles, &f.y);
-        x_tiles.data += lines * x_tiles.line, dy_tiles.data += lines * dy_tiles.line;
-        const Product p = {.lines = PLACES, .rows = in, .columns = out, .segments = 1,
-                           .inner = lines * f.columns, .a = f.x.data, .a_line = f.x.x, .a_row = 1,
-                           .a_inner = in, .b = f.y.data, .b_line = f.y.x, .b_inner = out,
-                           .start = first ? f.kernel.data : NULL, .c = f.kernel.data,
-                           .c_line = f.kernel.x, .c_row = out};
+        dy_image = in_zeros(h, w, out, dy, 0, 0, height, width, scratch);
+    const Squares x_tiles = image_tiles(image, width + 2, in), dy_tiles = image_tiles(dy_image, width, out);
+    for (int first = 0, count; first < lines * columns; first += count) {
+        count = lines * columns - first < at_once ? lines * columns - first : at_once;
+        transform_squares(input_transform, REACH, REACH, first, count, columns, in, &x_tiles, &f.x);
+        transform_squares(output_transposed, TILE, REACH, first, count, columns, out, &dy_tiles, &f.y);
+        const Product p = {.lines = PLACES, .rows = in, .columns = out, .segments = 1, .inner = count,
+                           .a = f.x.data, .a_line = f.x.x, .a_row = 1, .a_inner = in, .b = f.y.data,
+                           .b_line = f.y.x, .b_inner = out, .start = first ? f.kernel.data : NULL,
+                           .c = f.kernel.data, .c_line = f.kernel.x, .c_row = out};
         product(&p, scratch);
     }
-    const Squares made = {arena_allocate(scratch, (size_t)9 * size, sizeof(real)), 0, 0, 3 * size, size};
-    transform_squares(kernel_transposed, REACH, 3, 1, 1, size, &f.kernel, &made);
+    real *made = arena_allocate(scratch, (size_t)9 * size, sizeof(real));
+    const Squares taps = {.data = made, .y = 3 * size, .x = size};
+    transform_squares(kernel_transposed, REACH, 3, 0, 1, 1, size, &f.kernel, &taps);
     for (int i = 0; i < 9 * size; i++)
-        dkernel[i] += made.data[i];
+        dkernel[i] += made[i];
     arena_release(scratch, mark);
 }

@@ -497,16 +497,17 @@ static void bench_steps(const Job *all) {
 }
 
 static void bench_sampling(const Job *all) {
-    printf("\nsampling with vdm-4, %d images, %d steps each\n", all->count, all->timesteps);
-    for (int i = 0; i < 2; i++) {
+    printf("\nsampling with vdm-4, %d steps each\n", all->timesteps);
+    for (int i = 0; i < 4; i++) {
         Job job = *all;
         Result r;
-        job.config.net = i ? NET_UNET : NET_FLAT;
+        job.config.net = i / 2 ? NET_UNET : NET_FLAT;
+        job.count = i % 2 ? 1 : all->count;
         job.sampling = 1;
         stop_on(config_parse_model(&job.config, "vdm-4", &failure));
         in_child(measure_model, &job, &r);
-        printf("  %-6s %8.2f images/s (%.2f..%.2f), %.2f ms a step and image, peak memory %.1f MB\n",
-               i ? "unet" : "flat", job.count / r.seconds.median, job.count / r.seconds.most,
+        printf("  %s, %5d at once %8.2f images/s (%.2f..%.2f), %.2f ms a step and image, %.1f MB\n",
+               i / 2 ? "unet" : "flat", job.count, job.count / r.seconds.median, job.count / r.seconds.most,
                job.count / r.seconds.least, 1e3 * r.seconds.median / job.count / job.timesteps,
                r.bytes / 1e6);
     }

@@ -739,6 +739,73 @@ static void test_workers(void) {
     model_free(&m);
 }
 
+#ifdef _OPENMP
+/* The last part to come ends the waiting of the others; where one thread did them all, none would come. */
+static void meet(const void *context, int first, int end, Arena *scratch) {
+    int *arrived = *(int *const *)context, now = 0;
+    const double start = seconds_now();
+    (void)scratch;
+#pragma omp atomic
+    *arrived += end - first;
+    while (now < 3 && seconds_now() - start < 20) {
+#pragma omp atomic read
+        now = *arrived;
+    }
+    CHECK(now == 3, "three threads work on one example at the same time");
+}
+
+static void meet_work(Network *n, int example, void *context) {
+    (void)example;
+    in_parts(meet, context, 3, n->graph.arena);
+}
+#endif
+
+/* The score network's output, one example after the other. */
+static void score_work(Network *n, int example, void *context) {
+    const Config *c = &n->model->config;
+    const RandomStream stream = random_stream(9, RANDOM_NOISE, 5, (uint32_t)example);
+    Tensor *z = gaussian(&n->graph, c->height, c->width, 1, stream);
+    const Tensor *y = score_network(n, z, number(&n->graph, 0.3));
+    memcpy((real *)context + (size_t)example * element_count(y), y->value, element_count(y) * sizeof(real));
+}
+
+/* Threads that have no example of their own help with the last ones: the bits are the same. */
+static void test_helpers(void) {
+    enum { PIXELS = 28 * 28, MOST = 4 };
+    for (int net = 0; net < 2; net++) {
+        Model m;
+        Workers w;
+        real *want = allocate(MOST * PIXELS, sizeof(real)), *got = allocate(MOST * PIXELS, sizeof(real));
+        model_make(&m, small_model("vdm-2", net ? NET_UNET : NET_FLAT, 16, 28, 28, 1), 1);
+        fill_normal(m.ema, m.weight_count, 11, 0, 0.2);
+        workers_new(&w, &m, 1);
+        workers_run(&w, m.ema, MOST, score_work, want);
+        workers_free(&w);
+        for (int threads = 2; threads <= 5; threads++)
+            for (int count = 1; count <= MOST; count++) {
+                workers_new(&w, &m, threads);
+                memset(got, 0, MOST * PIXELS * sizeof(real));
+                workers_run(&w, m.ema, count, score_work, got);
+                CHECK(memcmp(got, want, (size_t)count * PIXELS * sizeof(real)) == 0,
+                      "%s: %d examples on %d threads, the bits of one", net ? "U-Net" : "flat", count,
+                      threads);
+                workers_free(&w);
+            }
+        free(want), free(got);
+        model_free(&m);
+    }
+#ifdef _OPENMP
+    Model m;
+    Workers w;
+    int arrived = 0, *context = &arrived;
+    model_make(&m, small_model("vdm-1", NET_FLAT, 4, 4, 4, 1), 1);
+    workers_new(&w, &m, 3);
+    workers_run(&w, m.ema, 1, meet_work, &context);
+    workers_free(&w);
+    model_free(&m);
+#endif
+}
+
 /* ---- the optimiser ---- */
 
 /* One weight through AdamW and the moving average, as written in their papers. */
@@ -951,6 +1018,7 @@ int main(void) {
     test_layer_dropout();
     test_masks_independent();
     test_workers();
+    test_helpers();
     test_optimizer();
     test_cooldown();
     test_not_finite();

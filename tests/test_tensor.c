@@ -859,6 +859,83 @@ static void test_clock(void) {
     CHECK(forward && last - start < 10, "the clock goes forward: %g s", last - start);
 }
 
+/* ---- work in parts ---- */
+
+enum { PIECES = 10 };
+typedef struct { int *done, *parts; Arena **scratch; } Pieces;
+
+static void count_pieces(const void *context, int first, int end, Arena *scratch) {
+    const Pieces *p = context;
+    for (int i = first; i < end; i++)
+        p->done[i]++;
+#pragma omp critical
+    p->scratch[(*p->parts)++] = scratch;
+}
+
+/* A part is not divided again; what is done all at once may be. */
+static void count_again(const void *context, int first, int end, Arena *scratch) {
+    (void)first, (void)end;
+    in_parts(count_pieces, context, PIECES, scratch);
+}
+
+static void test_in_parts(void) {
+    Arena *arena = arena_new(), *scratch[16];
+    for (int parts = 0; parts < 8; parts++)
+        for (int count = 0; count <= PIECES; count++) {
+            int done[PIECES] = {0}, made = 0, once = 1, own = 1;
+            const Pieces pieces = {done, &made, scratch};
+            arena_divide(arena, parts);
+            in_parts(count_pieces, &pieces, count, arena);
+            for (int i = 0; i < PIECES; i++)
+                once &= done[i] == (i < count);
+            for (int i = 0; i < made; i++)
+                for (int j = 0; j < i; j++)
+                    own &= scratch[i] != scratch[j];
+            const int wanted = parts < count ? parts : count;
+            CHECK(once && own && made == (wanted > 1 ? wanted : 1), "%d pieces in %d parts: %d parts", count,
+                  parts, made);
+            made = 0;
+            in_parts(count_again, &pieces, count, arena);
+            CHECK(made == (parts > 1 ? wanted > 1 ? wanted : parts : 1),
+                  "%d pieces in %d parts, again in parts: %d", count, parts, made);
+        }
+    arena_free(arena);
+}
+
+/* The loops that are divided, one after the other into `y`: products with whole and partial vectors, plain
+ * sums, minimal filtering with whole and partial tiles, and group normalisation. Returns how many numbers. */
+static size_t divided_loops(const real *a, const real *b, real *y, Arena *scratch) {
+    static const int shapes[4][4] = {{28, 28, 32, 32}, {15, 21, 17, 33}, {61, 17, 16, 20}, {14, 14, 64, 32}};
+    real mean[8], rstd[8], *const first = y;
+    const GroupNorm n = {.positions = 98, .channels = 24, .groups = 6, .swish = 1, .scale = b,
+                         .bias = b + 24, .dropout_factor = b + 48, .mean = mean, .rstd = rstd};
+    matrix_product(50, 19, 70, a, b, a + 7, b, y, scratch), y += 50 * 70;
+    convolve3x3(9, 8, 5, 3, a, b, NULL, NULL, y, scratch), y += 9 * 8 * 3;
+    for (int i = 0; i < 4; i++) {
+        const int h = shapes[i][0], w = shapes[i][1], in = shapes[i][2], out = shapes[i][3];
+        convolve3x3_fast(h, w, in, out, a, b, i % 2 ? NULL : b, i / 2 ? a : NULL, y, scratch);
+        y += h * w * out;
+    }
+    group_norm(&n, a, y, scratch), y += 98 * 24;
+    return (size_t)(y - first);
+}
+
+static void test_same_bits_in_parts(void) {
+    enum { MOST = 100000 };
+    real *a = normals(MOST, 90, 0, 1), *b = normals(MOST, 91, 0, 1);
+    real *whole = allocate_zeroed(MOST, sizeof(real)), *y = allocate_zeroed(MOST, sizeof(real));
+    Arena *arena = arena_new();
+    const size_t count = divided_loops(a, b, whole, arena);
+    for (int parts = 2; parts < 8; parts++) {
+        arena_divide(arena, parts);
+        memset(y, 0, MOST * sizeof(real));
+        divided_loops(a, b, y, arena);
+        CHECK(count <= MOST && memcmp(y, whole, count * sizeof(real)) == 0, "%d parts: the same bits", parts);
+    }
+    free(a), free(b), free(whole), free(y);
+    arena_free(arena);
+}
+
 int main(void) {
     Arena *scratch = arena_new();
     test_fail();
@@ -880,6 +957,8 @@ int main(void) {
     test_level_draw();
     test_exp();
     test_clock();
+    test_in_parts();
+    test_same_bits_in_parts();
     const ArenaMark mark = arena_mark(scratch);
     CHECK(mark.used == 0, "the loops give all scratch memory back");
     arena_free(scratch);
