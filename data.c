@@ -430,17 +430,14 @@ static void put_chunk(FILE *out, const char *type, size_t count, const uint32_t 
     put_big_endian(out, crc_32(crc_32(0, head, 4 + 4 * count), bytes, size));
 }
 
-typedef struct {
-    const char *path;
-    const unsigned char *pixels;   /* [count, height, width, channels] */
-    int count, height, width, channels, delay;
-} Image;
+typedef struct { const char *path; Pictures pictures; int delay; } Image;
 
 /* A PNG without filters of its rows; with a delay it is animated (https://www.w3.org/TR/png-3/). */
 static int write_png(void *stream, const void *context) {
-    const Image *image = context;
-    const uint32_t width = (uint32_t)image->width, height = (uint32_t)image->height;
-    const unsigned pixel = (unsigned)image->channels, colour = pixel == 3 ? 2 : 0;
+    const Pictures p = ((const Image *)context)->pictures;
+    const int delay = ((const Image *)context)->delay;
+    const uint32_t width = (uint32_t)p.width, height = (uint32_t)p.height;
+    const unsigned pixel = (unsigned)p.channels, colour = pixel == 3 ? 2 : 0;
     const size_t row = 1 + (size_t)width * pixel;   /* it begins with the 0 of no filter */
     unsigned char *rows = allocate_zeroed(height, row);
     uint32_t sequence = 0;
@@ -448,15 +445,15 @@ static int write_png(void *stream, const void *context) {
     Cursor c = {.name = "png", .error = &error, .most = UINT64_MAX};
     fputs("\x89PNG\r\n\x1a\n", stream);
     put_chunk(stream, "IHDR", 3, (uint32_t[]){width, height, 8 << 24 | colour << 16}, "", 1);
-    if (image->delay > 0)
-        put_chunk(stream, "acTL", 2, (uint32_t[]){(uint32_t)image->count, 0}, "", 0);
-    for (size_t frame = 0; frame < (size_t)image->count; frame++) {
+    if (delay > 0)
+        put_chunk(stream, "acTL", 2, (uint32_t[]){(uint32_t)p.count, 0}, "", 0);
+    for (size_t frame = 0; frame < (size_t)p.count; frame++) {
         for (size_t y = 0; y < height; y++)
-            memcpy(rows + y * row + 1, image->pixels + (frame * height + y) * (row - 1), row - 1);
+            memcpy(rows + y * row + 1, p.pixels + (frame * height + y) * (row - 1), row - 1);
         c.out.size = 0;
         deflate(&c, rows, height * row, pixel);
-        const uint32_t control[6] = {sequence++, width, height, 0, 0, (uint32_t)image->delay << 16 | 1000};
-        if (image->delay > 0)
+        const uint32_t control[6] = {sequence++, width, height, 0, 0, (uint32_t)delay << 16 | 1000};
+        if (delay > 0)
             put_chunk(stream, "fcTL", 6, control, "\0", 2);
         put_chunk(stream, frame > 0 ? "fdAT" : "IDAT", frame > 0, &sequence, c.out.data, c.out.size);
         sequence += frame > 0;
@@ -469,19 +466,20 @@ static int write_png(void *stream, const void *context) {
 
 /* PGM, PPM, or NumPy's format: a header, which has 128 bytes in the last one, then the pixels as they are. */
 static int write_pixels(void *stream, const void *context) {
-    const Image *m = context;
-    const int is_ppm = has_extension(m->path, ".ppm");
-    const size_t copies = is_ppm && m->channels == 1 ? 3 : 1;   /* grey is three equal colours */
-    const size_t size = (size_t)m->height * (size_t)m->width * (size_t)m->channels * (size_t)m->count;
+    const char *path = ((const Image *)context)->path;
+    const Pictures p = ((const Image *)context)->pictures;
+    const int is_ppm = has_extension(path, ".ppm");
+    const size_t copies = is_ppm && p.channels == 1 ? 3 : 1;   /* grey is three equal colours */
+    const size_t size = (size_t)p.height * (size_t)p.width * (size_t)p.channels * (size_t)p.count;
     char header[119];
     snprintf(header, sizeof header, "{'descr': '|u1', 'fortran_order': False, 'shape': (%d, %d, %d, %d), }",
-             m->count, m->height, m->width, m->channels);
-    if (has_extension(m->path, ".npy"))
+             p.count, p.height, p.width, p.channels);
+    if (has_extension(path, ".npy"))
         fprintf(stream, "\x93NUMPY\x01%c\x76%c%-117s\n", 0, 0, header);
     else
-        fprintf(stream, "P%d\n%d %d\n255\n", is_ppm ? 6 : 5, m->width, m->height);
+        fprintf(stream, "P%d\n%d %d\n255\n", is_ppm ? 6 : 5, p.width, p.height);
     for (size_t i = 0; i < copies * size; i++)
-        putc(m->pixels[i / copies], stream);
+        putc(p.pixels[i / copies], stream);
     return ferror((FILE *)stream);
 }
 
@@ -489,7 +487,7 @@ static int is_png(const char *path) {
     return has_extension(path, ".png") || has_extension(path, ".apng") || strcmp(path, "-") == 0;
 }
 
-int image_path_check(const char *path, int channels, Error *error) {
+int picture_path_check(const char *path, int channels, Error *error) {
     Cursor c = {.name = path, .error = error};
     const int is_npy = has_extension(path, ".npy"), is_pgm = has_extension(path, ".pgm");
     require(&c, is_npy || is_pgm || has_extension(path, ".ppm") || is_png(path),
@@ -499,14 +497,13 @@ int image_path_check(const char *path, int channels, Error *error) {
     return c.failed;
 }
 
-int images_write(const char *path, const unsigned char *images, int count, int height, int width,
-                 int channels, int delay, Error *error) {
-    const Image image = {path, images, count, height, width, channels, delay};
-    Cursor c = {.name = path, .error = error, .failed = image_path_check(path, channels, error)};
-    assert(count > 0 && height > 0 && width > 0 && channels > 0 && channels < 4);
-    assert(count == 1 || has_extension(path, ".npy") || (is_png(path) && delay));
-    require(&c, height * (width * 3.0 + 1) <= 1.9e9, "an image of %d x %d pixels is too large", width,
-            height);
+int pictures_write(const char *path, Pictures p, int delay, Error *error) {
+    const Image image = {path, p, delay};
+    Cursor c = {.name = path, .error = error, .failed = picture_path_check(path, p.channels, error)};
+    assert(p.count > 0 && p.height > 0 && p.width > 0 && p.channels > 0 && p.channels < 4);
+    assert(p.count == 1 || has_extension(path, ".npy") || (is_png(path) && delay));
+    require(&c, p.height * (p.width * 3.0 + 1) <= 1.9e9, "an image of %d x %d pixels is too large", p.width,
+            p.height);
     if (c.failed)
         return -1;
     if (strcmp(path, "-") != 0)
@@ -515,26 +512,21 @@ int images_write(const char *path, const unsigned char *images, int count, int h
     return 0;
 }
 
-int image_write(const char *path, const unsigned char *pixels, int height, int width, int channels,
-                Error *error) {
-    return images_write(path, pixels, 1, height, width, channels, 0, error);
-}
-
-unsigned char *image_grid(const unsigned char *images, int count, int columns, int height, int width,
-                          int channels, int *grid_height, int *grid_width) {
-    const int gap = 2, across = columns > count ? count : columns, rows = (count + across - 1) / across;
-    assert(count > 0 && columns > 0);
-    *grid_height = rows * (height + gap) + gap;
-    *grid_width = across * (width + gap) + gap;
-    const size_t row = (size_t)width * (size_t)channels, grid_row = (size_t)*grid_width * (size_t)channels;
-    unsigned char *grid = allocate((size_t)*grid_height, grid_row);
-    memset(grid, 255, (size_t)*grid_height * grid_row);
-    for (int i = 0; i < count * height; i++, images += row) {
-        const int x = gap + i / height % across * (width + gap);
-        const int y = gap + i / height / across * (height + gap) + i % height;
-        memcpy(grid + (size_t)y * grid_row + (size_t)(x * channels), images, row);
+Pictures picture_grids(Pictures p, int each, int columns, Arena *arena) {
+    const int gap = 2, across = columns > each ? each : columns, down = (each + across - 1) / across;
+    const int height = down * (p.height + gap) + gap, width = across * (p.width + gap) + gap;
+    const size_t row = (size_t)p.width * (size_t)p.channels, grid_row = (size_t)width * (size_t)p.channels;
+    const size_t grid_rows = (size_t)(p.count / each) * (size_t)height;
+    unsigned char *grids = arena_allocate(arena, grid_rows, grid_row);
+    assert(columns > 0 && each > 0 && p.count % each == 0);
+    memset(grids, 255, grid_rows * grid_row);
+    for (int i = 0; i < p.count * p.height; i++) {
+        const int picture = i / p.height, at = picture % each;
+        const int x = gap + at % across * (p.width + gap);
+        const int y = picture / each * height + gap + at / across * (p.height + gap) + i % p.height;
+        memcpy(grids + (size_t)y * grid_row + (size_t)(x * p.channels), p.pixels + (size_t)i * row, row);
     }
-    return grid;
+    return (Pictures){grids, p.count / each, height, width, p.channels};
 }
 
 /* ---- charts ---- */
@@ -1091,7 +1083,7 @@ static const unsigned char TYPE_SIZES[TYPE_OTHER] = {1, 4, 8};
 /* {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}. The tensors read so far need `*needed` bytes of
  * data; while that is more than there are, the file is truncated and they have no place. */
 static TensorEntry take_tensor(Cursor *c, const char *name, const Bytes *data, uint64_t *needed) {
-    TensorEntry entry = {.name = name, .rank = -1, .count = 1, .data = data->data};
+    TensorEntry entry = {.name = name, .rank = -1, .count = 1};
     int64_t offsets[2] = {0};
     int offset_count = -1;
     const char *type = "";
@@ -1122,13 +1114,14 @@ static TensorEntry take_tensor(Cursor *c, const char *name, const Bytes *data, u
     const int fits = is_other ? entry.count / 8 <= entry.size : entry.size == entry.count * each;
     require(c, begin <= end && fits, "data_offsets do not fit the shape");
     *needed = end > *needed ? end : *needed;
-    entry.data += *needed <= data->size ? begin : 0;
+    entry.data = data->data + (*needed <= data->size ? begin : 0);
     return entry;
 }
 
 static int compare_places(const void *left, const void *right) {
     const TensorEntry *a = left, *b = right;
-    const int place = (a->data > b->data) - (a->data < b->data);
+    const unsigned char *p = a->data, *q = b->data;
+    const int place = (p > q) - (p < q);
     return place ? place : (a->size > b->size) - (a->size < b->size);   /* the empty ones first */
 }
 
@@ -1177,8 +1170,9 @@ static void take_header(Cursor *c, TensorFile *file, const Bytes *data) {
     qsort(file->tensors, (size_t)file->tensor_count, sizeof *file->tensors, compare_places);
     const unsigned char *end = data->data;
     for (const TensorEntry *e = file->tensors; e < file->tensors + file->tensor_count && !c->failed; e++) {
-        require(c, e->data == end, "tensor %s: its data %s", e->name,
-                e->data < end ? "overlap those of another" : "leave a gap before them");
+        const unsigned char *begin = e->data;
+        require(c, begin == end, "tensor %s: its data %s", e->name,
+                begin < end ? "overlap those of another" : "leave a gap before them");
         end += e->size;
     }
     require(c, needed == data->size, "%" PRIu64 " bytes at its end belong to no tensor", data->size - needed);
@@ -1275,7 +1269,7 @@ static void put_little_endian(FILE *stream, const void *numbers, size_t count, s
         putc_unlocked(((const unsigned char *)numbers)[b ^ flip], stream);
 }
 
-static size_t elements_of(const TensorOut *tensor) {
+static size_t elements_of(const TensorEntry *tensor) {
     size_t count = 1;
     for (int i = 0; i < tensor->rank; i++)
         count *= (size_t)tensor->shape[i];
@@ -1283,7 +1277,7 @@ static size_t elements_of(const TensorOut *tensor) {
 }
 
 typedef struct {
-    const TensorOut *tensors;
+    const TensorEntry *tensors;
     int tensor_count, metadata_count;
     const char *const *metadata;
 } TensorList;
@@ -1302,7 +1296,7 @@ static int write_tensors(void *file, const void *context) {
     }
     putc('}', stream);
     for (int i = 0; i < list->tensor_count; i++) {
-        const TensorOut *t = &list->tensors[i];
+        const TensorEntry *t = &list->tensors[i];
         const size_t begin = offset;
         offset += elements_of(t) * TYPE_SIZES[t->type];
         putc(',', stream);
@@ -1316,13 +1310,13 @@ static int write_tensors(void *file, const void *context) {
     put_little_endian(stream, &length, 1, 8);
     failed |= fseek(stream, 0, SEEK_END);
     for (int i = 0; i < list->tensor_count; i++) {
-        const TensorOut *t = &list->tensors[i];
+        const TensorEntry *t = &list->tensors[i];
         put_little_endian(stream, t->data, elements_of(t), TYPE_SIZES[t->type]);
     }
     return failed || ferror(stream);
 }
 
-int tensors_write(const char *path, const TensorOut *tensors, int tensor_total, const char *const *metadata,
+int tensors_write(const char *path, const TensorEntry *tensors, int tensor_total, const char *const *metadata,
                   int metadata_count, Error *error) {
     const TensorList list = {tensors, tensor_total, metadata_count, metadata};
     return file_replace(path, write_tensors, &list, error);

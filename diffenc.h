@@ -652,20 +652,19 @@ int file_replace(const char *path, FileWriter write, const void *context, Error 
 
 /* ---- images ---- */
 
-/* pixels [height, width, channels], 1 or 3 channels, as .png, .pgm (1 channel), .ppm or .npy ([1, height,
- * width, channels], any channels): by the path's end. "-" is stdout, as .png. */
-int image_write(const char *path, const unsigned char *pixels, int height, int width, int channels,
-                Error *error);
-int image_path_check(const char *path, int channels, Error *error);   /* before hours of work */
+typedef struct {
+    const unsigned char *pixels;   /* [count, height, width, channels] */
+    int count, height, width, channels;
+} Pictures;
 
-/* The same of images [count, height, width, channels] as one .npy, or as the frames of one animated .apng or
- * .png, `delay` milliseconds each, below 65536, over and over. */
-int images_write(const char *path, const unsigned char *images, int count, int height, int width,
-                 int channels, int delay, Error *error);
+/* By the path's end: one picture of 1 or 3 channels as .png, .pgm (1 channel) or .ppm; any number as .npy;
+ * with a delay they are the frames of an animated .apng or .png, so many milliseconds each, below 65536, over
+ * and over. "-" is stdout, as .png. */
+int pictures_write(const char *path, Pictures pictures, int delay, Error *error);
+int picture_path_check(const char *path, int channels, Error *error);   /* before hours of work */
 
-/* `count` images in a grid of at most `columns`, 2 white pixels around each. free() the result. */
-unsigned char *image_grid(const unsigned char *images, int count, int columns, int height, int width,
-                          int channels, int *grid_height, int *grid_width);
+/* A grid of at most `columns` of every `each` of them, 2 white pixels around each one. */
+Pictures picture_grids(Pictures pictures, int each, int columns, Arena *arena);
 
 /* A line with round ends and soft edges, in pixels, on canvas [size, size, channels]: pixel (x, y) is centred
  * on (x, y). It only brightens, so that the joints of a long curve do not show; so a canvas begins black. */
@@ -739,8 +738,8 @@ typedef struct {
     ElementType type;
     int rank;
     int64_t shape[8];
-    size_t count, size;          /* elements, bytes */
-    const unsigned char *data;   /* not aligned */
+    const void *data;     /* as this machine has it; of a file that was read: little-endian, not aligned */
+    size_t count, size;   /* elements, bytes: of what was read */
 } TensorEntry;
 
 typedef struct {
@@ -762,16 +761,8 @@ const char *tensors_metadata(const TensorFile *file, const char *key);       /* 
 int tensors_copy(const TensorEntry *entry, const char *path, int rank, const int64_t *shape, real *out,
                  Error *error);
 
-typedef struct {
-    const char *name;
-    ElementType type;
-    int rank;
-    int64_t shape[8];
-    const void *data;   /* of that type, in this machine's order */
-} TensorOut;
-
 /* Names and metadata are UTF-8. */
-int tensors_write(const char *path, const TensorOut *tensors, int tensor_count, const char *const *metadata,
+int tensors_write(const char *path, const TensorEntry *tensors, int tensor_count, const char *const *metadata,
                   int metadata_count, Error *error);
 
 /* ==== roof: main.c ===================================================================================== */

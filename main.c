@@ -577,16 +577,16 @@ static const ElementType TYPE_OF_REAL = sizeof(real) == sizeof(double) ? TYPE_F6
 enum { NAME_SIZE = 80 }; /* "adam.m." and the name of a parameter */
 
 /* A parameter's part of a vector as a tensor called "PREFIX.NAME", which is put into `name`. */
-static TensorOut tensor_out(const char *prefix, const Parameter *p, const real *vector,
+static TensorEntry tensor_out(const char *prefix, const Parameter *p, const real *vector,
                             char name[NAME_SIZE]) {
-    TensorOut out = {.name = name, .type = TYPE_OF_REAL, .rank = p->rank, .data = vector + p->offset};
+    TensorEntry out = {.name = name, .type = TYPE_OF_REAL, .rank = p->rank, .data = vector + p->offset};
     snprintf(name, NAME_SIZE, "%s.%s", prefix, p->name);
     memcpy(out.shape, p->shape, sizeof p->shape);
     return out;
 }
 
 /* Tensor `i` of the 4 parameter_count of a checkpoint, and where it lies in the model. */
-static TensorOut checkpoint_tensor(const Model *m, int i, char name[NAME_SIZE], real **values) {
+static TensorEntry checkpoint_tensor(const Model *m, int i, char name[NAME_SIZE], real **values) {
     static const char *const prefixes[4] = {"params", "ema", "adam.m", "adam.v"};
     real *const vectors[4] = {m->params, m->ema, m->adam_m, m->adam_v};
     const int vector = i / m->parameter_count;
@@ -600,7 +600,7 @@ static TensorOut checkpoint_tensor(const Model *m, int i, char name[NAME_SIZE], 
 static int checkpoint_write(Job *job, const char *path) {
     const Model *m = &job->model;
     const int count = 4 * m->parameter_count;
-    TensorOut *out = arena_allocate(job->arena, (size_t)count, sizeof *out);
+    TensorEntry *out = arena_allocate(job->arena, (size_t)count, sizeof *out);
     char(*names)[NAME_SIZE] = arena_allocate(job->arena, (size_t)count, sizeof *names);
     const char *metadata[2 * OPTION_COUNT + 4] = {"format", "diffenc", "format_version", "1"};
     int texts = 4;
@@ -633,7 +633,7 @@ static int checkpoint_load(Job *job, const TensorFile *f, const char *path, Load
     for (int i = 0; i < 4 * m->parameter_count; i++) {
         char name[NAME_SIZE];
         real *values;
-        const TensorOut tensor = checkpoint_tensor(m, i, name, &values);
+        const TensorEntry tensor = checkpoint_tensor(m, i, name, &values);
         const TensorEntry *entry = tensors_find(f, name);
         known += entry != NULL;
         if (load != LOAD_ALL && i / m->parameter_count != (int)load)
@@ -763,43 +763,35 @@ static int is_same(const struct stat *a, const struct stat *b) {
 
 static int is_stdout(const char *path) { return strcmp(path, "-") == 0; }
 
-/* Whether files can be made there is better known before minutes of work than after, and whether that would
+/* Whether a file can be made there is better known before minutes of work than after, and whether that would
  * spoil an input. */
-static int output_check(Job *job, const char *input) {
-    const char *const outputs[3] = {job->out, job->chart, job->csv};
-    for (int i = 0; i < 3; i++) {
-        char directory[TEXT_SIZE];
-        struct stat in, out;
-        if (!*outputs[i] || (job->command->taker & (SAMPLE | SHOW) && is_stdout(outputs[i])))
-            continue;
-        snprintf(directory, sizeof directory, "%s", outputs[i]);
-        char *slash = strrchr(directory, '/');
-        strcpy(slash ? slash + 1 : directory, ".");
-        if (access(directory, W_OK | X_OK))
-            return fail(&job->error, "%s: %s", outputs[i], strerror(errno));
-        if (stat(outputs[i], &out) == 0 && stat(input, &in) == 0 && is_same(&out, &in))
-            return fail(&job->error, "%s: is the same file as the input %s", outputs[i], input);
-    }
+static int output_check(Job *job, const char *output, const char *input) {
+    char directory[TEXT_SIZE];
+    struct stat in, out;
+    if (!*output || (job->command->taker & (SAMPLE | SHOW) && is_stdout(output)))
+        return 0;
+    snprintf(directory, sizeof directory, "%s", output);
+    char *slash = strrchr(directory, '/');
+    strcpy(slash ? slash + 1 : directory, ".");
+    if (access(directory, W_OK | X_OK))
+        return fail(&job->error, "%s: %s", output, strerror(errno));
+    if (stat(output, &out) == 0 && stat(input, &in) == 0 && is_same(&out, &in))
+        return fail(&job->error, "%s: is the same file as the input %s", output, input);
     return 0;
 }
 
-/* Images [count, height, width, channels]. */
-typedef struct {
-    unsigned char *pixels;
-    int count, height, width, channels;
-} Pictures;
+static int outputs_check(Job *job, const char *input) {
+    return output_check(job, job->out, input) || output_check(job, job->chart, input) ||
+           output_check(job, job->csv, input);
+}
 
 /* Where a line goes that tells of what was written. */
 static FILE *tell(const Job *job) { return is_stdout(job->out) ? stderr : stdout; }
 
 /* Several as a grid, a single one without a border. */
 static int grid_write(Job *job, const char *path, Pictures p, int columns) {
-    int h = p.height, w = p.width;
-    unsigned char *grid =
-        p.count > 1 ? image_grid(p.pixels, p.count, columns, p.height, p.width, p.channels, &h, &w) : NULL;
-    const int status = image_write(path, grid ? grid : p.pixels, h, w, p.channels, &job->error);
-    free(grid);
-    return status;
+    const Pictures grid = p.count > 1 ? picture_grids(p, p.count, columns, job->arena) : p;
+    return pictures_write(path, grid, 0, &job->error);
 }
 
 /* Points, the images of the swirl, are seen together, in panels that begin black. */
@@ -1255,19 +1247,16 @@ static int is_numbered(const char *path) {
 }
 
 /* A file for each image; none of them may be the checkpoint. */
-static int files_write(Job *job, const unsigned char *images, int count) {
-    const Config *c = &job->model.config;
-    char pattern[TEXT_SIZE];
-    int status = 0;
-    strcpy(pattern, job->out);
-    for (int i = 0; i < count && status == 0; i++, images += image_size(c)) {
-        snprintf(job->out, TEXT_SIZE, pattern, i);
-        status = output_check(job, job->checkpoint);
-        if (status == 0)
-            status = image_write(job->out, images, c->height, c->width, c->image_channels, &job->error);
+static int files_write(Job *job, Pictures images) {
+    Pictures image = images;
+    char path[TEXT_SIZE];
+    image.count = 1;
+    for (int i = 0; i < images.count; i++, image.pixels += image_size(&job->model.config)) {
+        snprintf(path, sizeof path, job->out, i);
+        if (output_check(job, path, job->checkpoint) || pictures_write(path, image, 0, &job->error))
+            return -1;
     }
-    strcpy(job->out, pattern);
-    return status;
+    return 0;
 }
 
 /* Samples in one file, all of them or as a grid, points beside as many of the data; or in a file each. */
@@ -1284,10 +1273,11 @@ static int sample_to(Job *job, const char *path, int steps, uint64_t seed) {
         return -1;
     if (this_rank() > 0)
         return 0;
+    const Pictures each = {images, count, c->height, c->width, c->image_channels};
     if (ends_in(path, ".npy"))
-        return images_write(path, images, count, c->height, c->width, c->image_channels, 0, &job->error);
+        return pictures_write(path, each, 0, &job->error);
     if (!job->log && is_numbered(path))
-        return files_write(job, images, count);
+        return files_write(job, each);
     if (!is_points(c))
         return grid_write(job, path, pictures_of(job, images, 1, count), columns);
     if (job->data.count == 0 && data_open(job, "swirl", SPLIT_TEST, &job->data))
@@ -1512,7 +1502,7 @@ static int job_data(Job *job, Split split) {
     for (struct dirent *entry; status == 0 && listing && (entry = readdir(listing)) != NULL;) {
         char path[TEXT_SIZE];
         path_in(job->where, entry->d_name, path);
-        status = output_check(job, path);
+        status = outputs_check(job, path) ? -1 : 0;
     }
     if (listing)
         closedir(listing);
@@ -1527,35 +1517,27 @@ enum { TIMES = 10, FRAMES = 40, HELD = 12, DELAY = 80 }; /* of a picture; of an 
 static int trajectory_write(Job *job, int count, int steps) {
     const int animated = ends_in(job->out, ".apng"), times = smaller(animated ? FRAMES : TIMES, steps + 1);
     const size_t all = (size_t)count * image_size(&job->model.config), sets = 2 * (size_t)times;
-    unsigned char *images = arena_allocate(job->arena, sets + 1, all), *film = NULL;
+    unsigned char *images = arena_allocate(job->arena, sets + 1, all);
     const int status = sample_trajectory(&job->workers, sample_labels(job, count), count, steps, job->sampler,
                                          job->seed, job->draw, images + sets * all, times, images);
     if (result_check(job, job->out, status == 0))
         return -1;
     if (this_rank() > 0)
         return 0;
-    Pictures p = pictures_of(job, images, (int)sets, count);
+    const Pictures p = pictures_of(job, images, (int)sets, count);
     const size_t size = (size_t)p.height * p.width * p.channels, rows = p.count / sets;
-    if (!animated) {
-        film = arena_allocate(job->arena, (size_t)p.count, size);
-        for (size_t i = 0; i < (size_t)p.count; i++) {
-            const size_t time = i % times, is_z = i / times % 2, row = i / sets;
-            memcpy(film + i * size, p.pixels + ((2 * time + is_z) * rows + row) * size, size);
-        }
-        p.pixels = film;
-        return grid_write(job, job->out, p, times);
+    const size_t shown = animated ? (times + HELD) * rows : (size_t)p.count;
+    unsigned char *film = arena_allocate(job->arena, shown, size);
+    for (size_t i = 0; i < shown; i++) {
+        const size_t time = animated ? (size_t)smaller((int)(i / rows), times - 1) : i % times;
+        const size_t is_z = animated ? 0 : i / times % 2, row = animated ? i % rows : i / sets;
+        memcpy(film + i * size, p.pixels + ((2 * time + is_z) * rows + row) * size, size);
     }
-    int h = 0, w = 0;
-    for (int i = 0; i < times + HELD; i++) {
-        const unsigned char *x_hat = p.pixels + smaller(i, times - 1) * 2 * rows * size;
-        unsigned char *grid = image_grid(x_hat, (int)rows, (int)ceil(sqrt((double)rows)), p.height, p.width,
-                                         p.channels, &h, &w);
-        const size_t frame = (size_t)h * w * p.channels;
-        film = i > 0 ? film : arena_allocate(job->arena, (size_t)times + HELD, frame);
-        memcpy(film + i * frame, grid, frame);
-        free(grid);
-    }
-    return images_write(job->out, film, times + HELD, h, w, p.channels, DELAY, &job->error);
+    const Pictures pictures = {film, (int)shown, p.height, p.width, p.channels};
+    if (!animated)
+        return grid_write(job, job->out, pictures, times);
+    const Pictures frames = picture_grids(pictures, (int)rows, (int)ceil(sqrt((double)rows)), job->arena);
+    return pictures_write(job->out, frames, DELAY, &job->error);
 }
 
 static int sample(Job *job) {
@@ -1569,7 +1551,7 @@ static int sample(Job *job) {
     const int channels = is_points(c) && !ends_in(job->out, ".npy") ? 3 : c->image_channels;
     /* Thrice the pictures: as they are, as a grid, as a file. */
     const double each = count * (double)image_size(c) + (is_points(c) ? PANEL_SIZE : 0);
-    if (image_path_check(job->out, channels, &job->error) ||
+    if (picture_path_check(job->out, channels, &job->error) ||
         memory_check(job, 3 * each * (job->trajectory ? 2 * FRAMES : 1)))
         return -1;
     if (job->trajectory ? trajectory_write(job, count, steps) : sample_to(job, job->out, steps, job->seed))
@@ -1780,7 +1762,7 @@ static int eval_take(Job *job, int i) {
         workers_free(&job->workers);
         model_free(&job->model);
         job->checkpoint = e->path;
-        if (output_check(job, e->path) || file_take(job, e->path, checkpoint_take) ||
+        if (outputs_check(job, e->path) || file_take(job, e->path, checkpoint_take) ||
             shape_check(job, e->path, &job->data))
             return -1;
         workers_start(job);
@@ -1948,17 +1930,17 @@ static double draw_changes(const Show *s, int count, double amplify) {
 /* For each time the points x_t, with lines from x. */
 static int show_points(Job *job, const Show *s, int count) {
     static const unsigned char blue[3] = {60, 90, 130};
-    const Pictures p = {panels_new(job, s->times), s->times, PANEL, PANEL, 3};
+    unsigned char *panels = panels_new(job, s->times);
     for (int i = 0; i < count * s->times; i++) {
         const int example = i / s->times, column = i % s->times;
         const unsigned char *x = s->images + 2 * example,
                             *x_t = s->pictures + 3 * (SHOW_ROWS * (i - column) + column);
         const double from[2] = {(x[0] + 0.5) * PANEL / 256 - 0.5, (x[1] + 0.5) * PANEL / 256 - 0.5};
         const double to[2] = {(x_t[0] + 0.5) * PANEL / 256 - 0.5, (x_t[1] + 0.5) * PANEL / 256 - 0.5};
-        line_draw(p.pixels + column * PANEL_SIZE, PANEL, 3, from, to, 0.5, blue);
-        points_draw(p.pixels + column * PANEL_SIZE, PANEL, x_t, 1, POINT_COLOUR);
+        line_draw(panels + column * PANEL_SIZE, PANEL, 3, from, to, 0.5, blue);
+        points_draw(panels + column * PANEL_SIZE, PANEL, x_t, 1, POINT_COLOUR);
     }
-    if (grid_write(job, job->out, p, (int)ceil(sqrt(s->times))))
+    if (grid_write(job, job->out, (Pictures){panels, s->times, PANEL, PANEL, 3}, (int)ceil(sqrt(s->times))))
         return -1;
     fprintf(tell(job), "%s: %d points x_t and their way from x, t = %s\n", job->out, count, job->times);
     return 0;
@@ -1970,7 +1952,7 @@ static int show(Job *job) {
     if (times_parse(job, &s))
         return USAGE;
     const size_t pixels = (size_t)s.times * c->height * c->width, each = 3 * SHOW_ROWS * pixels;
-    if (image_path_check(job->out, 3, &job->error))
+    if (picture_path_check(job->out, 3, &job->error))
         return -1;
     if (c->kind == VDM)
         return fail(&job->error, "%s: vdm-%d has no encoder to show: x_t = x", job->checkpoint,
@@ -2023,6 +2005,7 @@ static int batch_read(Job *job, const TensorFile *f, const char *path, Example *
         if (!(entry[i] = tensors_find(f, names[i])))
             return fail(error, "%s: holds no tensor '%s', which a batch needs", path, names[i]);
     const TensorEntry *images = entry[0], *labels = c->classes ? tensors_find(f, "labels") : NULL;
+    const unsigned char *pixels = images->data, *classes = labels ? labels->data : NULL;
     const int64_t *shape = images->shape, count = shape[0];
     if (images->type != TYPE_U8 || images->rank != 4 || shape[1] != c->height || shape[2] != c->width ||
         shape[3] != c->image_channels || count < 1 || count > MAX_BATCH)
@@ -2039,11 +2022,11 @@ static int batch_read(Job *job, const TensorFile *f, const char *path, Example *
     for (int i = 0; i < count; i++) {
         const size_t at = (size_t)i * image_size(c);
         const double t = (double)number[1][i], steps = t * c->timesteps;
-        const int label = labels ? labels->data[i] : 0;
+        const int label = classes ? classes[i] : 0;
         char text[32];
-        (*examples)[i] = (Example){images->data + at, t, number[2] + at, number[3] + at, label};
+        (*examples)[i] = (Example){pixels + at, t, number[2] + at, number[3] + at, label};
         number_text(t, 1, text);
-        if (labels && label >= c->classes)
+        if (classes && label >= c->classes)
             return fail(error, "%s: labels[%d] is %d, expected a class from 0 to %d", path, i, label,
                         c->classes - 1);
         if (!(t >= 0 && t <= 1))
@@ -2059,7 +2042,7 @@ static int batch_read(Job *job, const TensorFile *f, const char *path, Example *
 static int gradient_write(Job *job, double (*terms)[3], int batch, const real *gradient) {
     const Model *m = &job->model;
     const int count = m->parameter_count + 4;
-    TensorOut *out = arena_allocate(job->arena, (size_t)count, sizeof *out);
+    TensorEntry *out = arena_allocate(job->arena, (size_t)count, sizeof *out);
     char(*names)[NAME_SIZE] = arena_allocate(job->arena, (size_t)count, sizeof *names);
     real *losses = arena_allocate(job->arena, 3 * (size_t)batch + 1, sizeof *losses);
     double bpd = 0;
@@ -2094,7 +2077,7 @@ static int grad_take(Job *job, const TensorFile *f, const char *path) {
 }
 
 static int grad(Job *job) {
-    return output_check(job, job->batch) ? -1 : file_take(job, job->batch, grad_take);
+    return outputs_check(job, job->batch) ? -1 : file_take(job, job->batch, grad_take);
 }
 
 /* ---- diffenc info ---- */
@@ -2147,7 +2130,7 @@ static int run(const Command *command, char **arguments) {
     if (status < 0)
         status = USAGE;
     if (status == OK && job->checkpoint) { /* all but train begin with one */
-        const int spoils = output_check(job, job->checkpoint);
+        const int spoils = outputs_check(job, job->checkpoint);
         status = spoils ? -1 : file_take(job, job->checkpoint, checkpoint_take);
         if (status == OK)
             workers_start(job);

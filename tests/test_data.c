@@ -475,9 +475,8 @@ static size_t check_png(const char *name, const unsigned char *pixels, int count
  * wrote reads the same frames. */
 static void test_animation(void) {
     enum { FRAMES = 40, SIDE = 122 };
-    static unsigned char frames[FRAMES][SIDE * SIDE], images[16 * 784];
+    static unsigned char frames[FRAMES][SIDE * SIDE], noisy[FRAMES][16 * 784], images[16 * 784];
     Dataset digits;
-    int height, width;
     char command[2048], path[512];
     dataset_open(&digits, "digits", SPLIT_TRAIN, 1, &error);
     for (int f = 0; f < FRAMES; f++) {
@@ -489,12 +488,15 @@ static void test_animation(void) {
             const double mixed = clean * images[p] + (1 - clean) * (128 + noise);
             images[p] = (unsigned char)fmin(fmax(mixed, 0), 255);
         }
-        unsigned char *grid = image_grid(images, 16, 4, 28, 28, 1, &height, &width);
-        CHECK(height == SIDE && width == SIDE, "grid of %d x %d", height, width);
-        memcpy(frames[f], grid, sizeof frames[f]);
-        free(grid);
+        memcpy(noisy[f], images, sizeof images);
     }
-    ACCEPTED(images_write(in_directory("a.apng"), frames[0], FRAMES, SIDE, SIDE, 1, 50, &error));
+    Arena *arena = arena_new();
+    const Pictures grids = picture_grids((Pictures){noisy[0], FRAMES * 16, 28, 28, 1}, 16, 4, arena);
+    CHECK(grids.height == SIDE && grids.width == SIDE && grids.count == FRAMES, "%d grids of %d x %d",
+          grids.count, grids.height, grids.width);
+    memcpy(frames, grids.pixels, sizeof frames);
+    ACCEPTED(pictures_write(in_directory("a.apng"), grids, 50, &error));
+    arena_free(arena);
     const size_t size = check_png("a.apng", frames[0], FRAMES, SIDE, SIDE, 1, 50);
     CHECK(size < 650000, "40 frames of 16 digits take %d bytes", (int)size);
     if (system("ffmpeg -version >/dev/null 2>&1") != 0) {   /* NOLINT(cert-env33-c) */
@@ -513,7 +515,7 @@ static void test_animation(void) {
 static void test_npy(void) {
     static const unsigned char pixels[2 * 1 * 3 * 2] = { 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 255 };
     char expected[129];
-    ACCEPTED(images_write(in_directory("a.npy"), pixels, 2, 1, 3, 2, 0, &error));
+    ACCEPTED(pictures_write(in_directory("a.npy"), (Pictures){pixels, 2, 1, 3, 2}, 0, &error));
     Bytes file = read_file("a.npy");
     snprintf(expected, sizeof expected, "..........%-117s\n",
              "{'descr': '|u1', 'fortran_order': False, 'shape': (2, 1, 3, 2), }");
@@ -521,7 +523,7 @@ static void test_npy(void) {
     CHECK(file.size == 128 + sizeof pixels && memcmp(file.data, expected, 128) == 0, "header");
     CHECK(memcmp(file.data + 128, pixels, sizeof pixels) == 0, "pixels");
     free(file.data);
-    ACCEPTED(image_write(in_directory("b.npy"), pixels, 4, 3, 1, &error));
+    ACCEPTED(pictures_write(in_directory("b.npy"), (Pictures){pixels, 1, 4, 3, 1}, 0, &error));
     file = read_file("b.npy");
     CHECK(file.size == 140 && strstr((const char *)file.data + 10, "(1, 4, 3, 1)") != NULL, "one image");
     free(file.data);
@@ -553,41 +555,47 @@ static void test_images(void) {
     enum { HEIGHT = 150, WIDTH = 160 };
     static unsigned char pixels[HEIGHT * WIDTH * 3];
     for (size_t i = 0; i < sizeof pixels; i++) pixels[i] = (unsigned char)(i * i / 7);
-    ACCEPTED(image_write(in_directory("a.png"), pixels, HEIGHT, WIDTH, 3, &error));
+    ACCEPTED(pictures_write(in_directory("a.png"), (Pictures){pixels, 1, HEIGHT, WIDTH, 3}, 0, &error));
     check_png("a.png", pixels, 1, HEIGHT, WIDTH, 3, 0);
-    ACCEPTED(image_write(in_directory("b.png"), pixels, HEIGHT, WIDTH, 1, &error));
+    ACCEPTED(pictures_write(in_directory("b.png"), (Pictures){pixels, 1, HEIGHT, WIDTH, 1}, 0, &error));
     check_png("b.png", pixels, 1, HEIGHT, WIDTH, 1, 0);
-    ACCEPTED(image_write(in_directory("c.png"), pixels, 257, 254, 1, &error));
+    ACCEPTED(pictures_write(in_directory("c.png"), (Pictures){pixels, 1, 257, 254, 1}, 0, &error));
     check_png("c.png", pixels, 1, 257, 254, 1, 0);
     for (int length = 0; length < 600; length++) {       /* runs of all lengths, in grey and in colour */
         const int channels = length % 2 ? 1 : 3;
         unsigned char runs[606] = { 0 };
         for (int i = 0; i < 606; i++)
             runs[i] = i < channels || i >= channels + length ? (unsigned char)(i * 37) : runs[i - channels];
-        ACCEPTED(image_write(in_directory("d.png"), runs, 2, 303 / channels, channels, &error));
+        const Pictures picture = {runs, 1, 2, 303 / channels, channels};
+        ACCEPTED(pictures_write(in_directory("d.png"), picture, 0, &error));
         const size_t size = check_png("d.png", runs, 1, 2, 303 / channels, channels, 0);
         CHECK(length < 599 || size < 100, "%d bytes for what is even", (int)size);
     }
 
-    ACCEPTED(image_write(in_directory("a.pgm"), pixels, 2, 3, 1, &error));
+    ACCEPTED(pictures_write(in_directory("a.pgm"), (Pictures){pixels, 1, 2, 3, 1}, 0, &error));
     check_file("a.pgm", "P5\n3 2\n255\n", pixels, 6);
-    ACCEPTED(image_write(in_directory("a.ppm"), pixels, 2, 1, 3, &error));
+    ACCEPTED(pictures_write(in_directory("a.ppm"), (Pictures){pixels, 1, 2, 1, 3}, 0, &error));
     check_file("a.ppm", "P6\n1 2\n255\n", pixels, 6);
-    ACCEPTED(image_write(in_directory("b.PPM"), (const unsigned char *)"\1\2", 1, 2, 1, &error));
+    const Pictures two = {(const unsigned char *)"\1\2", 1, 1, 2, 1};
+    ACCEPTED(pictures_write(in_directory("b.PPM"), two, 0, &error));
     check_file("b.PPM", "P6\n2 1\n255\n", "\1\1\1\2\2\2", 6);
 
-    REFUSED(image_write(in_directory("x.png"), pixels, 4, 4, 2, &error), "x.png: images of two channels");
-    REFUSED(image_write(in_directory("x.png"), pixels, 30000, 30000, 1, &error), "is too large");
-    CHECK(image_path_check("x.npy", 2, &error) == 0 && image_path_check("x.apng", 3, &error) == 0, "%s",
+    REFUSED(pictures_write(in_directory("x.png"), (Pictures){pixels, 1, 4, 4, 2}, 0, &error),
+            "x.png: images of two channels");
+    REFUSED(pictures_write(in_directory("x.png"), (Pictures){pixels, 1, 30000, 30000, 1}, 0, &error),
+            "is too large");
+    CHECK(picture_path_check("x.npy", 2, &error) == 0 && picture_path_check("x.apng", 3, &error) == 0, "%s",
           error.text);
-    CHECK(image_path_check("x.pgm", 1, &error) == 0 && image_path_check("x.png", 3, &error) == 0, "%s",
+    CHECK(picture_path_check("x.pgm", 1, &error) == 0 && picture_path_check("x.png", 3, &error) == 0, "%s",
           error.text);
-    REFUSED(image_path_check("x.pgm", 3, &error), "x.pgm: a .pgm holds grey images only");
-    REFUSED(image_path_check("x.jpg", 1, &error), "x.jpg: unknown kind of image");
-    CHECK(image_path_check("png", 1, &error) != 0 && image_path_check(".png", 1, &error) != 0, "no name");
+    REFUSED(picture_path_check("x.pgm", 3, &error), "x.pgm: a .pgm holds grey images only");
+    REFUSED(picture_path_check("x.jpg", 1, &error), "x.jpg: unknown kind of image");
+    CHECK(picture_path_check("png", 1, &error) != 0 && picture_path_check(".png", 1, &error) != 0, "no name");
 
-    int height, width;
-    unsigned char *grid = image_grid(pixels, 5, 3, 4, 6, 3, &height, &width);
+    Arena *arena = arena_new();
+    const Pictures all = picture_grids((Pictures){pixels, 5, 4, 6, 3}, 5, 3, arena);
+    const unsigned char *grid = all.pixels;
+    const int height = all.height, width = all.width;
     CHECK(height == 2 * 4 + 3 * 2 && width == 3 * 6 + 4 * 2, "grid of %d x %d", height, width);
     int same = 1;
     for (int y = 0; y < height; y++) {
@@ -601,7 +609,7 @@ static void test_images(void) {
         }
     }
     CHECK(same, "the grid holds other pixels");
-    free(grid);
+    arena_free(arena);
 }
 
 /* Draw a chart; the result is its text, on the heap. */
@@ -1062,10 +1070,11 @@ static void test_tensors(void) {
     static const float singles[6] = { 1.5f, -2, 3e-20f, 0, 5, 1e30f };
     static const double doubles[2] = { 0.1, -1e300 };
     static const unsigned char bytes[3] = { 1, 2, 255 };
-    const TensorOut out[4] = {
-        { "b.kernel", TYPE_F32, 2, { 2, 3 }, singles }, { "a \"quoted\\\" name", TYPE_F64, 1, { 2 },
-                                                          doubles },
-        { "images", TYPE_U8, 3, { 1, 3, 1 }, bytes }, { "empty", TYPE_F32, 2, { 0, 5 }, NULL },
+    const TensorEntry out[4] = {
+        { "b.kernel", TYPE_F32, 2, { 2, 3 }, .data = singles },
+        { "a \"quoted\\\" name", TYPE_F64, 1, { 2 }, .data = doubles },
+        { "images", TYPE_U8, 3, { 1, 3, 1 }, .data = bytes },
+        { "empty", TYPE_F32, 2, { 0, 5 }, .data = NULL },
     };
     const char *const metadata[6] = { "step", "12", "config", "{\"line\":\n\"\x01\xc3\xa9\"}",
                                       "", "path/\xe6\x97\xa5\"\\" };
@@ -1083,7 +1092,8 @@ static void test_tensors(void) {
     const TensorEntry *entry = tensors_find(&file, "b.kernel");
     real values[6];
     CHECK(entry != NULL && entry->type == TYPE_F32 && entry->rank == 2 && entry->count == 6
-          && entry->size == 24 && (entry->data - file.bytes.data) % 8 == 0, "b.kernel");
+          && entry->size == 24 && ((const unsigned char *)entry->data - file.bytes.data) % 8 == 0,
+          "b.kernel");
     ACCEPTED(tensors_copy(entry, path, 2, out[0].shape, values, &error));
     for (int i = 0; i < 6; i++) CHECK(values[i] == (real)singles[i], "value %d", i);
     REFUSED(tensors_copy(entry, "x", 2, out[3].shape, values, &error),
@@ -1117,7 +1127,7 @@ static void test_tensors(void) {
     free(whole.data);
 
     const float infinite[2] = { 1, INFINITY };
-    const TensorOut bad = { "w", TYPE_F32, 1, { 2 }, infinite };
+    const TensorEntry bad = { "w", TYPE_F32, 1, { 2 }, .data = infinite };
     ACCEPTED(tensors_write(path, &bad, 1, NULL, 0, &error));
     ACCEPTED(tensors_read(path, &file, &error));
     REFUSED(tensors_copy(tensors_find(&file, "w"), "x", 1, bad.shape, values, &error),

@@ -212,17 +212,14 @@ static long step_of(const char *name) {
 }
 
 /* The tensors of a file, to be changed and written again; free() the result. */
-static TensorOut *tensors_again(const TensorFile *file) {
-    TensorOut *out = allocate_zeroed((size_t)file->tensor_count + 1, sizeof *out);
-    for (int i = 0; i < file->tensor_count; i++) {
-        const TensorEntry *e = &file->tensors[i];
-        out[i].name = e->name, out[i].type = e->type, out[i].rank = e->rank, out[i].data = e->data;
-        memcpy(out[i].shape, e->shape, sizeof e->shape);
-    }
+static TensorEntry *tensors_again(const TensorFile *file) {
+    TensorEntry *out = allocate_zeroed((size_t)file->tensor_count + 1, sizeof *out);
+    if (file->tensor_count > 0)
+        memcpy(out, file->tensors, (size_t)file->tensor_count * sizeof *out);
     return out;
 }
 
-static void write_tensors(const char *name, const TensorOut *out, int count, const char *const *metadata,
+static void write_tensors(const char *name, const TensorEntry *out, int count, const char *const *metadata,
                           int metadata_count) {
     Error error;
     CHECK(tensors_write(name, out, count, metadata, metadata_count, &error) == 0, "%s", error.text);
@@ -232,7 +229,7 @@ static void write_tensors(const char *name, const TensorOut *out, int count, con
  * out. */
 static void rewrite(const char *from, const char *to, const char *key, const char *value, const char *drop) {
     TensorFile file = read_tensors(from);
-    TensorOut *out = tensors_again(&file);
+    TensorEntry *out = tensors_again(&file);
     int count = 0;
     for (int i = 0; i < file.tensor_count; i++)
         if (!drop || strcmp(out[i].name, drop) != 0)
@@ -249,11 +246,12 @@ static void rewrite(const char *from, const char *to, const char *key, const cha
 /* Copy FROM to TO with the first value of a tensor overwritten by a NaN. */
 static void poison(const char *from, const char *to, const char *tensor) {
     TensorFile file = read_tensors(from);
-    TensorOut *out = tensors_again(&file);
+    TensorEntry *out = tensors_again(&file);
     const TensorEntry *entry = tensors_find(&file, tensor);
     CHECK(entry != NULL, "%s holds no %s", from, tensor);
     if (entry && file.bytes.data)
-        memset(file.bytes.data + (entry->data - file.bytes.data), 0xff, entry->size / entry->count);
+        memset(file.bytes.data + ((const unsigned char *)entry->data - file.bytes.data), 0xff,
+               entry->size / entry->count);
     write_tensors(to, out, file.tensor_count, file.metadata, file.metadata_count);
     free(out);
     tensors_free(&file);
@@ -559,7 +557,7 @@ static void test_steps_0(void) {
 /* NAME with its numbers in the other precision. */
 static void change_precision(const char *name) {
     TensorFile file = read_tensors(name);
-    TensorOut *out = tensors_again(&file);
+    TensorEntry *out = tensors_again(&file);
     for (int i = 0; i < file.tensor_count; i++) {
         const TensorEntry *entry = &file.tensors[i];
         real *values = values_of(entry, name);
@@ -1313,11 +1311,11 @@ static void write_batch(const char *name, int batch, int height, int width, doub
     for (int i = 0; i < 4; i++)
         times[i] = (real)t;
     const ElementType type = IN_DOUBLE ? TYPE_F64 : TYPE_F32;
-    const TensorOut all[4] = {{"images", TYPE_U8, 4, {batch, height, width, 1}, images},
-                              {"t", type, 1, {batch}, times},
-                              {"eps", type, 4, {batch, height, width, 1}, noise},
-                              {"eps0", type, 4, {batch, height, width, 1}, noise}};
-    TensorOut some[4];
+    const TensorEntry all[4] = {{"images", TYPE_U8, 4, {batch, height, width, 1}, .data = images},
+                                {"t", type, 1, {batch}, .data = times},
+                                {"eps", type, 4, {batch, height, width, 1}, .data = noise},
+                                {"eps0", type, 4, {batch, height, width, 1}, .data = noise}};
+    TensorEntry some[4];
     int count = 0;
     for (int i = 0; i < 4; i++)
         if (!without || strcmp(all[i].name, without) != 0)
@@ -1518,7 +1516,7 @@ static void test_not_finite(void) {
         "show mad --count 2 --data small --out out.png", "grad mad --batch mad.batch --out out"};
     static real large[1 << 16], zero[1 << 16];
     TensorFile file = read_tensors("finite");
-    TensorOut *out = tensors_again(&file);
+    TensorEntry *out = tensors_again(&file);
     for (int i = 0; i < 1 << 16; i++)
         large[i] = (real)(IN_DOUBLE ? 1e200 : 1e30);
     for (int i = 0; i < file.tensor_count; i++)
