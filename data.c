@@ -314,7 +314,7 @@ static int file_bytes(const char *path, uint64_t most, Bytes *bytes, Error *erro
     return bytes->data ? 0 : -1;
 }
 
-static int has_extension(const char *path, const char *extension) {
+int has_extension(const char *path, const char *extension) {
     const size_t length = strlen(path), end = strlen(extension);
     return length > end && strcasecmp(path + length - end, extension) == 0;
 }

@@ -652,6 +652,8 @@ int file_replace(const char *path, FileWriter write, const void *context, Error 
 
 /* ---- images ---- */
 
+int has_extension(const char *path, const char *extension);   /* ".png", in letters of any case */
+
 typedef struct {
     const unsigned char *pixels;   /* [count, height, width, channels] */
     int count, height, width, channels;

@@ -33,8 +33,9 @@ static int omp_get_max_threads(void) { return 1; }
 static int omp_get_thread_limit(void) { return 1; }
 #endif
 
-/* Exit statuses. A command may also return -1 for a failure, or HELP after --help, which is no failure. */
-enum { OK = 0, FAILURE = 1, USAGE = 2, HELP = 3 };
+/* Exit statuses. A command may also return -1 for a failure, or DONE where nothing is left to do and nothing
+ * failed: --help was answered, or another rank writes the results. */
+enum { OK = 0, FAILURE = 1, USAGE = 2, DONE = 3 };
 
 enum { MAX_THREADS = 256, MAX_BATCH = 1 << 20 };
 
@@ -160,9 +161,10 @@ struct Command {
 };
 
 /* Who takes an option: commands, and the metadata of checkpoints. What is FIXED makes the model and the order
- * of the data, and cannot change when a training is resumed; what is NETWORK says what the weights are. */
+ * of the data, and cannot change when a training is resumed; what is NETWORK says what the weights are. In
+ * what is OWN the trainings of a group differ: the seed makes the digits, too. */
 enum { TRAIN = 1, SAMPLE = 2, EVAL = 4, SHOW = 8, GRAD = 16, INFO = 32 };
-enum { RECORD = 64, KEPT = 128, SHAPE = 256 };
+enum { RECORD = 64, KEPT = 128, SHAPE = 256, OWN = 512 };
 enum { ALL = TRAIN | SAMPLE | EVAL | SHOW | GRAD, SETTING = TRAIN | RECORD, FIXED = SETTING | KEPT };
 enum { NETWORK = FIXED | SHAPE };
 
@@ -203,7 +205,8 @@ static const Option OPTIONS[] = {
     {"variance-ratio", FIXED, NUMBER, C(variance_ratio), 0, 1e9, "W", "sigma_Q^2/sigma_P^2, finite T only"},
     {"conditional", FIXED, INT, IN(settings.conditional), 0, 1, "", "the networks see each image's label"},
     {"batch", FIXED, INT, IN(settings.batch), 1, MAX_BATCH, "N", "examples in a step"},
-    {"seed", FIXED, COUNT, IN(settings.seed), 0, 0, "N", "same seed, binary and machine: the same bits"},
+    {"seed", FIXED | OWN, COUNT, IN(settings.seed), 0, 0, "N",
+     "same seed, binary and machine: the same bits"},
     {"data", SETTING, TEXT, IN(settings.data), 0, 0, "DIR|digits|swirl",
      "(Fashion-)MNIST, CIFAR-10; built in"},
     {"dropout", SETTING, NUMBER, C(dropout), -1e9, 1e9, "X", "rate in training"},
@@ -216,12 +219,12 @@ static const Option OPTIONS[] = {
     {"clip", SETTING, NUMBER, O(clip), 0, 1e30, "X", "largest norm of the whole gradient; 0: no clipping"},
     {"ema", SETTING, NUMBER, O(ema), 0, 1, "X", "decay of the moving average of the weights"},
     {"step", RECORD, COUNT, IN(settings.step), 0, 0, "", ""},
-    {"data-digest", RECORD, COUNT, IN(settings.data_digest), 0, 0, "", ""},
+    {"data-digest", RECORD | OWN, COUNT, IN(settings.data_digest), 0, 0, "", ""},
     {"height", RECORD, INT, C(height), -1e9, 1e9, "", ""},
     {"width", RECORD, INT, C(width), -1e9, 1e9, "", ""},
     {"image-channels", RECORD, INT, C(image_channels), -1e9, 1e9, "", ""},
     {"classes", RECORD, INT, C(classes), -1e9, 1e9, "", ""},
-    {"made-by", RECORD, TEXT, IN(settings.made_by), 0, 0, "", ""},
+    {"made-by", RECORD | OWN, TEXT, IN(settings.made_by), 0, 0, "", ""},
     {"data", EVAL | SHOW, TEXT, IN(where), 0, 0, "DIR|digits|swirl",
      "needed unless it was trained on what is built in"},
     {"split", EVAL, CHOICE, IN(split), 0, 0, "train|test", "which images"},
@@ -265,6 +268,10 @@ static const Option OPTIONS[] = {
 enum { OPTION_COUNT = sizeof OPTIONS / sizeof OPTIONS[0] };
 
 static int smaller(int a, int b) { return a < b ? a : b; }
+
+static void *zeroed(const Job *job, size_t count, size_t size) {
+    return memset(arena_allocate(job->arena, count, size), 0, count * size);
+}
 
 /* The paper's settings, at a laptop's size. A checkpoint that names no value for one is older than the option
  * and was trained with it. */
@@ -432,7 +439,7 @@ static int option_apply(const Option *o, Job *job, const char *text) {
 }
 
 /* Parse the arguments of a command; all but `train` take a checkpoint, `eval` several. Returns 0, -1 or
- * HELP. */
+ * DONE. */
 static int parse_options(Job *job) {
     const Command *command = job->command;
     Error *error = &job->error;
@@ -442,7 +449,7 @@ static int parse_options(Job *job) {
         const Option *o = is_option ? option_find(command->taker, text + 2, strcspn(text + 2, "=")) : NULL;
         if (asks_help(text)) {
             print_help(job);
-            return HELP;
+            return DONE;
         }
         if (!is_option && command->taker != TRAIN && (!job->checkpoint || command->taker == EVAL)) {
             job->arguments[job->checkpoint_count++] = *argument;
@@ -507,20 +514,10 @@ static int settings_read(Job *job, const TensorFile *f, const char *path) {
 
 static size_t image_size(const Config *c) { return (size_t)c->height * c->width * c->image_channels; }
 
-/* The least of `limit` and the number in a file of the system, if there is one ("max" is none). */
-static double system_limit(const char *path, double limit) {
-    double value;
-    FILE *stream = fopen(path, "r");
-    const int found = stream && fscanf(stream, "%lf", &value) == 1;
-    if (stream)
-        fclose(stream);
-    return found ? fmin(limit, value) : limit;
-}
-
 /* Bytes that this process may have: the machine's, or less where a limit of the process or of one of its
  * control groups, from its own up to the root, says so: "4:memory:/GROUP" of version 1, "0::/GROUP" of 2. */
 static double memory_limit(void) {
-    double limit = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    double limit = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE), value;
     char line[TEXT_SIZE], path[TEXT_SIZE + 64];
     struct rlimit own;
     if (getrlimit(RLIMIT_AS, &own) == 0 && own.rlim_cur != RLIM_INFINITY)
@@ -533,7 +530,11 @@ static double memory_limit(void) {
             *end = 0;
             snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/memory.%s", newer ? "" : "/memory", group,
                      newer ? "max" : "limit_in_bytes");
-            limit = system_limit(path, limit);
+            FILE *file = fopen(path, "r");
+            if (file && fscanf(file, "%lf", &value) == 1) /* "max" is none */
+                limit = fmin(limit, value);
+            if (file)
+                fclose(file);
         }
     }
     if (stream)
@@ -800,18 +801,12 @@ static const unsigned char POINT_COLOUR[3] = {255, 200, 90};
 
 static int is_points(const Config *c) { return c->image_channels == 2 && image_size(c) == 2; }
 
-static unsigned char *panels_new(Job *job, int count) {
-    unsigned char *panels = arena_allocate(job->arena, (size_t)count, PANEL_SIZE);
-    memset(panels, 0, (size_t)count * PANEL_SIZE);
-    return panels;
-}
-
 /* Images [sets, count] as pictures: each of them, or a panel for each set of points. */
 static Pictures pictures_of(Job *job, unsigned char *images, int sets, int count) {
     const Config *c = &job->model.config;
     if (!is_points(c))
         return (Pictures){images, sets * count, c->height, c->width, c->image_channels};
-    unsigned char *panels = panels_new(job, sets);
+    unsigned char *panels = zeroed(job, (size_t)sets, PANEL_SIZE);
     for (size_t i = 0; i < (size_t)sets; i++)
         points_draw(panels + i * PANEL_SIZE, PANEL, images + 2 * i * (size_t)count, count, POINT_COLOUR);
     return (Pictures){panels, sets, PANEL, PANEL, 3};
@@ -868,34 +863,23 @@ static void work_progress(void *watcher, int done, int count) {
 
 /* ---- means ---- */
 
-/* Mean and standard error of x[i * stride] - minus[i * stride], i < count; minus may be NULL. */
-static void mean_and_error(const double *x, const double *minus, int count, int stride, double result[2]) {
-    double sum = 0, squares = 0;
-    for (int i = 0; i < count; i++)
-        sum += x[(size_t)i * stride] - (minus ? minus[(size_t)i * stride] : 0);
-    const double mean = sum / count;
-    for (int i = 0; i < count; i++) {
-        const double gap = x[(size_t)i * stride] - (minus ? minus[(size_t)i * stride] : 0) - mean;
-        squares += gap * gap;
-    }
-    result[0] = mean;
-    result[1] = count > 1 ? sqrt(squares / (count - 1.0) / count) : 0;
-}
-
-/* The same for each of recon, latent, diffusion and total. */
+/* Mean and standard error of terms - minus [count] for each of recon, latent, diffusion and total; minus may
+ * be NULL. */
 static void mean_by_term(double (*terms)[4], double (*minus)[4], int count, double result[4][2]) {
-    for (int term = 0; term < 4; term++)
-        mean_and_error(&terms[0][term], minus ? &minus[0][term] : NULL, count, 4, result[term]);
+    for (int term = 0; term < 4; term++) {
+        double sum = 0, squares = 0;
+        for (int i = 0; i < count; i++)
+            sum += terms[i][term] - (minus ? minus[i][term] : 0);
+        for (int i = 0; i < count; i++) {
+            const double gap = terms[i][term] - (minus ? minus[i][term] : 0) - sum / count;
+            squares += gap * gap;
+        }
+        result[term][0] = sum / count;
+        result[term][1] = count > 1 ? sqrt(squares / (count - 1.0) / count) : 0;
+    }
 }
 
 /* ---- diffenc train: its directory ---- */
-
-static void numbered_path(const Job *job, const char *name, unsigned long long step, const char *end,
-                          char path[TEXT_SIZE]) {
-    char numbered[64];
-    snprintf(numbered, sizeof numbered, "%s-%llu%s", name, step, end);
-    path_in(job->out, numbered, path);
-}
 
 /* Whether a training writes files of this name: 1, their temporary ones (file_replace): 2, or 0. */
 static int file_kind(const char *name) {
@@ -1079,8 +1063,8 @@ static void put_base64(FILE *out, const char *path) {
 static void put_charts(FILE *out, const Job *job) {
     enum { POINTS = 120 };
     static const char *const label = "bits per dimension";
-    double(*mean)[POINTS] = allocate_zeroed(COLUMNS, sizeof *mean), value[COLUMNS];
-    double(*count)[POINTS] = allocate_zeroed(COLUMNS, sizeof *count);
+    double(*mean)[POINTS] = zeroed(job, COLUMNS, sizeof *mean), value[COLUMNS];
+    double(*count)[POINTS] = zeroed(job, COLUMNS, sizeof *count);
     char line[LINE_SIZE];
     int tests = 0;
     for (rewind(job->log); fgets(line, sizeof line, job->log);) {
@@ -1105,8 +1089,6 @@ static void put_charts(FILE *out, const Job *job) {
         const Curve curve = {TERMS[term], mean[0], mean[2 + term], NULL, POINTS};
         chart_svg(out, TERMS[term], "step", label, &curve, 1);
     }
-    free(mean);
-    free(count);
 }
 
 static int write_report(void *stream, const void *context) {
@@ -1133,7 +1115,7 @@ static int write_report(void *stream, const void *context) {
     fputs(".</p>\n<main>", stream);
     put_charts(stream, job);
     if (job->newest_grid > 0) {
-        numbered_path(job, "samples", job->newest_grid, ".png", text);
+        snprintf(text, sizeof text, "%.960s/samples-%llu.png", job->out, job->newest_grid);
         fprintf(stream, "<figure><img alt='samples' src='data:image/png;base64,");
         put_base64(stream, text);
         fprintf(stream, "'><figcaption>Samples at step %llu</figcaption></figure>\n", job->newest_grid);
@@ -1194,21 +1176,26 @@ static int save_as(Job *job, const char *path) {
 
 /* The checkpoint, and the log up to it, which a resumed training asks for. */
 static int save(Job *job) {
+    const unsigned long long step = job->model.step;
     char path[TEXT_SIZE];
     if (job->log)
         fsync(fileno(job->log));
-    numbered_path(job, "checkpoint", job->model.step, ".safetensors", path);
-    if (due(job->model.step, job->keep_every) && save_as(job, path))
+    snprintf(path, sizeof path, "%.960s/checkpoint-%llu.safetensors", job->out, step);
+    if (due(step, job->keep_every) && save_as(job, path))
         return -1;
     return save_as(job, job->checkpoint);
 }
 
-/* After the work on what is called `name`: was it ended by a signal, or are its results no numbers? Then
- * nothing is written. */
+/* Before the results of what is called `name` are written: was the work ended by a signal, are they numbers,
+ * does another rank write them, is the directory of a training still there? */
 static int result_check(Job *job, const char *name, int finite) {
     if (stopped())
         return fail(&job->error, "stopped by %s, nothing was written", signal_name());
-    return finite ? 0 : fail(&job->error, "%s: the result is not finite", name);
+    if (!finite)
+        return fail(&job->error, "%s: the result is not finite", name);
+    if (this_rank() > 0)
+        return DONE;
+    return job->log ? directory_check(job, &job->error) : OK;
 }
 
 /* The classes that samples take turns in: 0 where there are none, or --class says which. */
@@ -1233,10 +1220,6 @@ static unsigned char *sample_labels(Job *job, int count) {
     for (int i = 0; i < count; i++)
         labels[i] = (unsigned char)(classes > 0 ? i / of_a_class(job) % classes : job->one_class);
     return labels;
-}
-
-static int ends_in(const char *path, const char *end) {
-    return strlen(path) > strlen(end) && strcmp(path + strlen(path) - strlen(end), end) == 0;
 }
 
 /* Whether a path has one %d, %3d or %03d, and no other %: then it may be a format. */
@@ -1267,14 +1250,11 @@ static int sample_to(Job *job, const char *path, int steps, uint64_t seed) {
     const size_t all = (size_t)count * image_size(c);
     unsigned char *images = arena_allocate(job->arena, 1 + (size_t)is_points(c), all);
     unsigned char *labels = sample_labels(job, count);
-    const int status =
-        sample_images(&job->workers, labels, count, steps, job->sampler, seed, job->draw, images);
-    if (result_check(job, path, status == 0) || (job->log && directory_check(job, &job->error)))
-        return -1;
-    if (this_rank() > 0)
-        return 0;
+    int status = sample_images(&job->workers, labels, count, steps, job->sampler, seed, job->draw, images);
+    if ((status = result_check(job, path, status == 0)))
+        return status;
     const Pictures each = {images, count, c->height, c->width, c->image_channels};
-    if (ends_in(path, ".npy"))
+    if (has_extension(path, ".npy"))
         return pictures_write(path, each, 0, &job->error);
     if (!job->log && is_numbered(path))
         return files_write(job, each);
@@ -1291,20 +1271,21 @@ static int sample_to(Job *job, const char *path, int steps, uint64_t seed) {
  * by a resumed training. A model of finite T has no use for more steps than T. */
 static void sample_grid(Job *job) {
     const int timesteps = job->model.config.timesteps;
+    const unsigned long long step = job->model.step;
     const int steps = timesteps > 0 ? smaller(timesteps, job->sample_steps) : job->sample_steps;
     char path[TEXT_SIZE];
     if (steps == 0)
         return;
-    numbered_path(job, "samples", job->model.step, ".png", path);
+    snprintf(path, sizeof path, "%.960s/samples-%llu.png", job->out, step);
     const int status = sample_to(job, path, steps, job->settings.seed);
     if (stopped())
         return;
     end_line(job);
-    if (status) {
+    if (status < 0) {
         say(&job->error);
         return;
     }
-    job->newest_grid = job->model.step;
+    job->newest_grid = step;
     printf("%s\n", path);
 }
 
@@ -1461,7 +1442,7 @@ static int train(Job *job) {
     workers_start(job);
     config_model_name(c, model);
     const int threads = rank_count() * job->threads;
-    if (job->model.step > (uint64_t)job->steps && this_rank() == 0)
+    if (job->model.step > (uint64_t)job->steps)
         fprintf(stderr, "diffenc: %s: is at step %llu already, beyond --steps %d\n", checkpoint,
                 (unsigned long long)job->model.step, job->steps);
     printf("%s: %zu weights, %s (%u images of %dx%dx%d), %d thread%s, about %.0f MiB of memory, "
@@ -1515,15 +1496,14 @@ enum { TIMES = 10, FRAMES = 40, HELD = 12, DELAY = 80 }; /* of a picture; of an 
 
 /* Rows are samples, columns times: x^ above z_t. An animation shows x^ alone, its end for a second more. */
 static int trajectory_write(Job *job, int count, int steps) {
-    const int animated = ends_in(job->out, ".apng"), times = smaller(animated ? FRAMES : TIMES, steps + 1);
+    const int animated = has_extension(job->out, ".apng");
+    const int times = smaller(animated ? FRAMES : TIMES, steps + 1);
     const size_t all = (size_t)count * image_size(&job->model.config), sets = 2 * (size_t)times;
     unsigned char *images = arena_allocate(job->arena, sets + 1, all);
-    const int status = sample_trajectory(&job->workers, sample_labels(job, count), count, steps, job->sampler,
-                                         job->seed, job->draw, images + sets * all, times, images);
-    if (result_check(job, job->out, status == 0))
-        return -1;
-    if (this_rank() > 0)
-        return 0;
+    int status = sample_trajectory(&job->workers, sample_labels(job, count), count, steps, job->sampler,
+                                   job->seed, job->draw, images + sets * all, times, images);
+    if ((status = result_check(job, job->out, status == 0)))
+        return status;
     const Pictures p = pictures_of(job, images, (int)sets, count);
     const size_t size = (size_t)p.height * p.width * p.channels, rows = p.count / sets;
     const size_t shown = animated ? (times + HELD) * rows : (size_t)p.count;
@@ -1548,14 +1528,16 @@ static int sample(Job *job) {
         fail(&job->error, "class %d: the model has %d classes, counted from 0", job->one_class, c->classes);
         return USAGE;
     }
-    const int channels = is_points(c) && !ends_in(job->out, ".npy") ? 3 : c->image_channels;
+    const int channels = is_points(c) && !has_extension(job->out, ".npy") ? 3 : c->image_channels;
     /* Thrice the pictures: as they are, as a grid, as a file. */
     const double each = count * (double)image_size(c) + (is_points(c) ? PANEL_SIZE : 0);
     if (picture_path_check(job->out, channels, &job->error) ||
         memory_check(job, 3 * each * (job->trajectory ? 2 * FRAMES : 1)))
         return -1;
-    if (job->trajectory ? trajectory_write(job, count, steps) : sample_to(job, job->out, steps, job->seed))
-        return -1;
+    const int status =
+        job->trajectory ? trajectory_write(job, count, steps) : sample_to(job, job->out, steps, job->seed);
+    if (status)
+        return status;
     fprintf(tell(job), "%s: %d images, %d steps\n", job->out, count, steps);
     return 0;
 }
@@ -1568,7 +1550,7 @@ struct Evaluated {
     const char *path;
     char name[TEXT_SIZE]; /* what may be printed of the path */
     Settings settings;
-    char training[OPTION_COUNT][TEXT_SIZE]; /* what a group has in common: all settings but the seed */
+    char training[OPTION_COUNT][TEXT_SIZE]; /* what a group has in common */
     double (*terms)[4];      /* [count] of the images */
     double value[4][2];      /* their means and standard errors, in bits per dimension */
     double difference[4][2]; /* the same of each image's difference to the first checkpoint */
@@ -1692,7 +1674,7 @@ static int write_chart(void *stream, const void *context) {
         {DRAW_TIME, DRAW_LOSS}, {DRAW_LAMBDA, DRAW_LOSS_BY_LAMBDA}, {DRAW_TIME, DRAW_COUNTERTERM_ERROR}};
     const Job *job = context;
     const int n = job->checkpoint_count, height = 410 + 22 * n; /* chart_svg() has a line for each curve */
-    Curve *curves = allocate((size_t)n, sizeof *curves);
+    Curve *curves = arena_allocate(job->arena, (size_t)n, sizeof *curves);
     fprintf(stream, "<svg xmlns='http://www.w3.org/2000/svg' class='chart' viewBox='0 0 640 %d'>\n",
             3 * height);
     for (int i = 0; i < 3; i++) {
@@ -1707,7 +1689,6 @@ static int write_chart(void *stream, const void *context) {
         fputs("</svg>\n", stream);
     }
     fputs("</svg>\n", stream);
-    free(curves);
     return ferror((FILE *)stream);
 }
 
@@ -1718,10 +1699,11 @@ static void print_optimal_variance(const double *distance, int count, int timest
     double plain = 0, best = 0;
     printf("   t        w*       KL* (bpd)   KL at w = 1\n");
     for (int step = 0; step < timesteps; step++) {
-        double mean[2];
-        mean_and_error(distance + (size_t)step * count, NULL, count, 1, mean);
-        const double w = best_variance_ratio(mean[0], d), kl = -0.5 * log(w) / LOG_2,
-                     kl_1 = 0.5 * mean[0] / d / LOG_2;
+        double sum = 0;
+        for (int i = 0; i < count; i++)
+            sum += distance[(size_t)step * count + i];
+        const double w = best_variance_ratio(sum / count, d), kl = -0.5 * log(w) / LOG_2,
+                     kl_1 = 0.5 * (sum / count) / d / LOG_2;
         plain += kl_1;
         best += kl;
         if (timesteps <= 32 || step % (timesteps / 16) == 0 || step == timesteps - 1)
@@ -1768,13 +1750,9 @@ static int eval_take(Job *job, int i) {
         workers_start(job);
     }
     e->settings = job->settings;
-    for (int k = 0; k < OPTION_COUNT; k++) { /* the seed makes the digits, too */
-        char text[TEXT_SIZE] = "";
-        if (OPTIONS[k].takers & RECORD && strcmp(OPTIONS[k].name, "seed") != 0 &&
-            strcmp(OPTIONS[k].name, "data-digest") != 0 && strcmp(OPTIONS[k].name, "made-by") != 0)
-            option_text(&OPTIONS[k], job, text);
-        strcpy(e->training[k], text);
-    }
+    for (int k = 0; k < OPTION_COUNT; k++)
+        if ((OPTIONS[k].takers & (RECORD | OWN)) == RECORD)
+            option_text(&OPTIONS[k], job, e->training[k]);
     return eval_config(job) ? USAGE : OK;
 }
 
@@ -1797,8 +1775,7 @@ static int eval(Job *job) {
     const Config *c = &job->model.config;
     const int n = job->checkpoint_count;
     int status = job_data(job, (Split)job->split);
-    job->evaluated = arena_allocate(job->arena, (size_t)n, sizeof *job->evaluated);
-    memset(job->evaluated, 0, (size_t)n * sizeof *job->evaluated);
+    job->evaluated = zeroed(job, (size_t)n, sizeof *job->evaluated);
     if (status || (status = eval_take(job, 0)))
         return status;
     const int count = limited(&job->data, job->limit);
@@ -1818,17 +1795,16 @@ static int eval(Job *job) {
     double(*draws)[DRAW_COLUMNS] = draw_count ? arena_allocate(job->arena, draw_count, sizeof *draws) : NULL;
     unsigned char *labels, *images = images_of(job, &job->data, count, 0, &labels);
     for (job->parts_done = 0; job->parts_done < n; job->parts_done++)
-        if (eval_take(job, job->parts_done) || eval_one(job, job->parts_done, images, labels, count, draws))
+        if (eval_take(job, job->parts_done) ||
+            eval_one(job, job->parts_done, images, labels, count, draws) < 0)
             return -1;
     job->parts_done = 0;
     if (T > 0)
         step_distances(&job->workers, images, labels, count, job->seed, distance);
     for (size_t i = 0; i < distances && !stop_signal; i++)
         all += distance[i];
-    if (result_check(job, job->checkpoint, isfinite(all)))
-        return -1;
-    if (this_rank() > 0)
-        return 0;
+    if ((status = result_check(job, job->checkpoint, isfinite(all))))
+        return status;
     printf("%d %s images of %s, ", count, job->split == SPLIT_TEST ? "test" : "training", job->where);
     if (n == 1)
         printf("step %llu, ", (unsigned long long)job->model.step);
@@ -1857,8 +1833,8 @@ typedef struct {
     double time[MOST_TIMES];
     int times;
     unsigned char *pictures; /* [count, SHOW_ROWS, times, height, width] of red, green, blue */
-    double *change;          /* [count, times, height, width]: (x_t - x_s)/(t - s), s the time before t; 0 */
-    unsigned char *broken;   /* [count]: something is not finite */
+    double *change;          /* [count, times, height, width]: (x_t - x_s)/(t - s), s the time before t; or 0,
+                              * or NAN where x_t or y are not finite */
 } Show;
 
 /* --times T,T,... */
@@ -1875,16 +1851,16 @@ static int times_parse(Job *job, Show *s) {
     }
 }
 
-/* Values in [-1, 1] as pixels of three colours; 1 if one is not finite. */
-static unsigned char to_pixels(const Tensor *a, unsigned char *out) {
+/* Values in [-1, 1] as pixels of three colours. Returns whether all are finite. */
+static int to_pixels(const Tensor *a, unsigned char *out) {
     const size_t channels = (size_t)a->channels;
-    unsigned char broken = 0;
+    int finite = 1;
     for (size_t i = 0; i < 3 * element_count(a) / channels; i++) {
         const real value = a->value[i / 3 * channels + (i % 3 < channels ? i % 3 : 0)];
-        broken |= !isfinite(value);
-        out[i] = (unsigned char)(broken ? 0 : nearest_level(value));
+        finite = finite && isfinite(value);
+        out[i] = (unsigned char)(finite ? nearest_level(value) : 0);
     }
-    return broken;
+    return finite;
 }
 
 /* For one image over t: x_t, y, and the change of x_t since the time before, summed over the channels. */
@@ -1893,7 +1869,6 @@ static void show_example(Network *n, int i, void *context) {
     const size_t d = image_size(s->config), area = d / (size_t)s->config->image_channels;
     n->graph.dropout = 0;
     n->label = s->labels ? s->labels[i] : 0;
-    s->broken[i] = 0;
     for (int column = 0; column < s->times; column++) {
         network_begin(n);
         const Method m = method_begin(n);
@@ -1902,12 +1877,12 @@ static void show_example(Network *n, int i, void *context) {
         const Encoded e = encode(&m, x, t, 0), at_s = encode(&m, x, before, 0);
         const size_t times = (size_t)s->times, picture = (size_t)i * times + (size_t)column;
         unsigned char *out = s->pictures + 3 * area * (picture + (size_t)i * (SHOW_ROWS - 1) * times);
-        s->broken[i] |= to_pixels(e.x_t, out);
-        s->broken[i] |= to_pixels(e.y ? e.y : affine(0, e.x_t, 0), out + 3 * area * times);
-        for (size_t k = 0; k < d; k++) {
-            const double change = (double)e.x_t->value[k] - (double)at_s.x_t->value[k];
-            s->change[picture * area + k * area / d] += column > 0 ? change / (t - before) : 0;
-        }
+        double *change = s->change + picture * area;
+        const int finite = to_pixels(e.x_t, out) &
+                           to_pixels(e.y ? e.y : affine(0, e.x_t, 0), out + 3 * area * times);
+        for (size_t k = 0; k < d && column > 0; k++)
+            change[k * area / d] += ((double)e.x_t->value[k] - (double)at_s.x_t->value[k]) / (t - before);
+        *change = finite ? *change : NAN;
     }
 }
 
@@ -1930,7 +1905,7 @@ static double draw_changes(const Show *s, int count, double amplify) {
 /* For each time the points x_t, with lines from x. */
 static int show_points(Job *job, const Show *s, int count) {
     static const unsigned char blue[3] = {60, 90, 130};
-    unsigned char *panels = panels_new(job, s->times);
+    unsigned char *panels = zeroed(job, (size_t)s->times, PANEL_SIZE);
     for (int i = 0; i < count * s->times; i++) {
         const int example = i / s->times, column = i % s->times;
         const unsigned char *x = s->images + 2 * example,
@@ -1968,17 +1943,16 @@ static int show(Job *job) {
     unsigned char *labels, *images = images_of(job, &job->data, count, classes, &labels);
     s.images = images, s.labels = labels;
     s.pictures = arena_allocate(job->arena, (size_t)count, each);
-    s.change = arena_allocate(job->arena, (size_t)count, pixels * sizeof(double));
-    memset(s.change, 0, (size_t)count * pixels * sizeof(double));
-    s.broken = arena_allocate(job->arena, (size_t)count, 1);
+    s.change = zeroed(job, (size_t)count, pixels * sizeof(double));
     workers_run(&job->workers, job->model.ema, count, show_example, &s);
     ranks_gather(s.pictures, 1, count, each);
     ranks_gather(s.change, 1, count, pixels * sizeof(double));
-    ranks_gather(s.broken, 1, count, 1);
-    if (result_check(job, job->checkpoint, stop_signal || memchr(s.broken, 1, (size_t)count) == NULL))
-        return -1;
-    if (this_rank() > 0)
-        return 0;
+    double sum = 0;
+    for (size_t i = 0; i < (size_t)count * pixels; i++)
+        sum += fabs(s.change[i]);
+    const int status = result_check(job, job->checkpoint, isfinite(sum));
+    if (status)
+        return status;
     if (is_points(c))
         return show_points(job, &s, count);
     const double scale = draw_changes(&s, count, job->amplify);
@@ -2071,9 +2045,8 @@ static int grad_take(Job *job, const TensorFile *f, const char *path) {
     int finite = stopped() || isfinite(dot(gradient, gradient, job->model.weight_count)); /* or it is NULL */
     for (int i = 0; i < 3 * count && finite && !stop_signal; i++)
         finite = isfinite(terms[i / 3][i % 3]);
-    if (result_check(job, job->checkpoint, finite))
-        return -1;
-    return this_rank() > 0 ? 0 : gradient_write(job, terms, count, gradient);
+    const int status = result_check(job, job->checkpoint, finite);
+    return status ? status : gradient_write(job, terms, count, gradient);
 }
 
 static int grad(Job *job) {
@@ -2138,7 +2111,7 @@ static int run(const Command *command, char **arguments) {
     if (status == OK)
         status = command->run(job);
     end_line(job);
-    const int failed = status != OK && status != HELP;
+    const int failed = status != OK && status != DONE;
     ranks_end(failed ? printable(job->error.text, failure, sizeof failure) : NULL);
     workers_free(&job->workers);
     model_free(&job->model);
@@ -2147,7 +2120,7 @@ static int run(const Command *command, char **arguments) {
     if (job->log)
         fclose(job->log);
     free(job);
-    return status >= 0 ? status : stop_signal ? 128 + stop_signal : FAILURE;
+    return status == DONE ? OK : status >= 0 ? status : stop_signal ? 128 + stop_signal : FAILURE;
 }
 
 int main(int argc, char **argv) {
@@ -2178,15 +2151,13 @@ int main(int argc, char **argv) {
         for (command = COMMANDS; command < COMMANDS + COMMAND_COUNT; command++)
             fprintf(to, "  %-8s %s\n", command->name, command->help);
         fprintf(to, "\ndiffenc help COMMAND names every option with its default.\n");
-        status = argc < 2 ? USAGE : HELP;
+        status = argc < 2 ? USAGE : OK;
     } else {
         Error error;
         fail(&error, "unknown command '%.60s' (see diffenc --help)", name);
         say(&error);
         status = USAGE;
     }
-    if (status == HELP)
-        status = OK;
     if (ferror(stdout))
         putchar('\n'); /* what failed before fails again, and tells why */
     if ((fflush(stdout) || ferror(stdout)) && status == OK) {
