@@ -64,8 +64,7 @@ static void on_signal(int number) {
     signal(SIGPIPE, SIG_IGN);
 }
 
-/* SA_RESTART: a write goes on where the signal interrupted it. What the parent ignores (nohup) stays ignored.
- */
+/* SA_RESTART: a write goes on where the signal interrupted it. What the parent ignores stays ignored. */
 static void catch_signals(void) {
     static const int numbers[4] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
     const struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
@@ -108,8 +107,7 @@ typedef struct {
     char made_by[TEXT_SIZE];
 } Settings;
 
-/* What a command needs of a checkpoint: only the weights in training (grad), only their average (sample,
- * eval, show), or everything (train). */
+/* What a command needs of a checkpoint: the weights in training, only their average, or everything. */
 typedef enum { LOAD_PARAMS, LOAD_EMA, LOAD_ALL } Load;
 
 typedef struct Command Command;
@@ -273,8 +271,7 @@ static void *zeroed(const Job *job, size_t count, size_t size) {
     return memset(arena_allocate(job->arena, count, size), 0, count * size);
 }
 
-/* The paper's settings, at a laptop's size. A checkpoint that names no value for one is older than the option
- * and was trained with it. */
+/* The paper's settings at a laptop's size, with which a checkpoint older than an option was trained. */
 static Settings settings_of_paper(void) {
     return (Settings){config_default(), optimizer_default(), .batch = 64, .seed = 1, .data = "digits"};
 }
@@ -335,8 +332,7 @@ static int choice_text(const char *choices, int index, char text[TEXT_SIZE]) {
     return *text != 0;
 }
 
-/* What an option holds, as text. */
-static void option_text(const Option *o, const Job *job, char text[TEXT_SIZE]) {
+static const char *option_text(const Option *o, const Job *job, char text[TEXT_SIZE]) {
     const void *place = (const char *)job + o->place;
     const int *whole = place;
     switch (o->type) {
@@ -348,6 +344,7 @@ static void option_text(const Option *o, const Job *job, char text[TEXT_SIZE]) {
     case CHOICE: choice_text(o->argument, *whole, text); break;
     case MODEL: config_model_name(place, text);
     }
+    return text;
 }
 
 /* Set an option from a text, or say what was expected: "lr 'x': expected a number from 0 to 1000000". A TEXT
@@ -393,8 +390,7 @@ static int option_set(const Option *o, Job *job, const char *text, Error *error)
 
 static int asks_help(const char *text) { return strcmp(text, "-h") == 0 || strcmp(text, "--help") == 0; }
 
-/* Print the first `length` bytes of a text behind a space, in a line of 80 columns with the one before or in
- * a new one. Returns the column. */
+/* Print `length` bytes of a text behind a space, in this line if 80 columns hold it. Returns the column. */
 static int print_word(const char *text, int length, int column) {
     if (column + 1 + length > 80)
         column = printf("\n%28s", "") - 1;
@@ -438,8 +434,7 @@ static int option_apply(const Option *o, Job *job, const char *text) {
     return 0;
 }
 
-/* Parse the arguments of a command; all but `train` take a checkpoint, `eval` several. Returns 0, -1 or
- * DONE. */
+/* Parse a command's arguments; all but `train` take a checkpoint, `eval` several. Returns 0, -1 or DONE. */
 static int parse_options(Job *job) {
     const Command *command = job->command;
     Error *error = &job->error;
@@ -480,10 +475,11 @@ static int parse_options(Job *job) {
 /* ---- settings in a checkpoint ---- */
 
 /* "encoder-channels" on the command line is "encoder_channels" in a file. */
-static void metadata_key(const char *name, char key[TEXT_SIZE]) {
+static const char *metadata_key(const char *name, char key[TEXT_SIZE]) {
     snprintf(key, TEXT_SIZE, "%s", name);
     for (char *dash = key; (dash = strchr(dash, '-')) != NULL;)
         *dash = '_';
+    return key;
 }
 
 static int settings_read(Job *job, const TensorFile *f, const char *path) {
@@ -497,8 +493,7 @@ static int settings_read(Job *job, const TensorFile *f, const char *path) {
         return fail(error, "%s: format version %.20s, not 1", path, version ? version : "missing");
     for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++) {
         char key[TEXT_SIZE];
-        metadata_key(o->name, key);
-        const char *text = o->takers & RECORD ? tensors_metadata(f, key) : NULL;
+        const char *text = o->takers & RECORD ? tensors_metadata(f, metadata_key(o->name, key)) : NULL;
         if (text && option_set(o, job, text, &inner))
             return fail(error, "%s: metadata: %s", path, inner.text);
     }
@@ -552,9 +547,8 @@ static int memory_check(Job *job, double more) {
                 ldexp(job->need, -20), ldexp(have, -20));
 }
 
-/* The same for the vectors of a model, in place of the one before, and one example's graph for each thread;
- * in training also the gradient slots, and the gradients in the graph; a chart and a trajectory take a second
- * pass. */
+/* The same for a model's vectors, in place of the one before, and one example's graph for each thread; in
+ * training also gradient slots and the graph's gradients; a chart and a trajectory take a second pass. */
 static int model_memory_check(Job *job, size_t weights) {
     const int training = job->command->load != LOAD_EMA;
     Model m = {.config = job->settings.config};
@@ -596,8 +590,7 @@ static TensorEntry checkpoint_tensor(const Model *m, int i, char name[NAME_SIZE]
     return tensor_out(prefixes[vector], p, vectors[vector], name);
 }
 
-/* A checkpoint that could not be read again must not take the place of one that can: what is not finite is
- * not written. */
+/* What is not finite is not written: it could not be read again, and would replace what can. */
 static int checkpoint_write(Job *job, const char *path) {
     const Model *m = &job->model;
     const int count = 4 * m->parameter_count;
@@ -610,10 +603,8 @@ static int checkpoint_write(Job *job, const char *path) {
     for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++)
         if (o->takers & RECORD) {
             char(*text)[TEXT_SIZE] = arena_allocate(job->arena, 2, sizeof *text);
-            metadata_key(o->name, text[0]);
-            option_text(o, job, text[1]);
-            metadata[texts++] = text[0];
-            metadata[texts++] = text[1];
+            metadata[texts++] = metadata_key(o->name, text[0]);
+            metadata[texts++] = option_text(o, job, text[1]);
         }
     for (int i = 0; i < count; i++) {
         const size_t size = m->parameter[i % m->parameter_count].count;
@@ -674,10 +665,8 @@ static int checkpoint_take(Job *job, const TensorFile *f, const char *path) {
 static int init_take(Job *job, const TensorFile *f, const char *path) {
     for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++) {
         char key[TEXT_SIZE], wanted[TEXT_SIZE];
-        metadata_key(o->name, key);
-        option_text(o, job, wanted);
-        const char *found = o->takers & SHAPE ? tensors_metadata(f, key) : NULL;
-        if (found && strcmp(found, wanted) != 0)
+        const char *found = o->takers & SHAPE ? tensors_metadata(f, metadata_key(o->name, key)) : NULL;
+        if (found && strcmp(found, option_text(o, job, wanted)) != 0)
             return fail(&job->error, "%s: was trained with --%s %.60s, not %.60s", path, o->name, found,
                         wanted);
     }
@@ -687,7 +676,6 @@ static int init_take(Job *job, const TensorFile *f, const char *path) {
     return 0;
 }
 
-/* What `take` makes of the tensors in a file. */
 static int file_take(Job *job, const char *path, int (*take)(Job *, const TensorFile *, const char *)) {
     TensorFile f;
     if (tensors_read(path, &f, &job->error))
@@ -699,8 +687,9 @@ static int file_take(Job *job, const char *path, int (*take)(Job *, const Tensor
 
 /* ---- data and pictures ---- */
 
-static void path_in(const char *directory, const char *name, char path[TEXT_SIZE]) {
+static const char *path_in(const char *directory, const char *name, char path[TEXT_SIZE]) {
     snprintf(path, TEXT_SIZE, "%.*s/%.60s", TEXT_SIZE - 64, directory, name);
+    return path;
 }
 
 /* Whether the images of what is called `name`, and their labels, are what the model is for. */
@@ -764,8 +753,7 @@ static int is_same(const struct stat *a, const struct stat *b) {
 
 static int is_stdout(const char *path) { return strcmp(path, "-") == 0; }
 
-/* Whether a file can be made there is better known before minutes of work than after, and whether that would
- * spoil an input. */
+/* Before minutes of work: can a file be made there, and would that spoil an input? */
 static int output_check(Job *job, const char *output, const char *input) {
     char directory[TEXT_SIZE];
     struct stat in, out;
@@ -814,9 +802,10 @@ static Pictures pictures_of(Job *job, unsigned char *images, int sets, int count
 
 /* ---- progress ---- */
 
-static void time_text(double seconds, char text[32]) {
+static const char *time_text(double seconds, char text[32]) {
     const long long s = (long long)seconds;
     snprintf(text, 32, "%lld:%02d:%02d left", s / 3600, (int)(s / 60 % 60), (int)(s % 60));
+    return text;
 }
 
 /* How many columns there are on stderr: any number where it is no terminal. */
@@ -855,16 +844,15 @@ static void work_progress(void *watcher, int done, int count) {
         show_line(job, "");
     } else if (now - job->last_line >= 0.1) {
         job->last_line = now;
-        time_text((now - job->work_began) / done * (count - done), left);
-        snprintf(line, sizeof line, "%d/%d images  %s", done, count, left);
+        snprintf(line, sizeof line, "%d/%d images  %s", done, count,
+                 time_text((now - job->work_began) / done * (count - done), left));
         show_line(job, line);
     }
 }
 
 /* ---- means ---- */
 
-/* Mean and standard error of terms - minus [count] for each of recon, latent, diffusion and total; minus may
- * be NULL. */
+/* Mean and standard error of terms - minus [count], by term; minus may be NULL. */
 static void mean_by_term(double (*terms)[4], double (*minus)[4], int count, double result[4][2]) {
     for (int term = 0; term < 4; term++) {
         double sum = 0, squares = 0;
@@ -962,8 +950,8 @@ static int directory_enter(Job *job) {
 static int directory_check(const Job *job, Error *error) {
     char path[TEXT_SIZE];
     struct stat locked, here;
-    path_in(job->out, ".lock", path);
-    if (fstat(job->lock, &locked) == 0 && stat(path, &here) == 0 && is_same(&locked, &here))
+    if (fstat(job->lock, &locked) == 0 && stat(path_in(job->out, ".lock", path), &here) == 0 &&
+        is_same(&locked, &here))
         return 0;
     return fail(error, "%s: was removed or replaced while this training was at work in it", job->out);
 }
@@ -1025,8 +1013,7 @@ static int log_open(Job *job) {
     long kept;
     if (this_rank() > 0)
         return 0;
-    path_in(job->out, "log.csv", path);
-    const int file = open(path, flags, 0666);
+    const int file = open(path_in(job->out, "log.csv", path), flags, 0666);
     job->log = file < 0 ? NULL : fdopen(file, "a+");
     if (!job->log)
         return fail(&job->error, "%s: cannot be opened for writing: %s", path, strerror(errno));
@@ -1042,8 +1029,8 @@ static int log_open(Job *job) {
 
 /* ---- diffenc train: its report ---- */
 
-static void time_left(const Job *job, char text[32]) {
-    time_text(job->step_seconds * (job->steps - (double)job->model.step), text);
+static const char *time_left(const Job *job, char text[32]) {
+    return time_text(job->step_seconds * (job->steps - (double)job->model.step), text);
 }
 
 static void put_base64(FILE *out, const char *path) {
@@ -1110,8 +1097,7 @@ static int write_report(void *stream, const void *context) {
     put_escaped(stream, job->settings.data);
     fprintf(stream, "</h1>\n<p><b>Step %llu of %d</b>, epoch %.2f, %.3g seconds a step, ", step, job->steps,
             (double)step * job->settings.batch / job->data.count, job->step_seconds);
-    time_left(job, left);
-    put_escaped(stream, job->end ? job->end : left);
+    put_escaped(stream, job->end ? job->end : time_left(job, left));
     fputs(".</p>\n<main>", stream);
     put_charts(stream, job);
     if (job->newest_grid > 0) {
@@ -1124,8 +1110,7 @@ static int write_report(void *stream, const void *context) {
     for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++)
         if (o->takers & TRAIN && *o->argument) {
             fprintf(stream, "<dt>%s<dd>", o->name);
-            option_text(o, job, text);
-            put_escaped(stream, text);
+            put_escaped(stream, option_text(o, job, text));
         }
     fputs("</dl></main>\n", stream);
     return ferror((FILE *)stream);
@@ -1137,8 +1122,8 @@ static void report(Job *job) {
     const double start = seconds_now();
     char path[TEXT_SIZE];
     Error error;
-    path_in(job->out, "report.html", path);
-    if ((directory_check(job, &error) || file_replace(path, write_report, job, &error)) &&
+    if ((directory_check(job, &error) ||
+         file_replace(path_in(job->out, "report.html", path), write_report, job, &error)) &&
         job->end != job->error.text) {
         end_line(job);
         say(&error);
@@ -1155,14 +1140,13 @@ static void progress(Job *job, const StepReport *r) {
     char line[LINE_SIZE], terms[LINE_SIZE / 2], speed[64], left[32];
     if (!last && job->last_line > 0 && now - job->last_line < (width < INT_MAX ? 0.1 : 10))
         return;
-    time_left(job, left);
     job->last_line = now;
     snprintf(terms, sizeof terms, " (recon %.4f  latent %.4f  diffusion %.4f)", r->recon, r->latent,
              r->diffusion);
     snprintf(speed, sizeof speed, "  %.1f images/s", job->settings.batch / job->step_seconds);
     for (int parts = 2, length = width; parts >= 0 && length >= width; parts--) /* as many as have room */
         length = snprintf(line, sizeof line, "step %llu/%d  %.4f bpd%s%s  %s", step, job->steps, r->total,
-                          parts > 1 ? terms : "", parts > 0 ? speed : "", left);
+                          parts > 1 ? terms : "", parts > 0 ? speed : "", time_left(job, left));
     show_line(job, line);
 }
 
@@ -1291,8 +1275,7 @@ static void sample_grid(Job *job) {
 
 enum { FEW_STEPS = 20 }; /* after which the speed is known */
 
-/* One step on the next images in the order of their epoch, with all that follows it: a line in the log, the
- * evaluation, the progress. */
+/* A step on the next images of their epoch, and what follows it: evaluation, a line in the log, progress. */
 static int train_step(Job *job) {
     const Settings *s = &job->settings;
     const size_t d = image_size(&s->config);
@@ -1325,8 +1308,7 @@ static int train_step(Job *job) {
             end_line(job);
             printf("step %llu: test %.4f +- %.4f bpd on %d images\n", step, result[3][0], result[3][1],
                    job->test_count);
-            path_in(job->out, "best.safetensors", path);
-            if (result[3][0] < job->best && save_as(job, path))
+            if (result[3][0] < job->best && save_as(job, path_in(job->out, "best.safetensors", path)))
                 return -1;
             job->best = fmin(job->best, result[3][0]);
         }
@@ -1337,9 +1319,8 @@ static int train_step(Job *job) {
             r.diffusion, r.gradient_norm, test, job->seconds);
     progress(job, &r);
     if (step - job->first_step == FEW_STEPS && step < (unsigned)job->steps) {
-        time_left(job, left);
         end_line(job);
-        printf("%.3g seconds a step, %s\n", job->step_seconds, left);
+        printf("%.3g seconds a step, %s\n", job->step_seconds, time_left(job, left));
     }
     if (fflush(job->log))
         return fail(&job->error, "%s/log.csv: cannot be written: %s", job->out, strerror(errno));
@@ -1393,8 +1374,7 @@ static int train_data(Job *job) {
     return status;
 }
 
-/* Everything that can be refused, most of it before memory is taken; a new training's directory is made
- * last. */
+/* What can be refused is, most of it before memory is taken; a new training's directory is made last. */
 static int train_prepare(Job *job) {
     Settings *s = &job->settings;
     Error *error = &job->error;
@@ -1429,8 +1409,7 @@ static void workers_start(Job *job) {
 static int train(Job *job) {
     const Config *c = &job->settings.config;
     char model[32], checkpoint[TEXT_SIZE];
-    path_in(job->out, "checkpoint.safetensors", checkpoint);
-    job->checkpoint = checkpoint;
+    job->checkpoint = path_in(job->out, "checkpoint.safetensors", checkpoint);
     if (!job->resume && config_check(c, &job->error)) /* known from the options alone */
         return USAGE;
     if (job->resume && *job->init) {
@@ -1482,8 +1461,7 @@ static int job_data(Job *job, Split split) {
     int status = 0;
     for (struct dirent *entry; status == 0 && listing && (entry = readdir(listing)) != NULL;) {
         char path[TEXT_SIZE];
-        path_in(job->where, entry->d_name, path);
-        status = outputs_check(job, path) ? -1 : 0;
+        status = outputs_check(job, path_in(job->where, entry->d_name, path)) ? -1 : 0;
     }
     if (listing)
         closedir(listing);
@@ -1607,8 +1585,7 @@ static void print_row(double value[4][2], const char *name) {
     printf("%s\n", name);
 }
 
-/* Each checkpoint, its difference to the first one, and the groups of those that differ in nothing but the
- * seed, where the same seed counts once. */
+/* Each checkpoint, its difference to the first, and groups that differ in the seed alone, each seed once. */
 static void print_comparison(Job *job) {
     Evaluated *const all = job->evaluated, *const end = all + job->checkpoint_count;
     double(*values)[4] = arena_allocate(job->arena, (size_t)job->checkpoint_count, sizeof *values);
@@ -1967,8 +1944,7 @@ static int show(Job *job) {
 
 /* ---- diffenc grad ---- */
 
-/* The examples of a batch, their numbers in the arena and their images in the file. Returns how many there
- * are, or -1. */
+/* The examples of a batch: numbers in the arena, images in the file. Returns how many there are, or -1. */
 static int batch_read(Job *job, const TensorFile *f, const char *path, Example **examples) {
     static const char *const names[4] = {"images", "t", "eps", "eps0"};
     const Config *c = &job->model.config;
