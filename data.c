@@ -433,7 +433,7 @@ static void put_chunk(FILE *out, const char *type, size_t count, const uint32_t 
 typedef struct { const char *path; Pictures pictures; int delay; } Image;
 
 /* A PNG without filters of its rows; with a delay it is animated (https://www.w3.org/TR/png-3/). */
-static int write_png(void *stream, const void *context) {
+static int write_png(FILE *stream, const void *context) {
     const Pictures p = ((const Image *)context)->pictures;
     const int delay = ((const Image *)context)->delay;
     const uint32_t width = (uint32_t)p.width, height = (uint32_t)p.height;
@@ -461,11 +461,11 @@ static int write_png(void *stream, const void *context) {
     put_chunk(stream, "IEND", 0, NULL, "", 0);
     free(c.out.data);
     free(rows);
-    return c.failed || ferror((FILE *)stream);
+    return c.failed || ferror(stream);
 }
 
 /* PGM, PPM, or NumPy's format: a header, which has 128 bytes in the last one, then the pixels as they are. */
-static int write_pixels(void *stream, const void *context) {
+static int write_pixels(FILE *stream, const void *context) {
     const char *path = ((const Image *)context)->path;
     const Pictures p = ((const Image *)context)->pictures;
     const int is_ppm = has_extension(path, ".ppm");
@@ -480,7 +480,7 @@ static int write_pixels(void *stream, const void *context) {
         fprintf(stream, "P%d\n%d %d\n255\n", is_ppm ? 6 : 5, p.width, p.height);
     for (size_t i = 0; i < copies * size; i++)
         putc(p.pixels[i / copies], stream);
-    return ferror((FILE *)stream);
+    return ferror(stream);
 }
 
 static int is_png(const char *path) {
@@ -1276,27 +1276,20 @@ static size_t elements_of(const TensorEntry *tensor) {
     return count;
 }
 
-typedef struct {
-    const TensorEntry *tensors;
-    int tensor_count, metadata_count;
-    const char *const *metadata;
-} TensorList;
-
 /* The length of the header is written when it is known, which is after the header. Spaces behind it let the
  * data begin at a multiple of 8. */
-static int write_tensors(void *file, const void *context) {
-    const TensorList *list = context;
-    FILE *stream = file;
+static int write_tensors(FILE *stream, const void *context) {
+    const TensorFile *file = context;
     size_t offset = 0;
     char shape[192];
     fprintf(stream, "%8s{\"__metadata__\":{", "");
-    for (int i = 0; i < 2 * list->metadata_count; i++) {
+    for (int i = 0; i < 2 * file->metadata_count; i++) {
         fputs(i == 0 ? "" : i % 2 ? ":" : ",", stream);
-        put_string(stream, list->metadata[i]);
+        put_string(stream, file->metadata[i]);
     }
     putc('}', stream);
-    for (int i = 0; i < list->tensor_count; i++) {
-        const TensorEntry *t = &list->tensors[i];
+    for (int i = 0; i < file->tensor_count; i++) {
+        const TensorEntry *t = &file->tensors[i];
         const size_t begin = offset;
         offset += elements_of(t) * TYPE_SIZES[t->type];
         putc(',', stream);
@@ -1309,15 +1302,13 @@ static int write_tensors(void *file, const void *context) {
     int failed = fseek(stream, 0, SEEK_SET);
     put_little_endian(stream, &length, 1, 8);
     failed |= fseek(stream, 0, SEEK_END);
-    for (int i = 0; i < list->tensor_count; i++) {
-        const TensorEntry *t = &list->tensors[i];
+    for (int i = 0; i < file->tensor_count; i++) {
+        const TensorEntry *t = &file->tensors[i];
         put_little_endian(stream, t->data, elements_of(t), TYPE_SIZES[t->type]);
     }
     return failed || ferror(stream);
 }
 
-int tensors_write(const char *path, const TensorEntry *tensors, int tensor_total, const char *const *metadata,
-                  int metadata_count, Error *error) {
-    const TensorList list = {tensors, tensor_total, metadata_count, metadata};
-    return file_replace(path, write_tensors, &list, error);
+int tensors_write(const char *path, const TensorFile *file, Error *error) {
+    return file_replace(path, write_tensors, file, error);
 }

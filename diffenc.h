@@ -647,7 +647,7 @@ int gzip_inflate(const unsigned char *data, size_t size, const char *name, uint6
 /* Write a file so that a crash at any moment leaves the old one or the new one: to a temporary file beside
  * it, flushed to the disk, renamed. A symbolic link stays: the file it points to is replaced. What is no
  * regular file is refused. `write` puts the content into a FILE and returns 0, or -1 and errno. */
-typedef int (*FileWriter)(void *stream, const void *context);
+typedef int (*FileWriter)(FILE *stream, const void *context);
 int file_replace(const char *path, FileWriter write, const void *context, Error *error);
 
 /* ---- images ---- */
@@ -705,11 +705,10 @@ typedef struct {
     int classes;             /* 0: there are no labels */
 } Dataset;
 
-/* Open `where`: the word "digits" or "swirl" (built in, drawn from `seed`; points of a spiral, images of 1x1
- * pixels with the channels x and y), or a directory with MNIST or Fashion-MNIST (train-images-idx3-ubyte,
- * t10k-images-idx3-ubyte; train-labels-idx1-ubyte, t10k-labels-idx1-ubyte where they are there) or with those
- * of CIFAR-10's data_batch_1.bin to data_batch_5.bin, test_batch.bin that are there; MNIST comes first. All
- * may be .gz; where both are, the plain one is read, and a line on stderr says so. */
+/* Open `where`: "digits" or "swirl" (built in, drawn from `seed`; points of a spiral, images of 1x1 pixels
+ * with channels x and y), or a directory with MNIST or Fashion-MNIST (train-images-idx3-ubyte or t10k-...,
+ * labels where there are some), or else the batches of CIFAR-10 that are there. All may be .gz; where both
+ * are, the plain one is read, and a line on stderr says so. */
 int dataset_open(Dataset *dataset, const char *where, Split split, uint64_t seed, Error *error);
 void dataset_close(Dataset *dataset);
 
@@ -746,7 +745,7 @@ typedef struct {
 
 typedef struct {
     Bytes bytes;
-    TensorEntry *tensors;    /* sorted by name, like the metadata */
+    TensorEntry *tensors;    /* sorted by name when read, like the metadata */
     int tensor_count;
     const char **metadata;   /* key, value, key, value, ... */
     int metadata_count;      /* pairs */
@@ -763,9 +762,8 @@ const char *tensors_metadata(const TensorFile *file, const char *key);       /* 
 int tensors_copy(const TensorEntry *entry, const char *path, int rank, const int64_t *shape, real *out,
                  Error *error);
 
-/* Names and metadata are UTF-8. */
-int tensors_write(const char *path, const TensorEntry *tensors, int tensor_count, const char *const *metadata,
-                  int metadata_count, Error *error);
+/* Of `file` the tensors and metadata, in the order they have; names and metadata are UTF-8. */
+int tensors_write(const char *path, const TensorFile *file, Error *error);
 
 /* ==== roof: main.c ===================================================================================== */
 

@@ -597,14 +597,14 @@ static int checkpoint_write(Job *job, const char *path) {
     TensorEntry *out = arena_allocate(job->arena, (size_t)count, sizeof *out);
     char(*names)[NAME_SIZE] = arena_allocate(job->arena, (size_t)count, sizeof *names);
     const char *metadata[2 * OPTION_COUNT + 4] = {"format", "diffenc", "format_version", "1"};
-    int texts = 4;
+    TensorFile file = {.tensors = out, .tensor_count = count, .metadata = metadata, .metadata_count = 2};
     job->settings.step = m->step;
     strcpy(job->settings.made_by, VERSION);
     for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++)
         if (o->takers & RECORD) {
             char(*text)[TEXT_SIZE] = arena_allocate(job->arena, 2, sizeof *text);
-            metadata[texts++] = metadata_key(o->name, text[0]);
-            metadata[texts++] = option_text(o, job, text[1]);
+            metadata[2 * file.metadata_count] = metadata_key(o->name, text[0]);
+            metadata[2 * file.metadata_count++ + 1] = option_text(o, job, text[1]);
         }
     for (int i = 0; i < count; i++) {
         const size_t size = m->parameter[i % m->parameter_count].count;
@@ -614,7 +614,7 @@ static int checkpoint_write(Job *job, const char *path) {
             return fail(&job->error, "step %llu: diverged: %s is not finite any more",
                         (unsigned long long)m->step, names[i]);
     }
-    return tensors_write(path, out, count, metadata, texts / 2, &job->error);
+    return tensors_write(path, &file, &job->error);
 }
 
 static int checkpoint_load(Job *job, const TensorFile *f, const char *path, Load load) {
@@ -1078,7 +1078,7 @@ static void put_charts(FILE *out, const Job *job) {
     }
 }
 
-static int write_report(void *stream, const void *context) {
+static int write_report(FILE *stream, const void *context) {
     static const char *const head =
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>\n"
         "<style>:root{color-scheme:light dark}body{font:16px/1.5 sans-serif;max-width:1320px;margin:auto;"
@@ -1113,7 +1113,7 @@ static int write_report(void *stream, const void *context) {
             put_escaped(stream, option_text(o, job, text));
         }
     fputs("</dl></main>\n", stream);
-    return ferror((FILE *)stream);
+    return ferror(stream);
 }
 
 /* A report that cannot be written ends no training, and is not what a training failed by. The log may be
@@ -1620,7 +1620,7 @@ static void print_comparison(Job *job) {
     }
 }
 
-static int write_csv(void *stream, const void *context) {
+static int write_csv(FILE *stream, const void *context) {
     const Job *job = context;
     fputs("checkpoint,recon,latent,diffusion,total,recon_error,latent_error,diffusion_error,total_error,"
           "difference,difference_error,model,seed,step\n",
@@ -1638,11 +1638,11 @@ static int write_csv(void *stream, const void *context) {
         fprintf(stream, ",%.9g,%.9g,%s,%llu,%llu\n", e->difference[3][0], e->difference[3][1], model,
                 (unsigned long long)e->settings.seed, (unsigned long long)e->settings.step);
     }
-    return ferror((FILE *)stream);
+    return ferror(stream);
 }
 
 /* Three charts below one another, the last one without VDM, whose x does not move. */
-static int write_chart(void *stream, const void *context) {
+static int write_chart(FILE *stream, const void *context) {
     static const char *const texts[3][3] = {
         {"Diffusion loss over t", "t", "bits per dimension"},
         {"Diffusion loss over lambda", "lambda", "bits per dimension and unit of lambda"},
@@ -1666,7 +1666,7 @@ static int write_chart(void *stream, const void *context) {
         fputs("</svg>\n", stream);
     }
     fputs("</svg>\n", stream);
-    return ferror((FILE *)stream);
+    return ferror(stream);
 }
 
 /* ---- diffenc eval ---- */
@@ -2008,7 +2008,7 @@ static int gradient_write(Job *job, double (*terms)[3], int batch, const real *g
     }
     for (int i = 4; i < count; i++)
         out[i] = tensor_out("grad", &m->parameter[i - 4], gradient, names[i]);
-    return tensors_write(job->out, out, count, NULL, 0, &job->error);
+    return tensors_write(job->out, &(TensorFile){.tensors = out, .tensor_count = count}, &job->error);
 }
 
 static int grad_take(Job *job, const TensorFile *f, const char *path) {
@@ -2079,8 +2079,7 @@ static int run(const Command *command, char **arguments) {
     if (status < 0)
         status = USAGE;
     if (status == OK && job->checkpoint) { /* all but train begin with one */
-        const int spoils = outputs_check(job, job->checkpoint);
-        status = spoils ? -1 : file_take(job, job->checkpoint, checkpoint_take);
+        status = outputs_check(job, job->checkpoint) ? -1 : file_take(job, job->checkpoint, checkpoint_take);
         if (status == OK)
             workers_start(job);
     }

@@ -318,7 +318,7 @@ static void test_out_of_memory(void) {
     free(bytes.data);
 }
 
-static int write_new(void *stream, const void *context) {
+static int write_new(FILE *stream, const void *context) {
     (void)context;
     for (int i = 0; i < 100000; i++) {
         if (fputs("new ", stream) < 0) return -1;
@@ -1070,18 +1070,18 @@ static void test_tensors(void) {
     static const float singles[6] = { 1.5f, -2, 3e-20f, 0, 5, 1e30f };
     static const double doubles[2] = { 0.1, -1e300 };
     static const unsigned char bytes[3] = { 1, 2, 255 };
-    const TensorEntry out[4] = {
+    TensorEntry out[4] = {
         { "b.kernel", TYPE_F32, 2, { 2, 3 }, .data = singles },
         { "a \"quoted\\\" name", TYPE_F64, 1, { 2 }, .data = doubles },
         { "images", TYPE_U8, 3, { 1, 3, 1 }, .data = bytes },
         { "empty", TYPE_F32, 2, { 0, 5 }, .data = NULL },
     };
-    const char *const metadata[6] = { "step", "12", "config", "{\"line\":\n\"\x01\xc3\xa9\"}",
+    const char *metadata[6] = { "step", "12", "config", "{\"line\":\n\"\x01\xc3\xa9\"}",
                                       "", "path/\xe6\x97\xa5\"\\" };
     TensorFile file;
     char path[256];
     strcpy(path, in_directory("t.safetensors"));
-    ACCEPTED(tensors_write(path, out, 4, metadata, 3, &error));
+    ACCEPTED(tensors_write(path, &(TensorFile){{NULL, 0}, out, 4, metadata, 3}, &error));
     ACCEPTED(tensors_read(path, &file, &error));
     CHECK(file.tensor_count == 4 && file.metadata_count == 3, "counts");
     for (int i = 0; i < 3; i++) {
@@ -1127,17 +1127,18 @@ static void test_tensors(void) {
     free(whole.data);
 
     const float infinite[2] = { 1, INFINITY };
-    const TensorEntry bad = { "w", TYPE_F32, 1, { 2 }, .data = infinite };
-    ACCEPTED(tensors_write(path, &bad, 1, NULL, 0, &error));
+    TensorEntry bad = { "w", TYPE_F32, 1, { 2 }, .data = infinite };
+    ACCEPTED(tensors_write(path, &(TensorFile){{NULL, 0}, &bad, 1, NULL, 0}, &error));
     ACCEPTED(tensors_read(path, &file, &error));
     REFUSED(tensors_copy(tensors_find(&file, "w"), "x", 1, bad.shape, values, &error),
             "x: tensor w: value 1 is not a finite number");
     tensors_free(&file);
-    CHECK(tensors_write(path, NULL, 0, metadata, 1, &error) == 0 && tensors_read(path, &file, &error) == 0,
+    const TensorFile empty = {{NULL, 0}, NULL, 0, metadata, 1}, nothing = {{NULL, 0}, NULL, 0, NULL, 0};
+    CHECK(tensors_write(path, &empty, &error) == 0 && tensors_read(path, &file, &error) == 0,
           "metadata alone: %s", error.text);
     CHECK(file.tensor_count == 0 && tensors_metadata(&file, "step") != NULL, "metadata alone");
     tensors_free(&file);
-    CHECK(tensors_write(path, NULL, 0, NULL, 0, &error) == 0 && tensors_read(path, &file, &error) == 0,
+    CHECK(tensors_write(path, &nothing, &error) == 0 && tensors_read(path, &file, &error) == 0,
           "nothing: %s", error.text);
     tensors_free(&file);
     REFUSED(tensors_read(in_directory("missing"), &file, &error), "/missing: No such file or directory");

@@ -219,10 +219,11 @@ static TensorEntry *tensors_again(const TensorFile *file) {
     return out;
 }
 
-static void write_tensors(const char *name, const TensorEntry *out, int count, const char *const *metadata,
+static void write_tensors(const char *name, TensorEntry *out, int count, const char **metadata,
                           int metadata_count) {
+    const TensorFile file = {{NULL, 0}, out, count, metadata, metadata_count};
     Error error;
-    CHECK(tensors_write(name, out, count, metadata, metadata_count, &error) == 0, "%s", error.text);
+    CHECK(tensors_write(name, &file, &error) == 0, "%s", error.text);
 }
 
 /* Copy FROM to TO with one text of the metadata changed, and the tensor called `drop` (or NULL) left
