@@ -112,8 +112,7 @@ static void *resize(Cursor *c, void *memory, size_t size) {
     return resized ? resized : memory;
 }
 
-/* Room for one more item in an array that has room for the next power of two: memory stays in proportion to
- * what was really read. */
+/* Room for one more item, by powers of two: memory stays in proportion to what was really read. */
 static void *array_grow(Cursor *c, void *array, size_t count, size_t size) {
     return count & (count - 1) ? array : resize(c, array, (count ? 2 * count : 1) * size);
 }
@@ -726,8 +725,10 @@ static Glyph digit_glyph(RandomStream stream, uint32_t index) {
     return g;
 }
 
-void line_draw(unsigned char *canvas, int size, int channels, const double from[2], const double to[2],
-               double radius, const unsigned char *colour) {
+/* A line on canvas [size, size, channels], whose pixel (x, y) is centred on (x, y). It only brightens, so
+ * that the joints of a long curve do not show. */
+static void line_draw(unsigned char *canvas, int size, int channels, const double from[2],
+                      const double to[2], double radius, const unsigned char *colour) {
     const double along_x = to[0] - from[0], along_y = to[1] - from[1];
     const double square = along_x * along_x + along_y * along_y;
     int first[2], end[2];
@@ -784,11 +785,12 @@ static void swirl_point(uint64_t seed, Split split, uint32_t index, unsigned cha
     }
 }
 
-void points_draw(unsigned char *canvas, int size, const unsigned char *points, int count,
-                 const unsigned char colour[3]) {
-    for (const unsigned char *p = points; p < points + 2 * (size_t)count; p += 2) {
-        const double at[2] = {(p[0] + 0.5) * size / 256 - 0.5, (p[1] + 0.5) * size / 256 - 0.5};
-        line_draw(canvas, size, 3, at, at, size / 400.0, colour);
+void lines_draw(unsigned char *canvas, int size, const unsigned char *from, const unsigned char *to,
+                int count, double radius, const unsigned char colour[3]) {
+    for (const unsigned char *p = from, *q = to; p < from + 2 * (size_t)count; p += 2, q += 2) {
+        const double start[2] = {(p[0] + 0.5) * size / 256 - 0.5, (p[1] + 0.5) * size / 256 - 0.5};
+        const double end[2] = {(q[0] + 0.5) * size / 256 - 0.5, (q[1] + 0.5) * size / 256 - 0.5};
+        line_draw(canvas, size, 3, start, end, radius, colour);
     }
 }
 
@@ -802,8 +804,7 @@ static const char *const file_names[2][8] = {   /* by split: MNIST's images and 
     {"t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "test_batch.bin"},
 };
 
-/* An IDX header: big-endian magic number, count, height, width. Returns the bytes of pixels that it promises,
- * 0 where it is wrong. */
+/* Big-endian magic number, count, height, width. Returns the bytes of pixels they promise, 0 if wrong. */
 static uint64_t idx_header(const Bytes *bytes, uint32_t header[4]) {
     for (size_t i = 0; i < 16; i++)
         header[i / 4] = header[i / 4] << 8 | (i < bytes->size ? bytes->data[i] : 0);
@@ -1276,8 +1277,7 @@ static size_t elements_of(const TensorEntry *tensor) {
     return count;
 }
 
-/* The length of the header is written when it is known, which is after the header. Spaces behind it let the
- * data begin at a multiple of 8. */
+/* The header's length is written when it is known. Spaces behind let the data begin at a multiple of 8. */
 static int write_tensors(FILE *stream, const void *context) {
     const TensorFile *file = context;
     size_t offset = 0;

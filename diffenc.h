@@ -659,24 +659,19 @@ typedef struct {
     int count, height, width, channels;
 } Pictures;
 
-/* By the path's end: one picture of 1 or 3 channels as .png, .pgm (1 channel) or .ppm; any number as .npy;
- * with a delay they are the frames of an animated .apng or .png, so many milliseconds each, below 65536, over
- * and over. "-" is stdout, as .png. */
+/* By the path's end: one picture of 1 or 3 channels as .png, .pgm (1 channel) or .ppm; any number as .npy, or
+ * as frames of an endless .apng or .png, `delay` milliseconds each, below 65536. "-" is stdout, as .png. */
 int pictures_write(const char *path, Pictures pictures, int delay, Error *error);
 int picture_path_check(const char *path, int channels, Error *error);   /* before hours of work */
 
 /* A grid of at most `columns` of every `each` of them, 2 white pixels around each one. */
 Pictures picture_grids(Pictures pictures, int each, int columns, Arena *arena);
 
-/* A line with round ends and soft edges, in pixels, on canvas [size, size, channels]: pixel (x, y) is centred
- * on (x, y). It only brightens, so that the joints of a long curve do not show; so a canvas begins black. */
-void line_draw(unsigned char *canvas, int size, int channels, const double from[2], const double to[2],
-               double radius, const unsigned char *colour);
-
-/* points [count] (x, y) as dots on canvas [size, size, 3], which holds all from (0, 0) to (255, 255): the
- * real x in -1..1 of a level is at pixel (x + 1)/2 size - 1/2. */
-void points_draw(unsigned char *canvas, int size, const unsigned char *points, int count,
-                 const unsigned char colour[3]);
+/* Lines with round ends and soft edges between points [count] (x, y), dots where from = to, on canvas [size,
+ * size, 3], which holds all from (0, 0) to (255, 255): the real x in -1..1 of a level is at pixel (x + 1)/2
+ * size - 1/2. They only brighten, so a canvas begins black. The radius is in pixels. */
+void lines_draw(unsigned char *canvas, int size, const unsigned char *from, const unsigned char *to,
+                int count, double radius, const unsigned char colour[3]);
 
 /* A chart as SVG, on its own or inside HTML, light or dark as the reader's system is. What is not finite is
  * left out; the beginning of a falling curve is cut off where its end would look flat. */
@@ -717,15 +712,13 @@ void dataset_close(Dataset *dataset);
 void dataset_image(const Dataset *dataset, uint32_t index, unsigned char *out);
 int dataset_label(const Dataset *dataset, uint32_t index);
 
-/* A hash of shape and pixels, and labels if they count, or of split and seed of what is built in; the same on
- * all machines. */
+/* A hash of shape, pixels and labels, if they count, or of what makes built-in data; alike everywhere. */
 uint64_t dataset_digest(const Dataset *dataset, int with_labels);
 
 /* Index `position` in the order of an epoch: for each (seed, epoch) a permutation of 0..count-1. */
 uint32_t dataset_shuffle(uint64_t seed, uint32_t epoch, uint32_t position, uint32_t count);
 
-/* The images of an IDX file; the labels of those images; images and labels of a CIFAR-10 batch, behind those
- * already there. IDX takes `bytes` over. */
+/* The images of an IDX file; their labels; what a CIFAR-10 batch adds to both. IDX takes `bytes` over. */
 int idx_parse(Bytes *bytes, const char *name, Dataset *dataset, Error *error);
 int idx_labels_parse(Bytes *bytes, const char *name, Dataset *dataset, Error *error);
 int cifar_parse(const Bytes *bytes, const char *name, Dataset *dataset, Error *error);

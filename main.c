@@ -786,6 +786,7 @@ static int grid_write(Job *job, const char *path, Pictures p, int columns) {
 /* Points, the images of the swirl, are seen together, in panels that begin black. */
 enum { PANEL = 512, PANEL_SIZE = 3 * PANEL * PANEL, MANY_POINTS = 2000, FEW_POINTS = 500 };
 static const unsigned char POINT_COLOUR[3] = {255, 200, 90};
+static const double POINT_RADIUS = PANEL / 400.0;
 
 static int is_points(const Config *c) { return c->image_channels == 2 && image_size(c) == 2; }
 
@@ -795,8 +796,10 @@ static Pictures pictures_of(Job *job, unsigned char *images, int sets, int count
     if (!is_points(c))
         return (Pictures){images, sets * count, c->height, c->width, c->image_channels};
     unsigned char *panels = zeroed(job, (size_t)sets, PANEL_SIZE);
-    for (size_t i = 0; i < (size_t)sets; i++)
-        points_draw(panels + i * PANEL_SIZE, PANEL, images + 2 * i * (size_t)count, count, POINT_COLOUR);
+    for (size_t i = 0; i < (size_t)sets; i++) {
+        const unsigned char *points = images + 2 * i * (size_t)count;
+        lines_draw(panels + i * PANEL_SIZE, PANEL, points, points, count, POINT_RADIUS, POINT_COLOUR);
+    }
     return (Pictures){panels, sets, PANEL, PANEL, 3};
 }
 
@@ -1887,10 +1890,8 @@ static int show_points(Job *job, const Show *s, int count) {
         const int example = i / s->times, column = i % s->times;
         const unsigned char *x = s->images + 2 * example,
                             *x_t = s->pictures + 3 * (SHOW_ROWS * (i - column) + column);
-        const double from[2] = {(x[0] + 0.5) * PANEL / 256 - 0.5, (x[1] + 0.5) * PANEL / 256 - 0.5};
-        const double to[2] = {(x_t[0] + 0.5) * PANEL / 256 - 0.5, (x_t[1] + 0.5) * PANEL / 256 - 0.5};
-        line_draw(panels + column * PANEL_SIZE, PANEL, 3, from, to, 0.5, blue);
-        points_draw(panels + column * PANEL_SIZE, PANEL, x_t, 1, POINT_COLOUR);
+        lines_draw(panels + column * PANEL_SIZE, PANEL, x, x_t, 1, 0.5, blue);
+        lines_draw(panels + column * PANEL_SIZE, PANEL, x_t, x_t, 1, POINT_RADIUS, POINT_COLOUR);
     }
     if (grid_write(job, job->out, (Pictures){panels, s->times, PANEL, PANEL, 3}, (int)ceil(sqrt(s->times))))
         return -1;

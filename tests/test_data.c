@@ -534,9 +534,9 @@ static void test_points(void) {
     enum { SIZE = 512 };
     static unsigned char canvas[SIZE * SIZE * 3];
     static const unsigned char points[4] = { 0, 255, 100, 50 }, colour[3] = { 255, 128, 0 };
-    const double from[2] = { 300, 20 }, to[2] = { 400, 120 };
-    points_draw(canvas, SIZE, points, 2, colour);
-    line_draw(canvas, SIZE, 3, from, to, 1, colour);
+    static const unsigned char from[2] = { 150, 10 }, to[2] = { 200, 60 };
+    lines_draw(canvas, SIZE, points, points, 2, SIZE / 400.0, colour);
+    lines_draw(canvas, SIZE, from, to, 1, 1, colour);
     int lit = 0, outside = 0, other = 0;
     for (int p = 0; p < SIZE * SIZE; p++) {
         const unsigned char *pixel = canvas + (size_t)p * 3;

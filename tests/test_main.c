@@ -1682,7 +1682,7 @@ static int panel_differs(const char *name, int column, const unsigned char *poin
     static const unsigned char colour[3] = {255, 200, 90};
     unsigned char *file = bytes_of(name, HEAD + 3 * WIDTH * HEIGHT);
     unsigned char *want = allocate_zeroed(1, 3 * PANEL * PANEL);
-    points_draw(want, PANEL, points, count, colour);
+    lines_draw(want, PANEL, points, points, count, PANEL / 400.0, colour);
     int differ = memcmp(file, "P6\n1030 516\n255\n", HEAD) != 0;
     for (int i = 0; i < 3 * PANEL * PANEL; i++) {
         const int y = GAP + i / 3 / PANEL, x = GAP + column * (PANEL + GAP) + i / 3 % PANEL;
