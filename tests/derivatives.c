@@ -109,12 +109,21 @@ typedef struct {
     double worst, errors, derivatives;   /* comparisons: the largest error, and sums of squares */
 } Probe;
 
-static size_t leaf_size(const Leaf l) { return (size_t)(l[HEIGHT] * l[WIDTH] * l[CHANNELS]); }
+static size_t leaf_size(const Leaf l) { return (size_t)(l[LEAF_HEIGHT] * l[LEAF_WIDTH] * l[LEAF_CHANNELS]); }
 
 /* Part `at` of the point, in the shape of a leaf. */
 static Tensor *part(Graph *graph, const Leaf l, const real *point, real *gradient, size_t at) {
-    return parameter(graph, (int)l[HEIGHT], (int)l[WIDTH], (int)l[CHANNELS], point + at, NULL,
+    return parameter(graph, (int)l[LEAF_HEIGHT], (int)l[LEAF_WIDTH], (int)l[LEAF_CHANNELS], point + at, NULL,
                      gradient ? gradient + at : NULL);
+}
+
+Graph *network_restart(Network *network, const real *weights, real *gradient) {
+    network->weights = weights;
+    network->gradient = gradient;
+    network->transposed = NULL;
+    network->graph.dropout = 0;
+    network_begin(network);
+    return &network->graph;
 }
 
 /* The result, or its tangent, at a point; backward() will add to `gradient`, unless that is NULL. */
@@ -122,20 +131,17 @@ static Tensor *run_subject(Probe *p, const real *point, real *gradient) {
     const Subject *s = p->subject;
     Tensor *leaf[MAX_LEAVES] = {NULL};
     size_t at = 0, tangent_at = p->values;
-    p->graph->dropout = s->dropout;
-    p->graph->dropout_stream = random_stream(7, RANDOM_DROPOUT, 0, 0);
     if (p->network) {
         const size_t weights = p->count - p->network->model->weight_count;
-        p->network->weights = point + weights;
-        p->network->gradient = gradient ? gradient + weights : NULL;
-        p->network->transposed = NULL;
-        network_begin(p->network);
+        network_restart(p->network, point + weights, gradient ? gradient + weights : NULL);
     } else
         graph_begin(p->graph, p->own_arena);
+    p->graph->dropout = s->dropout;
+    p->graph->dropout_stream = random_stream(7, RANDOM_DROPOUT, 0, 0);
     for (int i = 0; i < p->leaves; i++) {
         leaf[i] = part(p->graph, s->leaf[i], point, gradient, at);
         at += leaf_size(s->leaf[i]);
-        if (s->leaf[i][TANGENT]) {
+        if (s->leaf[i][LEAF_TANGENT]) {
             leaf[i] = with_tangent(leaf[i], part(p->graph, s->leaf[i], point, gradient, tangent_at));
             tangent_at += leaf_size(s->leaf[i]);
         }
@@ -175,11 +181,11 @@ static void add_segments(Probe *p) {
     const Subject *s = p->subject;
     const int parameters = p->network ? p->network->model->parameter_count : 0;
     p->segment = allocate(2 * MAX_LEAVES + (size_t)parameters, sizeof *p->segment);
-    for (; p->leaves < MAX_LEAVES && s->leaf[p->leaves][HEIGHT] > 0; p->leaves++)
-        add_segment(p, leaf_size(s->leaf[p->leaves]), s->leaf[p->leaves][SCALE], 0);
+    for (; p->leaves < MAX_LEAVES && s->leaf[p->leaves][LEAF_HEIGHT] > 0; p->leaves++)
+        add_segment(p, leaf_size(s->leaf[p->leaves]), s->leaf[p->leaves][LEAF_SCALE], 0);
     p->values = p->count;
     for (int i = 0; i < p->leaves; i++)
-        if (s->leaf[i][TANGENT])
+        if (s->leaf[i][LEAF_TANGENT])
             add_segment(p, leaf_size(s->leaf[i]), 1, 1);
     for (int i = 0; i < parameters; i++)
         add_segment(p, p->network->model->parameter[i].count, s->weight_scale, 0);
@@ -191,7 +197,7 @@ static void set_point(Probe *p, uint64_t seed) {
     random_normal(random_stream(seed, RANDOM_CHECK, 1, 0), p->point, p->count);
     for (int i = 0; i < p->leaves; i++) {
         const double *l = p->subject->leaf[i];
-        const double low = l[LOW] < l[HIGH] ? l[LOW] : -1.5, high = l[LOW] < l[HIGH] ? l[HIGH] : 1.5;
+        const double low = l[LEAF_LOW] < l[LEAF_HIGH] ? l[LEAF_LOW] : -1.5, high = l[LEAF_LOW] < l[LEAF_HIGH] ? l[LEAF_HIGH] : 1.5;
         for (size_t j = p->segment[i].first; j < p->segment[i].first + p->segment[i].count; j++)
             p->point[j] = (real)(low + (high - low) * random_uniform(uniform, (uint32_t)j));
     }
@@ -349,7 +355,7 @@ static double tangent_error(Probe *p) {
         tangent[i] = (double)y->tangent->value[i];
     memset(p->direction, 0, p->count * sizeof(double));
     for (int i = 0, t = p->leaves; i < p->leaves; i++)
-        if (p->subject->leaf[i][TANGENT]) {
+        if (p->subject->leaf[i][LEAF_TANGENT]) {
             scale = p->segment[i].scale < scale ? p->segment[i].scale : scale;
             for (size_t j = 0; j < p->segment[i].count; j++)
                 p->direction[p->segment[i].first + j] = (double)p->point[p->segment[t].first + j];

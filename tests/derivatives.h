@@ -19,7 +19,9 @@
 /* An input of a subject: its shape, 1 if it carries a tangent, the range from which it is drawn evenly (both
  * 0: from -1.5 to 1.5), and the length over which the result changes much (0: 1), to which steps are
  * proportional. */
-enum { HEIGHT, WIDTH, CHANNELS, TANGENT, LOW, HIGH, SCALE, LEAF_NUMBERS };
+enum {
+    LEAF_HEIGHT, LEAF_WIDTH, LEAF_CHANNELS, LEAF_TANGENT, LEAF_LOW, LEAF_HIGH, LEAF_SCALE, LEAF_NUMBERS
+};
 typedef double Leaf[LEAF_NUMBERS];
 
 enum { MAX_LEAVES = 4 };
@@ -54,6 +56,10 @@ double derivative_floor(void);
  * upper bound for its error. */
 typedef void (*Path)(void *context, double e, double *value);
 void differentiate(Path path, void *context, size_t count, double scale, double *derivative, double *error);
+
+/* A new graph with these weights, without dropout and transposed kernels. backward() adds to `gradient`,
+ * unless that is NULL. */
+Graph *network_restart(Network *network, const real *weights, real *gradient);
 
 /* Every operator and layer of autograd.h, 0 <= index < operator_count(): in many shapes, odd ones among them,
  * and in all combinations of inputs with and without tangents. */

@@ -4,7 +4,7 @@
 #ifndef TEST_H
 #define TEST_H
 
-#include "diffenc.h"
+#include "derivatives.h"
 
 #include <float.h>
 #include <math.h>
@@ -112,6 +112,24 @@ static inline const Parameter *parameter_named(const Model *model, const char *n
         if (strcmp(model->parameter[i].name, name) == 0)
             return &model->parameter[i];
     return NULL;
+}
+
+/* A model, its workers, and the network of the first of them. */
+typedef struct {
+    Model model;
+    Workers workers;
+    Network *network;
+} Lab;
+
+static inline void lab_new(Lab *lab, Config config, int threads) {
+    model_make(&lab->model, config, 3);
+    workers_new(&lab->workers, &lab->model, threads);
+    lab->network = &lab->workers.network[0];
+}
+
+static inline void lab_free(Lab *lab) {
+    workers_free(&lab->workers);
+    model_free(&lab->model);
 }
 
 #endif
