@@ -29,6 +29,8 @@ typedef struct {
 
 enum { MAX_CLAIMS = 8 };
 typedef struct {
+    uint64_t seed;
+    int variant;               /* of the proof */
     const char *about;         /* what comes before the claims' texts, or NULL */
     Claim claim[MAX_CLAIMS];
     int count;
@@ -58,17 +60,13 @@ static int holds(const Claim *c) {
     return c->error <= c->limit;   /* not so for what is not a number */
 }
 
-static const int DOUBLE = sizeof(real) == sizeof(double);
-
 /* A limit that is a matter of rounding: for double, and for float. */
-static double rounding(double in_double, double in_float) { return DOUBLE ? in_double : in_float; }
+static double rounding(double in_double, double in_float) { return IN_DOUBLE ? in_double : in_float; }
 
 /* In standard errors. A standard normal number lies beyond +-5 once in 1.7 million draws. */
 static const double Z_LIMIT = 5;
 
-static double worse(double a, double b) { return a > b || isnan(a) ? a : b; }
-
-static double relative_error(double a, double b) { return fabs(a - b) / worse(fabs(b), 1e-300); }
+static double relative_error(double a, double b) { return fabs(a - b) / larger(fabs(b), 1e-300); }
 
 static double value(const Tensor *a) { return (double)a->value[0]; }
 
@@ -80,7 +78,7 @@ static double distance(const Tensor *a, const Tensor *b) {
         difference += pow((double)a->value[i] - bi, 2);
         norm += bi * bi;
     }
-    return sqrt(difference) / (b ? worse(sqrt(norm), 1e-300) : 1);
+    return sqrt(difference) / (b ? larger(sqrt(norm), 1e-300) : 1);
 }
 
 /* ---- a small model to look at ---- */
@@ -143,11 +141,7 @@ static void lab_close(Lab *lab) {
 
 /* A new graph, without dropout. */
 static Method lab_begin(Lab *lab) {
-    lab->network->weights = lab->model.params;
-    lab->network->gradient = NULL;
-    lab->network->transposed = NULL;
-    lab->network->graph.dropout = 0;
-    network_begin(lab->network);
+    network_restart(lab->network, lab->model.params, NULL);
     return method_begin(lab->network);
 }
 
@@ -159,9 +153,9 @@ static int pixels(const Method *m) {
     return m->config->height * m->config->width * m->config->image_channels;
 }
 
-static Tensor *normal_image(const Method *m, uint64_t seed, uint32_t draw) {
+static Tensor *normal_image(const Method *m, const Lab *lab, uint32_t draw) {
     Tensor *eps = image(m, NULL);
-    random_normal(random_stream(seed, RANDOM_CHECK, 14, draw), eps->value, element_count(eps));
+    random_normal(random_stream(lab->seed, RANDOM_CHECK, 14, draw), eps->value, element_count(eps));
     return eps;
 }
 
@@ -192,24 +186,37 @@ static void claim_derivatives(Report *r, DerivativeErrors e, const char *name) {
     }
 }
 
-/* How many points are tried until one is found where no kink is so near that nothing can be measured. */
-enum { POINTS = 4 };
-static int is_measured(DerivativeErrors e) {
-    return e.gradient != INFINITY && e.tangent != INFINITY && e.through_tangent != INFINITY;
+/* Of a function of a model's weights and, if it has any, of leaves. So many points are tried until one is
+ * found where no kink is so near that nothing can be measured. */
+static DerivativeErrors model_errors(Lab *lab, uint64_t seed, Config config, Subject subject) {
+    enum { POINTS = 4 };
+    DerivativeErrors e = {0};
+    for (uint64_t point = 0; point < POINTS; point++) {
+        lab_open(lab, config, seed + 1000 * point);
+        subject.network = lab->network, subject.context = &lab->example;
+        subject.weight_scale = 0.02, subject.dropout = 0.1;
+        e = derivative_errors(&subject, 3, lab->seed);
+        lab_close(lab);
+        if (e.gradient != INFINITY && e.tangent != INFINITY && e.through_tangent != INFINITY)
+            break;
+    }
+    return e;
 }
 
-/* All rows of the table that have the same title as row `variant`, the first of them. */
-static void prove_operator(Report *r, int variant, uint64_t seed) {
-    const char *title = operator_title(variant);
+/* All rows of the table that have the same title as this one, the first of them. */
+static void prove_operator(Report *r, Lab *lab) {
+    const int first = r->variant;
+    const char *title = operator_title(first);
     DerivativeErrors worst = {-1, -1, -1};
-    if (variant > 0 && strcmp(operator_title(variant - 1), title) == 0)
+    (void)lab;
+    if (first > 0 && strcmp(operator_title(first - 1), title) == 0)
         return;
-    for (int i = variant; i < operator_count() && strcmp(operator_title(i), title) == 0; i++) {
+    for (int i = first; i < operator_count() && strcmp(operator_title(i), title) == 0; i++) {
         const Subject s = operator_subject(i);
-        const DerivativeErrors e = derivative_errors(&s, 16, seed + (uint64_t)i);
-        worst.gradient = worse(e.gradient, worst.gradient);
-        worst.tangent = worse(e.tangent, worst.tangent);
-        worst.through_tangent = worse(e.through_tangent, worst.through_tangent);
+        const DerivativeErrors e = derivative_errors(&s, 16, r->seed + (uint64_t)i);
+        worst.gradient = larger(e.gradient, worst.gradient);
+        worst.tangent = larger(e.tangent, worst.tangent);
+        worst.through_tangent = larger(e.through_tangent, worst.through_tangent);
     }
     claim_derivatives(r, worst, title);
 }
@@ -228,13 +235,12 @@ static Tensor *build_encoder(const Subject *s, Graph *graph, Tensor **leaf) {
  * takes part, the embedding of classes too where there are any. sin(2^7 2 pi z) turns by a radian in 1/800,
  * and sin(1000 t) in 1/1000; a pixel's way through max-pooling may change over a short length: that is what
  * the scales say. */
-static void prove_network(Report *r, int variant, uint64_t seed) {
+static void prove_network(Report *r, Lab *lab) {
     const char *const names[] = {"score network, flat, 5x7x3", "score network, U-Net of 2 levels, 20x4x1",
                                  "score network, U-Net, 4x6x3", "encoder, U-Net of 2 levels, 20x4x1",
                                  "score network, 3 classes", "encoder, 3 classes"};
-    const int is_encoder = variant == 3 || variant == 5;
+    const int variant = r->variant, is_encoder = variant == 3 || variant == 5;
     Config c = small_config(is_encoder ? DIFFENC : VDM);
-    DerivativeErrors e = {.gradient = INFINITY};
     if (variant == 0)
         c.height = 5, c.width = 7, c.image_channels = 3, c.channels = 12;
     if (variant == 1)
@@ -245,20 +251,13 @@ static void prove_network(Report *r, int variant, uint64_t seed) {
         c.encoder_blocks = 2, c.height = 20, c.width = 4;
     if (variant > 3)
         c.classes = 3;
-    if (variant % 4 > 0 && !DOUBLE)
+    if (variant % 4 > 0 && !IN_DOUBLE)
         return;   /* between the kinks of max-pooling there is no room for steps as long as float's */
-    for (uint64_t point = 0; point < POINTS && !is_measured(e); point++) {
-        Lab lab;
-        lab_open(&lab, c, seed + 1000 * point);
-        const Subject s = {
-            .build = is_encoder ? build_encoder : build_score, .network = lab.network, .weight_scale = 0.02,
-            .leaf = {{c.height, c.width, c.image_channels, 1, -1, 1, is_encoder ? 0.02 : 1.0 / 400},
-                     {1, 1, 1, 1, 0.2, 0.8, 1.0 / 1000}},
-            .dropout = 0.1};
-        e = derivative_errors(&s, 3, seed + 1000 * point);
-        lab_close(&lab);
-    }
-    claim_derivatives(r, e, names[variant]);
+    const Subject subject = {
+        .build = is_encoder ? build_encoder : build_score,
+        .leaf = {{c.height, c.width, c.image_channels, 1, -1, 1, is_encoder ? 0.02 : 1.0 / 400},
+                 {1, 1, 1, 1, 0.2, 0.8, 1.0 / 1000}}};
+    claim_derivatives(r, model_errors(lab, r->seed, c, subject), names[variant]);
 }
 
 /* dy/dlambda as the loss uses it. */
@@ -299,23 +298,22 @@ static Tensor *difference_by_lambda(Lab *lab, double t, int want_y, Method *m) {
 
 /* dy/dlambda at fixed x, lambda = -gamma; its gradient by every parameter of the encoder and of the
  * schedule. */
-static void prove_y_dot(Report *r, int variant, uint64_t seed) {
+static void prove_y_dot(Report *r, Lab *lab) {
     Config c = small_config(DIFFENC);
-    Lab lab;
     Method m;
-    (void)variant;
     c.schedule = SCHEDULE_LEARNED;
-    lab_open(&lab, c, seed);
-    const Tensor *measured = difference_by_lambda(&lab, 0.6, 1, &m);
-    const Tensor *y_dot = encode(&m, scale_pixels(&m, lab.k), 0.6, 1).y_dot;
+    lab_open(lab, c, r->seed);
+    const Tensor *measured = difference_by_lambda(lab, 0.6, 1, &m);
+    const Tensor *y_dot = encode(&m, scale_pixels(&m, lab->k), 0.6, 1).y_dot;
     r->about = "dy/dlambda";
     claim(r, distance(y_dot, measured), derivative_limit(), "against differences in lambda");
-    if (DOUBLE) {
-        const Subject s = {.build = build_y_dot, .context = lab.k, .network = lab.network,
+    if (IN_DOUBLE) {
+        const Subject s = {.build = build_y_dot, .context = lab->k, .network = lab->network,
                            .weight_scale = 0.02};
-        claim(r, derivative_errors(&s, 2, seed).gradient, derivative_limit(), "gradient by every parameter");
+        const DerivativeErrors e = derivative_errors(&s, 2, lab->seed);
+        claim(r, e.gradient, derivative_limit(), "gradient by every parameter");
     }
-    lab_close(&lab);
+    lab_close(lab);
 }
 
 static Tensor *build_objective(const Subject *s, Graph *graph, Tensor **leaf) {
@@ -327,29 +325,21 @@ static Tensor *build_objective(const Subject *s, Graph *graph, Tensor **leaf) {
 /* The whole training objective by every parameter: each model, prediction, continuous and finite time;
  * schedules fixed (eps) and learned, both networks, dropout on with the same mask in every evaluation. The
  * last two are DiffEnc with classes. */
-static void prove_objective(Report *r, int variant, uint64_t seed) {
+static void prove_objective(Report *r, Lab *lab) {
     const char *const predictions[] = {"v", "eps", "x"};
-    const int has_classes = variant >= 18;
+    const int variant = r->variant, has_classes = variant >= 18;
     Config c = small_config(has_classes ? DIFFENC : (ModelKind)(variant / 6));
-    DerivativeErrors e = {.gradient = INFINITY};
+    const Subject subject = {.build = build_objective};
     c.classes = has_classes ? 3 : 0;
     c.prediction = (Prediction)(variant / 2 % 3);
     c.schedule = c.prediction == PREDICT_EPS ? SCHEDULE_FIXED : SCHEDULE_LEARNED;
-    c.net = c.prediction == PREDICT_X && DOUBLE ? NET_UNET : NET_FLAT;
+    c.net = c.prediction == PREDICT_X && IN_DOUBLE ? NET_UNET : NET_FLAT;
     if (variant % 2)
         c.timesteps = 8, c.variance_ratio = 0.8;
-    for (uint64_t point = 0; point < POINTS && !is_measured(e); point++) {
-        Lab lab;
-        lab_open(&lab, c, seed + 1000 * point);
-        const Subject s = {.build = build_objective, .context = &lab.example, .network = lab.network,
-                           .weight_scale = 0.02, .dropout = 0.1};
-        e = derivative_errors(&s, 3, seed + 1000 * point);
-        lab_close(&lab);
-    }
     r->about = MODEL_NAME[c.kind];
-    claim(r, e.gradient, derivative_limit(), "objective, %s-prediction, %s%s: gradient",
-          predictions[c.prediction], c.timesteps ? "finite T" : "continuous",
-          has_classes ? ", 3 classes" : "");
+    claim(r, model_errors(lab, r->seed, c, subject).gradient, derivative_limit(),
+          "objective, %s-prediction, %s%s: gradient", predictions[c.prediction],
+          c.timesteps ? "finite T" : "continuous", has_classes ? ", 3 classes" : "");
 }
 
 /* ---- the forward process ---- */
@@ -363,27 +353,24 @@ static double noise_share_of(const Method *m, double s, double t) {
  * gives q(z_t|x) = N(alpha_t x_t, sigma_t^2):
  *     alpha_ts alpha_s x_s + alpha_t (x_t - x_s) = alpha_t x_t
  *     alpha_ts^2 sigma_s^2 + sigma_ts^2 = sigma_t^2 */
-static void prove_composition(Report *r, int variant, uint64_t seed) {
-    Lab lab;
+static void prove_composition(Report *r, Lab *lab) {
     double mean_error = 0, variance_error = 0;
-    lab_open(&lab, small_config((ModelKind)variant), seed);
     for (int i = 0; i < TIME_PAIRS; i++) {
-        const Method m = lab_begin(&lab);
+        const Method m = lab_begin(lab);
         const double s = TIMES[i][0], t = TIMES[i][1];
         const Schedule at_s = schedule_at(m.config, s), at_t = schedule_at(m.config, t);
         const double alpha_ts = at_t.alpha / at_s.alpha;
-        Tensor *x = scale_pixels(&m, lab.k), *x_s = encode(&m, x, s, 0).x_t, *x_t = encode(&m, x, t, 0).x_t;
+        Tensor *x = scale_pixels(&m, lab->k), *x_s = encode(&m, x, s, 0).x_t, *x_t = encode(&m, x, t, 0).x_t;
         Tensor *gamma_s = gamma_at(&m, s), *gamma_t = gamma_at(&m, t), *no_noise = image(&m, NULL);
         Tensor *mean = add(affine(alpha_ts, diffuse(x_s, gamma_s, no_noise), 0),
                            affine(at_t.alpha, sub(x_t, x_s), 0));
-        mean_error = worse(distance(mean, diffuse(x_t, gamma_t, no_noise)), mean_error);
+        mean_error = larger(distance(mean, diffuse(x_t, gamma_t, no_noise)), mean_error);
         const double sigma_ts2 = value(sigma_squared(gamma_t)) * noise_share_of(&m, s, t);
         const double composed = alpha_ts * alpha_ts * value(sigma_squared(gamma_s)) + sigma_ts2;
-        variance_error = worse(relative_error(composed, at_t.sigma2), variance_error);
+        variance_error = larger(relative_error(composed, at_t.sigma2), variance_error);
     }
     claim(r, mean_error, rounding(1e-13, 1e-5), "q(z_t|z_s,x) over q(z_s|x) is q(z_t|x): mean");
     claim(r, variance_error, rounding(1e-13, 1e-5), "q(z_t|z_s,x) over q(z_s|x) is q(z_t|x): variance");
-    lab_close(&lab);
 }
 
 /* q(z_s | z_t, x) by Bayes' rule: precisions add, means are weighted with them.
@@ -409,42 +396,37 @@ static Gaussian bayes(const Method *m, Tensor *x_s, Tensor *x_t, Tensor *z_t, do
 
 /* mu_Q = alpha_ts (sigma_s^2/sigma_t^2) z_t + alpha_s rho x_t + alpha_s (x_s - x_t), which is the generative
  * mean at x^ = x_t with the counterterm taken out and the change of x put in;  sigma_Q^2 = sigma_s^2 rho. */
-static void prove_posterior(Report *r, int variant, uint64_t seed) {
-    Lab lab;
+static void prove_posterior(Report *r, Lab *lab) {
     double mean_error = 0, variance_error = 0;
-    lab_open(&lab, small_config((ModelKind)variant), seed);
     for (int i = 0; i < TIME_PAIRS; i++) {
-        const Method m = lab_begin(&lab);
+        const Method m = lab_begin(lab);
         const double s = TIMES[i][0], t = TIMES[i][1];
         const Schedule at_s = schedule_at(m.config, s), at_t = schedule_at(m.config, t);
-        const double counterterm = variant == VDM ? 0 : (at_t.gamma - at_s.gamma) * at_t.sigma2;
-        Tensor *x = scale_pixels(&m, lab.k), *x_s = encode(&m, x, s, 0).x_t, *x_t = encode(&m, x, t, 0).x_t;
-        Tensor *z_t = diffuse(x_t, gamma_at(&m, t), normal_image(&m, seed, 0));
+        const double counterterm = m.config->kind == VDM ? 0 : (at_t.gamma - at_s.gamma) * at_t.sigma2;
+        Tensor *x = scale_pixels(&m, lab->k), *x_s = encode(&m, x, s, 0).x_t, *x_t = encode(&m, x, t, 0).x_t;
+        Tensor *z_t = diffuse(x_t, gamma_at(&m, t), normal_image(&m, lab, 0));
         Tensor *change = sub(sub(x_s, x_t), affine(counterterm, x_t, 0));
         Tensor *mu_q = add(generative_mean(&m, z_t, x_t, s, t), affine(at_s.alpha, change, 0));
         const Gaussian q = bayes(&m, x_s, x_t, z_t, s, t);
         const double variance = value(generative_variance(&m, s, t));
-        mean_error = worse(distance(mu_q, q.mean), mean_error);
-        variance_error = worse(relative_error(variance, q.variance), variance_error);
+        mean_error = larger(distance(mu_q, q.mean), mean_error);
+        variance_error = larger(relative_error(variance, q.variance), variance_error);
     }
     claim(r, mean_error, rounding(1e-12, 1e-4), "q(z_s|z_t,x) by Bayes' rule: mu_Q");
     claim(r, variance_error, rounding(1e-12, 1e-4), "q(z_s|z_t,x) by Bayes' rule: sigma_Q^2");
-    lab_close(&lab);
 }
 
 /* z_t = alpha_t x_t + sigma_t eps has mean alpha_t x_t, variance sigma_t^2, and independent pixels: z-scores
  * over many draws of u = (z_t - alpha_t x_t)/sigma_t, its square, and the product of neighbours. */
-static void prove_moments(Report *r, int variant, uint64_t seed) {
+static void prove_moments(Report *r, Lab *lab) {
     enum { DRAWS = 1000 };
     const double t = 0.7;
     double sum = 0, squares = 0, products = 0, n = 0;
-    Lab lab;
-    lab_open(&lab, small_config((ModelKind)variant), seed);
     for (int draw = 0; draw < DRAWS; draw++) {
-        const Method m = lab_begin(&lab);
+        const Method m = lab_begin(lab);
         const Schedule at = schedule_at(m.config, t);
-        Tensor *x_t = encode(&m, scale_pixels(&m, lab.k), t, 0).x_t;
-        const Tensor *z = diffuse(x_t, gamma_at(&m, t), normal_image(&m, seed, (uint32_t)draw));
+        Tensor *x_t = encode(&m, scale_pixels(&m, lab->k), t, 0).x_t;
+        const Tensor *z = diffuse(x_t, gamma_at(&m, t), normal_image(&m, lab, (uint32_t)draw));
         double before = 0;
         for (int i = 0; i < pixels(&m); i++) {
             const double u = ((double)z->value[i] - at.alpha * (double)x_t->value[i]) / at.sigma;
@@ -455,7 +437,6 @@ static void prove_moments(Report *r, int variant, uint64_t seed) {
     claim(r, fabs(sum) / sqrt(n), Z_LIMIT, "mean of diffuse(), standard errors");
     claim(r, fabs(squares) / sqrt(2 * n), Z_LIMIT, "variance of diffuse(), standard errors");
     claim(r, fabs(products) / sqrt(n), Z_LIMIT, "covariance of pixels, standard errors");
-    lab_close(&lab);
 }
 
 /* ---- the loss ---- */
@@ -481,50 +462,43 @@ static Step step_at(const Method *m, const Lab *lab, double s, double t) {
  *     ||mu_P - mu_Q||^2/sigma_Q^2 of step_distance() against generative_mean() minus Bayes' rule
  *     d/2 (w - 1 - log w) + w/2 ||mu_P - mu_Q||^2/sigma_Q^2
  *         = d/2 (v_Q/v_P - 1 - log(v_Q/v_P)) + ||mu_P - mu_Q||^2/(2 v_P) */
-static void prove_step_kl(Report *r, int variant, uint64_t seed) {
-    Config c = small_config((ModelKind)variant);
-    Lab lab;
+static void prove_step_kl(Report *r, Lab *lab) {
     double distance_error = 0, kl_error = 0;
-    c.timesteps = 1000, c.variance_ratio = 0.7;
-    lab_open(&lab, c, seed);
+    lab->model.config.variance_ratio = 0.7;
     for (int i = 0; i < TIME_PAIRS; i++) {
-        const Method m = lab_begin(&lab);
+        const Method m = lab_begin(lab);
         const double s = TIMES[i][0], t = TIMES[i][1], d = pixels(&m);
-        const Step step = step_at(&m, &lab, s, t);
+        const Step step = step_at(&m, lab, s, t);
         const Gaussian q = bayes(&m, step.at_s.x_t, step.at_t.x_t, step.z_t, s, t);
         Tensor *mu_p = generative_mean(&m, step.z_t, step.p.x_hat, s, t);
         Tensor *ours = step_distance(&m, step.at_s, step.at_t, step.p, s, t);
         const double square = value(squared_norm(sub(mu_p, q.mean)));
         const double p_variance = value(generative_variance(&m, s, t)), ratio = q.variance / p_variance;
         const double kl = d / 2 * (ratio - 1 - log(ratio)) + square / (2 * p_variance);
-        distance_error = worse(relative_error(value(ours), square / q.variance), distance_error);
-        kl_error = worse(relative_error(value(step_kl(&m, ours, c.variance_ratio)), kl), kl_error);
+        distance_error = larger(relative_error(value(ours), square / q.variance), distance_error);
+        kl_error = larger(relative_error(value(step_kl(&m, ours, m.config->variance_ratio)), kl), kl_error);
     }
     claim(r, distance_error, rounding(1e-10, 1e-2), "the two forms of ||mu_P - mu_Q||^2/sigma_Q^2");
     claim(r, kl_error, rounding(1e-10, 1e-2), "step KL is the KL of two Gaussians, w = 0.7");
-    lab_close(&lab);
 }
 
 /* The same KL as the mean of log q(z_s) - log p(z_s) over draws of z_s = mu_Q + sigma_Q u. */
-static void prove_step_kl_by_draws(Report *r, int variant, uint64_t seed) {
+static void prove_step_kl_by_draws(Report *r, Lab *lab) {
     enum { DRAWS = 20000 };
-    Config c = small_config((ModelKind)variant);
-    Lab lab;
     const double s = 0.4, t = 0.5;
     double sum = 0, squares = 0;
-    c.timesteps = 10, c.variance_ratio = 0.7;
-    lab_open(&lab, c, seed);
-    const Method m = lab_begin(&lab);
-    const Step step = step_at(&m, &lab, s, t);
+    lab->model.config.variance_ratio = 0.7;
+    const Method m = lab_begin(lab);
+    const Step step = step_at(&m, lab, s, t);
     const Gaussian q = bayes(&m, step.at_s.x_t, step.at_t.x_t, step.z_t, s, t);
     const Tensor *mu_p = generative_mean(&m, step.z_t, step.p.x_hat, s, t);
     Tensor *ours = step_distance(&m, step.at_s, step.at_t, step.p, s, t);
-    const double kl = value(step_kl(&m, ours, c.variance_ratio));
+    const double kl = value(step_kl(&m, ours, m.config->variance_ratio));
     const double p_variance = value(generative_variance(&m, s, t));
     real u[MAX_PIXELS];
     for (int draw = 0; draw < DRAWS; draw++) {
         double log_ratio = pixels(&m) / 2.0 * log(p_variance / q.variance);
-        random_normal(random_stream(seed, RANDOM_CHECK, 15, (uint32_t)draw), u, (size_t)pixels(&m));
+        random_normal(random_stream(lab->seed, RANDOM_CHECK, 15, (uint32_t)draw), u, (size_t)pixels(&m));
         for (int i = 0; i < pixels(&m); i++) {
             const double z_s = (double)q.mean->value[i] + sqrt(q.variance) * (double)u[i];
             log_ratio += pow(z_s - (double)mu_p->value[i], 2) / (2 * p_variance) - pow((double)u[i], 2) / 2;
@@ -532,53 +506,46 @@ static void prove_step_kl_by_draws(Report *r, int variant, uint64_t seed) {
         sum += log_ratio - kl, squares += pow(log_ratio - kl, 2);
     }
     claim(r, fabs(sum) / sqrt(squares), Z_LIMIT, "step KL is the mean of log q/p, standard errors");
-    lab_close(&lab);
 }
 
 /* For the same x^ the three predictions are the same model:
  *     v^ = (alpha z - x^)/sigma,  eps^ = (z - alpha x^)/sigma
  * Their residuals and weights must give the same L. */
-static void prove_predictions(Report *r, int variant, uint64_t seed) {
-    Lab lab;
+static void prove_predictions(Report *r, Lab *lab) {
     double loss[3], x_error = 0;
-    lab_open(&lab, small_config((ModelKind)variant), seed);
     for (int prediction = 0; prediction < 3; prediction++) {
-        lab.model.config.prediction = PREDICT_V;
-        const Method m = lab_begin(&lab);
+        lab->model.config.prediction = PREDICT_V;
+        const Method m = lab_begin(lab);
         const Schedule at = schedule_at(m.config, 0.5);
-        const Step step = step_at(&m, &lab, 0.4, 0.5);
+        const Step step = step_at(&m, lab, 0.4, 0.5);
         Tensor *x_hat = step.p.x_hat, *output[3];
         output[PREDICT_V] = affine(1 / at.sigma, sub(affine(at.alpha, step.z_t, 0), x_hat), 0);
         output[PREDICT_EPS] = affine(1 / at.sigma, sub(step.z_t, affine(at.alpha, x_hat, 0)), 0);
         output[PREDICT_X] = x_hat;
-        lab.model.config.prediction = (Prediction)prediction;
+        lab->model.config.prediction = (Prediction)prediction;
         Predicted p = {.output = output[prediction]};
         p.x_hat = x_from_output(&m, p.output, step.z_t, step.gamma_t);
-        x_error = worse(distance(p.x_hat, x_hat), x_error);
+        x_error = larger(distance(p.x_hat, x_hat), x_error);
         Tensor *residual = continuous_residual(&m, step.at_t, p, step.gamma_t, step.eps);
         loss[prediction] = value(continuous_loss(&m, residual, step.gamma_t));
     }
-    const double loss_error = worse(relative_error(loss[1], loss[0]), relative_error(loss[2], loss[0]));
+    const double loss_error = larger(relative_error(loss[1], loss[0]), relative_error(loss[2], loss[0]));
     claim(r, x_error, rounding(1e-12, 1e-4), "x^ from v^, eps^ and x^ is the same");
     claim(r, loss_error, rounding(1e-11, 1e-3), "L is the same for v-, eps- and x-prediction");
-    lab_close(&lab);
 }
 
 /* The other form of r with v-prediction:
  *     VDM  v - v^;   nt  (1 + sigma^2)(v - v^);   DiffEnc  (1 + sigma^2)(v - v^) + sigma (y - dy/dlambda) */
-static void prove_residual(Report *r, int variant, uint64_t seed) {
-    Lab lab;
-    lab_open(&lab, small_config((ModelKind)variant), seed);
-    const Method m = lab_begin(&lab);
+static void prove_residual(Report *r, Lab *lab) {
+    const Method m = lab_begin(lab);
     const Schedule at = schedule_at(m.config, 0.6);
-    const Step step = step_at(&m, &lab, 0.5, 0.6);
+    const Step step = step_at(&m, lab, 0.5, 0.6);
     Tensor *v = sub(affine(at.alpha, step.eps, 0), affine(at.sigma, step.at_t.x_t, 0));
-    Tensor *other = affine(variant == VDM ? 1 : 1 + at.sigma2, sub(v, step.p.output), 0);
-    if (variant == DIFFENC)
+    Tensor *other = affine(m.config->kind == VDM ? 1 : 1 + at.sigma2, sub(v, step.p.output), 0);
+    if (m.config->kind == DIFFENC)
         other = add(other, affine(at.sigma, sub(step.at_t.y, step.at_t.y_dot), 0));
     const Tensor *ours = continuous_residual(&m, step.at_t, step.p, step.gamma_t, step.eps);
     claim(r, distance(ours, other), rounding(1e-12, 1e-4), "the two forms of r");
-    lab_close(&lab);
 }
 
 /* The kernel of the encoder's conv_out; its bias is the parameter after it. */
@@ -590,68 +557,59 @@ static const Parameter *last_layer(const Model *m) {
 }
 
 /* DiffEnc with y = 0 is DiffEnc-nt, in every term of the objective, with the same score network. */
-static void prove_zero_encoder(Report *r, int variant, uint64_t seed) {
-    Config c = small_config(DIFFENC);
-    Lab with, without;
-    double error = 0;
-    c.timesteps = variant ? 8 : 0;
-    lab_open(&with, c, seed);
-    c.kind = DIFFENC_NT, c.encoder_blocks = 0;
-    lab_open(&without, c, seed);
-    const Parameter *last = last_layer(&with.model);
-    memset(with.model.params + last->offset, 0, (last[0].count + last[1].count) * sizeof(real));
-    memcpy(without.model.params, with.model.params, without.model.weight_count * sizeof(real));
-    const Method a = lab_begin(&with), b = lab_begin(&without);
-    const LossTerms ours = objective(&a, with.example), other = objective(&b, without.example);
-    error = worse(relative_error(value(ours.recon), value(other.recon)), error);
-    error = worse(relative_error(value(ours.latent), value(other.latent)), error);
-    error = worse(relative_error(value(ours.diffusion), value(other.diffusion)), error);
-    claim(r, error, rounding(1e-13, 1e-5), "DiffEnc with y = 0 is DiffEnc-nt, %s",
-          variant ? "finite T" : "continuous");
-    lab_close(&with);
+static void prove_zero_encoder(Report *r, Lab *with) {
+    Lab without;
+    lab_open(&without, small_config(DIFFENC_NT), r->seed);
+    const Parameter *last = last_layer(&with->model);
+    memset(with->model.params + last->offset, 0, (last[0].count + last[1].count) * sizeof(real));
+    memcpy(without.model.params, with->model.params, without.model.weight_count * sizeof(real));
+    for (int finite = 0; finite < 2; finite++) {
+        with->model.config.timesteps = without.model.config.timesteps = finite ? 8 : 0;
+        const Method a = lab_begin(with), b = lab_begin(&without);
+        const LossTerms ours = objective(&a, with->example), other = objective(&b, without.example);
+        double error = relative_error(value(ours.recon), value(other.recon));
+        error = larger(relative_error(value(ours.latent), value(other.latent)), error);
+        error = larger(relative_error(value(ours.diffusion), value(other.diffusion)), error);
+        claim(r, error, rounding(1e-13, 1e-5), "DiffEnc with y = 0 is DiffEnc-nt, %s",
+              finite ? "finite T" : "continuous");
+    }
     lab_close(&without);
 }
 
 /* DiffEnc with y = x has VDM's forward process:  alpha_t^2 x + sigma_t^2 x = x.  The encoder is made to
  * return a constant, and x is an image of that constant. */
-static void prove_identity_encoder(Report *r, int variant, uint64_t seed) {
+static void prove_identity_encoder(Report *r, Lab *lab) {
     const unsigned char level = 77;
-    Lab lab;
     double error = 0;
-    (void)variant;
-    lab_open(&lab, small_config(DIFFENC), seed);
-    memset(lab.k, level, sizeof lab.k);
-    const Parameter *last = last_layer(&lab.model);
-    memset(lab.model.params + last->offset, 0, last->count * sizeof(real));
-    lab.model.params[last[1].offset] = (real)atanh(2 * (level + 0.5) / 256 - 1);
+    memset(lab->k, level, sizeof lab->k);
+    const Parameter *last = last_layer(&lab->model);
+    memset(lab->model.params + last->offset, 0, last->count * sizeof(real));
+    lab->model.params[last[1].offset] = (real)atanh(2 * (level + 0.5) / 256 - 1);
     for (int i = 0; i <= 10; i++) {
-        const Method m = lab_begin(&lab);
-        Tensor *x = scale_pixels(&m, lab.k), *gamma = gamma_at(&m, i / 10.0), *eps = image(&m, lab.eps);
+        const Method m = lab_begin(lab);
+        Tensor *x = scale_pixels(&m, lab->k), *gamma = gamma_at(&m, i / 10.0), *eps = image(&m, lab->eps);
         const Encoded e = encode(&m, x, i / 10.0, 1);
-        error = worse(worse(distance(e.x_t, x), distance(e.y_dot, NULL)), error);
-        error = worse(distance(diffuse(e.x_t, gamma, eps), diffuse(x, gamma, eps)), error);
+        error = larger(larger(distance(e.x_t, x), distance(e.y_dot, NULL)), error);
+        error = larger(distance(diffuse(e.x_t, gamma, eps), diffuse(x, gamma, eps)), error);
     }
     claim(r, error, rounding(1e-13, 1e-5), "DiffEnc with y = x has VDM's forward process, x_t = x");
-    lab_close(&lab);
 }
 
 /* -log p(k | z_0) as a softmax over the 256 levels written out, and KL(q(z_1|x) || N(0,1)) as the KL of
  * Gaussians. */
-static void prove_other_terms(Report *r, int variant, uint64_t seed) {
-    Lab lab;
+static void prove_other_terms(Report *r, Lab *lab) {
     double recon = 0, latent = 0;
-    lab_open(&lab, small_config((ModelKind)variant), seed);
-    const Method m = lab_begin(&lab);
-    const LossTerms terms = objective(&m, lab.example);
+    const Method m = lab_begin(lab);
+    const LossTerms terms = objective(&m, lab->example);
     const Schedule at_0 = schedule_at(m.config, 0), at_1 = schedule_at(m.config, 1);
-    Tensor *x = scale_pixels(&m, lab.k), *x_0 = encode(&m, x, 0, 0).x_t, *x_1 = encode(&m, x, 1, 0).x_t;
+    Tensor *x = scale_pixels(&m, lab->k), *x_0 = encode(&m, x, 0, 0).x_t, *x_1 = encode(&m, x, 1, 0).x_t;
     for (int i = 0; i < pixels(&m); i++) {
-        const double z_0 = at_0.alpha * (double)x_0->value[i] + at_0.sigma * (double)lab.eps_0[i];
+        const double z_0 = at_0.alpha * (double)x_0->value[i] + at_0.sigma * (double)lab->eps_0[i];
         double logit[256], sum = 0;
         for (int c = 0; c < 256; c++)
             logit[c] = -pow(z_0 / at_0.alpha - ((2 * c + 1) / 256.0 - 1), 2) / (2 * exp(at_0.gamma));
         for (int c = 0; c < 256; c++)
-            sum += exp(logit[c] - logit[lab.k[i]]);
+            sum += exp(logit[c] - logit[lab->k[i]]);
         recon += log(sum);
         latent += 0.5 * (at_1.sigma2 + pow(at_1.alpha * (double)x_1->value[i], 2) - 1 - log(at_1.sigma2));
     }
@@ -660,7 +618,6 @@ static void prove_other_terms(Report *r, int variant, uint64_t seed) {
           "recon is -log softmax written out, nats a pixel");
     claim(r, fabs(value(terms.latent) - latent) / d, rounding(1e-14, 1e-7),
           "latent is KL(q(z_1|x) || N(0,1)), nats a pixel");
-    lab_close(&lab);
 }
 
 /* The slope of log |y| over log x by least squares. */
@@ -684,31 +641,27 @@ static double diffusion_term(Lab *lab, int timesteps, double dropout) {
 /* T KL(t - 1/T, t) -> L_inf(t) with a difference of order 1/T, for the training objective itself, with
  * dropout. Where there is an encoder, a step must be short against the fastest wave of the time embedding,
  * sin(1000 t). Terms of order 1/T^2 bend the line by less than the limit. */
-static void prove_limit(Report *r, int variant, uint64_t seed) {
+static void prove_limit(Report *r, Lab *lab) {
     enum { COUNT = 5 };
-    const int first = variant == DIFFENC ? 1 << 16 : DOUBLE ? 1 << 11 : 1 << 7;
+    const int trained = lab->model.config.kind == DIFFENC;
+    const int first = trained ? 1 << 16 : IN_DOUBLE ? 1 << 11 : 1 << 7;
     double T[COUNT], excess[COUNT];
-    Lab lab;
-    if (variant == DIFFENC && !DOUBLE)
+    if (trained && !IN_DOUBLE)
         return;   /* x_s - x_t is below float's resolution there */
-    lab_open(&lab, small_config((ModelKind)variant), seed);
-    const double limit = diffusion_term(&lab, 0, 0.1);
+    const double limit = diffusion_term(lab, 0, 0.1);
     for (int i = 0; i < COUNT; i++) {
         T[i] = first << i;
-        excess[i] = diffusion_term(&lab, first << i, 0.1) - limit;
+        excess[i] = diffusion_term(lab, first << i, 0.1) - limit;
     }
     claim(r, fabs(-order_of(T, excess, COUNT) - 1), rounding(0.02, 0.2),
           "T KL_T goes to L_inf like 1/T: |order - 1|");
     note(r, "T = %g: (T KL_T - L_inf)/L_inf = %.2e", T[COUNT - 1], excess[COUNT - 1] / limit);
-    lab_close(&lab);
 }
 
 /* w* = 1/(1 + D/d), D = ||mu_P - mu_Q||^2/sigma_Q^2, makes the step KL least; then KL* = -(d/2) log w*. */
-static void prove_best_variance(Report *r, int variant, uint64_t seed) {
-    Lab lab;
-    lab_open(&lab, small_config((ModelKind)variant), seed);
-    const Method m = lab_begin(&lab);
-    const Step step = step_at(&m, &lab, 0.4, 0.5);
+static void prove_best_variance(Report *r, Lab *lab) {
+    const Method m = lab_begin(lab);
+    const Step step = step_at(&m, lab, 0.4, 0.5);
     Tensor *D = step_distance(&m, step.at_s, step.at_t, step.p, 0.4, 0.5);
     const double d = pixels(&m), w = 1 / (1 + value(D) / d), best = -d / 2 * log(w);
     double least = INFINITY, at = 0;
@@ -720,45 +673,36 @@ static void prove_best_variance(Report *r, int variant, uint64_t seed) {
     claim(r, fabs(at), rounding(0, 0.01), "no w of a scan is better than w*: |log w/w*|");
     claim(r, relative_error(value(step_kl(&m, D, w)), best), rounding(1e-12, 1e-4),
           "KL at w* is -(d/2) log w*");
-    lab_close(&lab);
 }
 
 /* Any other w adds T d/2 (w - 1 - log w): the bound at w = 1.3 grows with T by that slope; what is left of
  * the other terms is of order 1/T^2. */
-static void prove_divergence(Report *r, int variant, uint64_t seed) {
+static void prove_divergence(Report *r, Lab *lab) {
     const double w = 1.3;
     const int T = 1 << 12;
-    Lab lab;
-    (void)variant;
-    lab_open(&lab, small_config(VDM), seed);
-    lab.model.config.variance_ratio = w;
-    const double d = lab.model.config.height * lab.model.config.width;
-    const double slope = (diffusion_term(&lab, 2 * T, 0) - diffusion_term(&lab, T, 0)) / T;
+    lab->model.config.variance_ratio = w;
+    const double d = lab->model.config.height * lab->model.config.width;
+    const double slope = (diffusion_term(lab, 2 * T, 0) - diffusion_term(lab, T, 0)) / T;
     claim(r, relative_error(slope, d / 2 * (w - 1 - log(w))), 1e-3,
           "w = 1.3: the bound grows by d/2 (w - 1 - log w) a step");
-    lab_close(&lab);
 }
 
 /* One ancestral step is generative_mean() + sqrt(generative_variance()) eps at the network's x^; and the
  * pixels of a noiseless z_0 = alpha_0 x come back. */
-static void prove_sampler(Report *r, int variant, uint64_t seed) {
-    Config c = small_config((ModelKind)variant);
-    Lab lab;
+static void prove_sampler(Report *r, Lab *lab) {
     unsigned char k[MAX_PIXELS];
     int wrong = 0;
-    c.timesteps = 10, c.variance_ratio = 0.7;
-    lab_open(&lab, c, seed);
-    const Method m = lab_begin(&lab);
-    Tensor *z_t = normal_image(&m, seed, 1), *eps = image(&m, lab.eps);
+    lab->model.config.variance_ratio = 0.7;
+    const Method m = lab_begin(lab);
+    Tensor *z_t = normal_image(&m, lab, 1), *eps = image(&m, lab->eps);
     Tensor *mean = generative_mean(&m, z_t, predict(&m, z_t, 0.5).x_hat, 0.4, 0.5);
     const double deviation = sqrt(value(generative_variance(&m, 0.4, 0.5)));
     claim(r, distance(ancestral_step(&m, z_t, 0.4, 0.5, eps), add(mean, affine(deviation, eps, 0))),
           rounding(1e-13, 1e-5), "an ancestral step is mu_P + sigma_P eps");
-    decode_pixels(&m, affine(schedule_at(m.config, 0).alpha, scale_pixels(&m, lab.k), 0), NULL, k);
+    decode_pixels(&m, affine(schedule_at(m.config, 0).alpha, scale_pixels(&m, lab->k), 0), NULL, k);
     for (int i = 0; i < pixels(&m); i++)
-        wrong += k[i] != lab.k[i];
+        wrong += k[i] != lab->k[i];
     claim(r, wrong, 0, "pixels decoded from alpha_0 x are those of x");
-    lab_close(&lab);
 }
 
 /* ---- exactness ---- */
@@ -942,30 +886,28 @@ static double missed_in_continuous_time(const Config *c) {
  *   - with w = 1 the excess falls with T from above, in the end like 1/T; its terms of order 1/T^2 bend
  *     that by a hundredth at T = 256;
  *   - with an encoder, nt or affine, the same holds but for the closed form above, small and not zero. */
-static void prove_exact(Report *r, int variant, uint64_t seed) {
+static void prove_exact(Report *r, Lab *lab) {
     enum { DOUBLINGS = 10, LATE = 7 };
-    Config c = small_config((ModelKind)variant);
-    Lab lab;
+    Config *c = &lab->model.config;
     double T[DOUBLINGS], above[DOUBLINGS], integral = 0, step_error = 0, best_error = 0, largest_ratio = 0;
-    c.height = 2, c.width = 2, c.channels = 4;
-    lab_open(&lab, c, seed);
-    const double ends = ends_minus_floor(&lab), left = missed_in_continuous_time(&c);
+    c->height = 2, c->width = 2;
+    const double ends = ends_minus_floor(lab), left = missed_in_continuous_time(c);
     for (int i = 0; i <= INTERVALS; i++)
-        integral += simpson(i) * best_continuous_loss(&lab, (double)i / INTERVALS);
+        integral += simpson(i) * best_continuous_loss(lab, (double)i / INTERVALS);
     for (int i = 0; i < DOUBLINGS; i++) {
         const int steps = 2 << i;
-        const double excess = best_finite_loss(&lab, steps, 0) + ends;
-        const double excess_at_best = best_finite_loss(&lab, steps, 1) + ends;
+        const double excess = best_finite_loss(lab, steps, 0) + ends;
+        const double excess_at_best = best_finite_loss(lab, steps, 1) + ends;
         T[i] = steps;
         above[i] = excess - left;
-        step_error = worse(fabs(excess - missed_by_steps(&c, steps, 0)) / worse(excess, 1), step_error);
-        best_error = worse(fabs(excess_at_best - missed_by_steps(&c, steps, 1)), best_error);
-        largest_ratio = worse(i > 0 ? above[i] / above[i - 1] : 0, largest_ratio);
-        largest_ratio = worse(above[i] > 0 ? 0 : INFINITY, largest_ratio);
+        step_error = larger(fabs(excess - missed_by_steps(c, steps, 0)) / larger(excess, 1), step_error);
+        best_error = larger(fabs(excess_at_best - missed_by_steps(c, steps, 1)), best_error);
+        largest_ratio = larger(i > 0 ? above[i] / above[i - 1] : 0, largest_ratio);
+        largest_ratio = larger(above[i] > 0 ? 0 : INFINITY, largest_ratio);
         note(r, "%s%d: %.2e", i ? ", " : "excess at T = ", steps, excess);
     }
     note(r, ", continuous: %.2e", integral + ends);
-    const char *bound = variant == VDM ? "bound is the entropy" : "bound is entropy + closed form";
+    const char *bound = c->kind == VDM ? "bound is the entropy" : "bound is entropy + closed form";
     const double limit = rounding(1e-10, 1e-4);   /* nats a pixel */
     claim(r, fabs(integral + ends - left), limit, "Gaussian data, continuous: %s", bound);
     claim(r, best_error, limit, "Gaussian data, finite T, w*: %s", bound);
@@ -973,22 +915,19 @@ static void prove_exact(Report *r, int variant, uint64_t seed) {
     claim(r, largest_ratio, 1, "excess falls from above: largest ratio, 2T to T");
     claim(r, fabs(-order_of(T + LATE, above + LATE, DOUBLINGS - LATE) - 1), 0.02,
           "excess falls like 1/T: |order - 1|");
-    lab_close(&lab);
 }
 
 /* Deterministic steps carry z_1 to z_0 by an affine map as long as x^ is affine, so two points tell it: the
  * mean plus and minus a standard deviation of q(z_1). With the exact denoiser they arrive, as T grows, where
  * they lie in q(z_0), whose mean is alpha_0 (a m + b) and whose variance is alpha_0^2 a^2 s^2 + sigma_0^2. */
-static void prove_deterministic_sampler(Report *r, int variant, uint64_t seed) {
+static void prove_deterministic_sampler(Report *r, Lab *lab) {
     enum { DOUBLINGS = 5 };
-    const Config c = small_config((ModelKind)variant);
+    const Config *c = &lab->model.config;
     double T[DOUBLINGS], mean_error[DOUBLINGS], variance_error[DOUBLINGS];
-    Lab lab;
-    lab_open(&lab, c, seed);
-    const Schedule ends[2] = {schedule_at(&c, 0), schedule_at(&c, 1)};
+    const Schedule ends[2] = {schedule_at(c, 0), schedule_at(c, 1)};
     double mean[2], deviation[2];
     for (int end = 0; end < 2; end++) {
-        const AffineEncoder e = affine_encoder(c.kind, ends[end]);
+        const AffineEncoder e = affine_encoder(c->kind, ends[end]);
         mean[end] = ends[end].alpha * (e.a * DATA_MEAN + e.b);
         deviation[end] = sqrt(pow(ends[end].alpha * e.a * DATA_DEVIATION, 2) + ends[end].sigma2);
     }
@@ -996,9 +935,9 @@ static void prove_deterministic_sampler(Report *r, int variant, uint64_t seed) {
         const int steps = 256 << i;
         double z[2] = {mean[1] - deviation[1], mean[1] + deviation[1]};
         for (int step = steps; step >= 1; step--) {
-            const Method m = lab_begin(&lab);
+            const Method m = lab_begin(lab);
             const double s = (step - 1.0) / steps, t = (double)step / steps;
-            const Target target = continuous_target(c.kind, schedule_at(&c, t));
+            const Target target = continuous_target(c->kind, schedule_at(c, t));
             for (int point = 0; point < 2; point++) {
                 Tensor *z_t = number(m.graph, z[point]);
                 Tensor *x_hat = best_prediction(&m, z_t, t, target.c, target.offset).x_hat;
@@ -1010,71 +949,66 @@ static void prove_deterministic_sampler(Report *r, int variant, uint64_t seed) {
         variance_error[i] = fabs(pow((z[1] - z[0]) / 2, 2) / pow(deviation[0], 2) - 1);
     }
     const int last = DOUBLINGS - 1;
-    r->about = MODEL_NAME[c.kind];
     claim(r, mean_error[last], 2e-3, "deterministic, T = 4096: mean of z_0 is the data's");
     claim(r, variance_error[last], 1e-2, "deterministic, T = 4096: variance of z_0 is the data's");
-    if (c.kind != VDM)   /* whose mean is exact for any T */
+    if (c->kind != VDM)   /* whose mean is exact for any T */
         claim(r, fabs(-order_of(T + 2, mean_error + 2, DOUBLINGS - 2) - 1), 0.1,
               "deterministic, mean: |order - 1|");
     claim(r, fabs(-order_of(T + 2, variance_error + 2, DOUBLINGS - 2) - 1), 0.1,
           "deterministic, variance: |order - 1|");
     note(r, "T = 4096: mean off by %.2e, variance by %.2e of itself", mean_error[last], variance_error[last]);
-    lab_close(&lab);
 }
 
 /* ---- the counterterm ---- */
 
 /* dx_t/dlambda = sigma_t^2 (x_t - y + dy/dlambda), y = 0 for nt, against the tangent of x_t written out
  * with a gamma that carries dgamma/dlambda = -1, and against differences in lambda. */
-static void prove_counterterm(Report *r, int variant, uint64_t seed) {
-    const ModelKind kind = variant == 0 ? DIFFENC_NT : DIFFENC;
+static void prove_counterterm(Report *r, Lab *lab) {
     const double t = 0.6;
-    Lab lab;
     Method m;
-    lab_open(&lab, small_config(kind), seed);
-    const Tensor *measured = difference_by_lambda(&lab, t, 0, &m);
-    Tensor *x = scale_pixels(&m, lab.k), *gamma = with_tangent(gamma_at(&m, t), number(m.graph, -1));
+    const Tensor *measured = difference_by_lambda(lab, t, 0, &m);
+    Tensor *x = scale_pixels(&m, lab->k), *gamma = with_tangent(gamma_at(&m, t), number(m.graph, -1));
     Tensor *x_t = mul(alpha_squared(gamma), x);
-    if (kind == DIFFENC)
+    if (m.config->kind == DIFFENC)
         x_t = add(x_t, mul(sigma_squared(gamma), encoder_network(m.network, x, network_time(&m, gamma), 1)));
     const Tensor *ours = exact_counterterm(&m, encode(&m, x, t, 1), gamma_at(&m, t));
-    r->about = MODEL_NAME[kind];
     claim(r, distance(ours, x_t->tangent), rounding(1e-12, 1e-4), "dx_t/dlambda is the tangent of x_t");
     claim(r, distance(ours, measured), derivative_limit(), "dx_t/dlambda against differences");
-    lab_close(&lab);
 }
 
 /* ---- the command ---- */
 
+/* A proof is made of so many models, from `first` on, or of as many variants that make what they need. */
+enum { NO_MODEL = -1 };
 typedef struct {
     const char *group;
-    void (*prove)(Report *r, int variant, uint64_t seed);
-    int variants;              /* MODELS: the variant is the kind of model; 0: a row of the operators */
+    void (*prove)(Report *r, Lab *lab);
+    int first, variants;       /* 0 variants: the rows of the operators */
 } Proof;
 
 /* What takes long comes last. */
 static const Proof PROOFS[] = {
-    {"derivatives", prove_operator, 0},
-    {"derivatives", prove_y_dot, 1},
-    {"forward process", prove_composition, MODELS},
-    {"forward process", prove_posterior, MODELS},
-    {"forward process", prove_moments, MODELS},
-    {"loss", prove_step_kl, MODELS},
-    {"loss", prove_step_kl_by_draws, MODELS},
-    {"loss", prove_predictions, MODELS},
-    {"loss", prove_residual, MODELS},
-    {"loss", prove_zero_encoder, 2},
-    {"loss", prove_identity_encoder, 1},
-    {"loss", prove_other_terms, MODELS},
-    {"loss", prove_limit, MODELS},
-    {"loss", prove_best_variance, MODELS},
-    {"loss", prove_divergence, 1},
-    {"loss", prove_sampler, MODELS},
-    {"exactness", prove_exact, MODELS},
-    {"exactness", prove_deterministic_sampler, 2},
-    {"counterterm", prove_counterterm, 2},
-    {"derivatives", prove_network, 6},
-    {"derivatives", prove_objective, 20},
+    {"derivatives", prove_operator, NO_MODEL, 0},
+    {"derivatives", prove_y_dot, NO_MODEL, 1},
+    {"forward process", prove_composition, VDM, MODELS},
+    {"forward process", prove_posterior, VDM, MODELS},
+    {"forward process", prove_moments, VDM, MODELS},
+    {"loss", prove_step_kl, VDM, MODELS},
+    {"loss", prove_step_kl_by_draws, VDM, MODELS},
+    {"loss", prove_predictions, VDM, MODELS},
+    {"loss", prove_residual, VDM, MODELS},
+    {"loss", prove_zero_encoder, DIFFENC, 1},
+    {"loss", prove_identity_encoder, DIFFENC, 1},
+    {"loss", prove_other_terms, VDM, MODELS},
+    {"loss", prove_limit, VDM, MODELS},
+    {"loss", prove_best_variance, VDM, MODELS},
+    {"loss", prove_divergence, VDM, 1},
+    {"loss", prove_sampler, VDM, MODELS},
+    {"exactness", prove_exact, VDM, MODELS},
+    {"exactness", prove_deterministic_sampler, VDM, 2},
+    {"counterterm", prove_counterterm, DIFFENC_NT, 2},
+    {"derivatives", prove_network, NO_MODEL, 6},
+    {"derivatives", prove_objective, NO_MODEL, 20},
 };
 enum { PROOF_COUNT = sizeof PROOFS / sizeof PROOFS[0] };
 
@@ -1086,6 +1020,20 @@ static const Proof *proof_at(int index, int *variant) {
     for (*variant = index; *variant >= variants_of(p); p++)
         *variant -= variants_of(p);
     return p;
+}
+
+/* A claim about one model alone has its name in its text. */
+static void run_proof(const Proof *p, Report *r) {
+    Lab lab;
+    if (p->first == NO_MODEL) {
+        p->prove(r, &lab);
+        return;
+    }
+    const ModelKind kind = (ModelKind)(p->first + r->variant);
+    lab_open(&lab, small_config(kind), r->seed);
+    r->about = p->variants > 1 ? MODEL_NAME[kind] : NULL;
+    p->prove(r, &lab);
+    lab_close(&lab);
 }
 
 static void print_report(const Proof *p, const Report *r, int *claims, int *failed) {
@@ -1144,7 +1092,7 @@ int check_main(int argc, char **argv) {
         return status;
     for (int i = 0; i < PROOF_COUNT; i++)
         places += variants_of(&PROOFS[i]);
-    if (!DOUBLE)
+    if (!IN_DOUBLE)
         printf("Single precision: limits are what its rounding leaves. `make check` proves more.\n");
     for (int first = 0; first < places && !(stop && failed); first += BATCH) {
         const int count = places - first < BATCH ? places - first : BATCH;
@@ -1152,15 +1100,11 @@ int check_main(int argc, char **argv) {
         memset(report, 0, sizeof report);
 #pragma omp parallel for schedule(dynamic, 1)
         for (int i = 0; i < count; i++) {
-            int variant;
-            const Proof *p = proof_at(first + i, &variant);
-            report[i].about = p->variants == MODELS ? MODEL_NAME[variant] : NULL;
-            p->prove(&report[i], variant, seed);
+            report[i].seed = seed;
+            run_proof(proof_at(first + i, &report[i].variant), &report[i]);
         }
-        for (int i = 0; i < count; i++) {
-            int variant;
-            print_report(proof_at(first + i, &variant), &report[i], &claims, &failed);
-        }
+        for (int i = 0; i < count; i++)
+            print_report(proof_at(first + i, &report[i].variant), &report[i], &claims, &failed);
     }
     printf("%d claims, %d failed\n", claims, failed);
     return failed > 0;

@@ -18,21 +18,21 @@ enum { STEPS = 2 };
 static const double FIRST_STEP = 1.0 / 8;
 #endif
 
-static const int IS_DOUBLE = sizeof(real) == sizeof(double);
+double larger(double a, double b) { return a > b || isnan(a) ? a : b; }
 
-double derivative_limit(void) { return IS_DOUBLE ? 1e-7 : 3e-2; }
+double derivative_limit(void) { return IN_DOUBLE ? 1e-7 : 3e-2; }
 
 /* The result F of a network carries a roundoff of about 1e-14 F (1e-6 F in float), which division by the last
  * step raises to 1e-12 F (1e-5 F). A derivative below this much of F can therefore not be compared to within
  * the limit. */
-double derivative_floor(void) { return IS_DOUBLE ? 1e-4 : 1e-2; }
+double derivative_floor(void) { return IN_DOUBLE ? 1e-4 : 1e-2; }
 
 /* Derivatives from steps first, first/2, ... extrapolated to zero, and their errors: how far the last two
  * orders are apart, and the roundoff of the path's values divided by the last step. Returns for how many the
  * former is the trouble, which shorter steps may cure. */
 static size_t extrapolate(Path path, void *context, size_t count, double first, double *derivative,
                           double *error) {
-    const double roundoff = IS_DOUBLE ? 1e-14 : 1e-6;
+    const double roundoff = IN_DOUBLE ? 1e-14 : 1e-6;
     double *at[STEPS], *minus = allocate(count, sizeof(double)), square = 0;
     size_t apart = 0;
     for (int k = 0; k < STEPS; k++) {
@@ -67,7 +67,7 @@ static size_t extrapolate(Path path, void *context, size_t count, double first, 
  * steps are tried. Each number keeps the value with the smallest error. */
 void differentiate(Path path, void *context, size_t count, double scale, double *derivative, double *error) {
     enum { SHORTER = 8 };
-    const int attempts = IS_DOUBLE ? 5 : 1;   /* float has no digits to spare for shorter steps */
+    const int attempts = IN_DOUBLE ? 5 : 1;   /* float has no digits to spare for shorter steps */
     double *other = allocate(2 * count, sizeof(double)), *other_error = other + count;
     double step = FIRST_STEP * scale;
     size_t apart = extrapolate(path, context, count, step, derivative, error);
@@ -197,7 +197,8 @@ static void set_point(Probe *p, uint64_t seed) {
     random_normal(random_stream(seed, RANDOM_CHECK, 1, 0), p->point, p->count);
     for (int i = 0; i < p->leaves; i++) {
         const double *l = p->subject->leaf[i];
-        const double low = l[LEAF_LOW] < l[LEAF_HIGH] ? l[LEAF_LOW] : -1.5, high = l[LEAF_LOW] < l[LEAF_HIGH] ? l[LEAF_HIGH] : 1.5;
+        const int given = l[LEAF_LOW] < l[LEAF_HIGH];
+        const double low = given ? l[LEAF_LOW] : -1.5, high = given ? l[LEAF_HIGH] : 1.5;
         for (size_t j = p->segment[i].first; j < p->segment[i].first + p->segment[i].count; j++)
             p->point[j] = (real)(low + (high - low) * random_uniform(uniform, (uint32_t)j));
     }
@@ -255,10 +256,6 @@ static void probe_end(Probe *p) {
 
 enum { DIRECTIONS = 4 };   /* tries */
 
-static double larger(double a, double b) {
-    return a > b || isnan(a) ? a : b;   /* what is not a number is the largest error of all */
-}
-
 /* The comparisons made so far. In double the worst one counts; in float, where differences leave a few
  * digits, the Euclidean norm of all errors relative to that of all derivatives. */
 static void clear(Probe *p) {
@@ -266,7 +263,7 @@ static void clear(Probe *p) {
 }
 
 static double result_of(const Probe *p) {
-    return IS_DOUBLE ? p->worst : sqrt(p->errors / larger(p->derivatives, 1e-300));
+    return IN_DOUBLE ? p->worst : sqrt(p->errors / larger(p->derivatives, 1e-300));
 }
 
 /* One comparison, relative to the largest of |measured| and `least`. Returns 0 and leaves it out where the
@@ -274,7 +271,7 @@ static double result_of(const Probe *p) {
  * looking at what is claimed. */
 static int compare(Probe *p, double claimed, double measured, double measurement_error, double least) {
     const double size = larger(larger(fabs(measured), least), 1e-300), error = fabs(claimed - measured);
-    if (IS_DOUBLE && measurement_error > derivative_limit() / 3 * size)
+    if (IN_DOUBLE && measurement_error > derivative_limit() / 3 * size)
         return 0;
     p->worst = larger(error / size, p->worst);
     p->errors += error * error;

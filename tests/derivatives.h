@@ -16,6 +16,10 @@
 
 #include "diffenc.h"
 
+enum { IN_DOUBLE = sizeof(real) == sizeof(double) };
+
+double larger(double a, double b);   /* what is not a number is the largest of all */
+
 /* An input of a subject: its shape, 1 if it carries a tangent, the range from which it is drawn evenly (both
  * 0: from -1.5 to 1.5), and the length over which the result changes much (0: 1), to which steps are
  * proportional. */

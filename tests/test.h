@@ -60,7 +60,6 @@ static int test_report_of(const char *file) {
 
 /* The relative spacing of `real`, in which tolerances are counted. */
 static const double EPS = sizeof(real) == sizeof(float) ? FLT_EPSILON : DBL_EPSILON;
-static const int IN_DOUBLE = sizeof(real) == sizeof(double);
 
 /* The worst so far of |got - want| / tolerance; what is not a number is infinitely bad. */
 static inline double worse(double worst, double got, double want, double tolerance) {
