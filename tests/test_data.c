@@ -11,7 +11,6 @@
 #include <dirent.h>
 #include <errno.h>
 #include <math.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -65,13 +64,13 @@ static void check_file(const char *name, const char *text, const void *data, siz
     free(file.data);
 }
 
-/* Set the limit on a resource; returns the one before. */
-static rlim_t set_limit(int resource, rlim_t value) {
+/* Set the limit on memory; returns the one before. */
+static rlim_t limit_memory(rlim_t value) {
     struct rlimit limit;
-    getrlimit(resource, &limit);
+    getrlimit(RLIMIT_AS, &limit);
     const rlim_t before = limit.rlim_cur;
     limit.rlim_cur = value;
-    setrlimit(resource, &limit);
+    setrlimit(RLIMIT_AS, &limit);
     return before;
 }
 
@@ -306,7 +305,7 @@ static void test_out_of_memory(void) {
     write_file("large", "", 0);
     CHECK(truncate(in_directory("large"), 2 * LIMIT) == 0, "cannot make a large file");
     make_bomb(bomb, BOMB);
-    const rlim_t before = set_limit(RLIMIT_AS, LIMIT);
+    const rlim_t before = limit_memory(LIMIT);
     REFUSED(tensors_read(in_directory("large"), &file, &error), "/large: out of memory, needs ");
     REFUSED(gzip_inflate(bomb, sizeof bomb, "x.gz", SIZE_MAX, &out, &error), "x.gz: out of memory, needs");
     CHECK(out.data == NULL && out.size == 0, "something is left");
@@ -314,7 +313,7 @@ static void test_out_of_memory(void) {
     bytes.size = 10000 * RECORD;
     REFUSED(cifar_parse(&bytes, "x.bin", &dataset, &error), "x.bin: out of memory, needs 30720000 bytes");
     CHECK(dataset.pixels == NULL && dataset.count == 0, "something is left");
-    set_limit(RLIMIT_AS, before);
+    limit_memory(before);
     free(bytes.data);
 }
 
@@ -329,15 +328,6 @@ static int write_new(FILE *stream, const void *context) {
 static void test_file_replace(void) {
     write_file("kept", "old", 3);
     int files = files_in_directory();
-
-    signal(SIGXFSZ, SIG_IGN);
-    const rlim_t before = set_limit(RLIMIT_FSIZE, 20000);
-    CHECK(file_replace(in_directory("kept"), write_new, NULL, &error) != 0, "a full disk is not noticed");
-    set_limit(RLIMIT_FSIZE, before);
-    CHECK_MESSAGE("/kept: File too large");
-    check_file("kept", "old", "", 0);
-    CHECK(files_in_directory() == files, "a temporary file is left");
-
     REFUSED(file_replace(in_directory("no/such/place"), write_new, NULL, &error),
             "/no/such/place: No such file or directory");
     CHECK(file_replace(directory, write_new, NULL, &error) != 0, "a directory is replaced");
@@ -471,13 +461,12 @@ static size_t check_png(const char *name, const unsigned char *pixels, int count
     return size;
 }
 
-/* Digits that come out of noise, in 40 frames of 16: a megabyte must hold them. A program that no one here
- * wrote reads the same frames. */
+/* Digits that come out of noise, in 40 frames of 16: a megabyte must hold them. test_main.c has an animation
+ * read by a program that no one here wrote. */
 static void test_animation(void) {
     enum { FRAMES = 40, SIDE = 122 };
     static unsigned char frames[FRAMES][SIDE * SIDE], noisy[FRAMES][16 * 784], images[16 * 784];
     Dataset digits;
-    char command[2048], path[512];
     dataset_open(&digits, "digits", SPLIT_TRAIN, 1, &error);
     for (int f = 0; f < FRAMES; f++) {
         const RandomStream stream = random_stream(1, RANDOM_CHECK, 0, (uint32_t)f);
@@ -499,17 +488,6 @@ static void test_animation(void) {
     arena_free(arena);
     const size_t size = check_png("a.apng", frames[0], FRAMES, SIDE, SIDE, 1, 50);
     CHECK(size < 650000, "40 frames of 16 digits take %d bytes", (int)size);
-    if (system("ffmpeg -version >/dev/null 2>&1") != 0) {   /* NOLINT(cert-env33-c) */
-        printf("skipped: an animation read by ffmpeg (there is none)\n");
-        return;
-    }
-    strcpy(path, in_directory("a.raw"));
-    snprintf(command, sizeof command, "ffmpeg -v error -nostdin -i %s -pix_fmt gray -f rawvideo %s",
-             in_directory("a.apng"), path);
-    CHECK(system(command) == 0, "ffmpeg does not read it");   /* NOLINT(cert-env33-c) */
-    Bytes raw = read_file("a.raw");
-    CHECK(is_equal(raw, frames, sizeof frames), "ffmpeg reads other frames, %d bytes", (int)raw.size);
-    free(raw.data);
 }
 
 static void test_npy(void) {
@@ -773,15 +751,19 @@ static void check_open(Split split, uint32_t count, int channels, size_t at, int
     dataset_close(&dataset);
 }
 
+static void refuse_open(const char *where, Split split, const char *part) {
+    Dataset dataset;
+    REFUSED(dataset_open(&dataset, where, split, 0, &error), part);
+    CHECK(dataset.pixels == NULL && dataset.labels == NULL, "not closed");
+}
+
 static void test_open(void) {
     static unsigned char batch[2 * RECORD];
     static const unsigned char idx[] = { 0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 2, 7, 8 };
-    Dataset dataset;
-    REFUSED(dataset_open(&dataset, in_directory("nowhere"), SPLIT_TRAIN, 0, &error),
-            "/nowhere: No such file or directory");
-    REFUSED(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error),
-            "holds neither train-images-idx3-ubyte (MNIST) nor data_batch_1.bin");
-    REFUSED(dataset_open(&dataset, in_directory("kept"), SPLIT_TRAIN, 0, &error), "Not a directory");
+    refuse_open(in_directory("nowhere"), SPLIT_TRAIN, "/nowhere: No such file or directory");
+    refuse_open(directory, SPLIT_TRAIN, "holds neither train-images-idx3-ubyte (MNIST) nor data_batch_1.bin");
+    refuse_open(in_directory("kept"), SPLIT_TRAIN, "Not a directory");
+    refuse_open("no\nsuch\x1b[2J", SPLIT_TRAIN, "no\\x0asuch\\x1b[2J: No such file or directory");
 
     for (int i = 0; i < 2 * RECORD; i++) batch[i] = i % RECORD == 0 ? 1 : (unsigned char)(i / RECORD + 1);
     write_file("data_batch_2.bin", batch, 2 * RECORD);
@@ -789,9 +771,8 @@ static void test_open(void) {
     check_open(SPLIT_TRAIN, 3, 3, 3072, 2, 1);           /* batches are joined in their order */
     check_open(SPLIT_TRAIN, 3, 3, 2 * 3072, 1, 1);
     write_file("data_batch_4.bin", batch, RECORD - 1);
-    REFUSED(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error), "/data_batch_4.bin: holds 3072 bytes");
-    REFUSED(dataset_open(&dataset, directory, SPLIT_TEST, 0, &error),
-            "holds neither t10k-images-idx3-ubyte (MNIST) nor test_batch.bin");
+    refuse_open(directory, SPLIT_TRAIN, "/data_batch_4.bin: holds 3072 bytes");
+    refuse_open(directory, SPLIT_TEST, "holds neither t10k-images-idx3-ubyte (MNIST) nor test_batch.bin");
     write_file("test_batch.bin", batch, RECORD);
     check_open(SPLIT_TEST, 1, 3, 0, 1, 1);
     write_file("train-images-idx3-ubyte", idx, sizeof idx);
@@ -802,18 +783,16 @@ static void test_open(void) {
     write_file("train-labels-idx1-ubyte", labels, sizeof labels);
     check_open(SPLIT_TRAIN, 1, 1, 1, 8, 6);
     write_file("train-labels-idx1-ubyte", labels, sizeof labels - 1);
-    REFUSED(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error), "/train-labels-idx1-ubyte: holds 8 "
-            "bytes, expected an IDX file of 1 labels for the images of train-images-idx3-ubyte");
-    CHECK(dataset.pixels == NULL && dataset.labels == NULL, "not closed");
+    refuse_open(directory, SPLIT_TRAIN, "/train-labels-idx1-ubyte: holds 8 bytes, expected an IDX file of "
+                                        "1 labels for the images of train-images-idx3-ubyte");
     unlink(in_directory("train-labels-idx1-ubyte"));
     write_file("train-labels-idx1-ubyte.gz", gzip_stored, sizeof gzip_stored);
-    REFUSED(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error), "/train-labels-idx1-ubyte.gz: holds ");
+    refuse_open(directory, SPLIT_TRAIN, "/train-labels-idx1-ubyte.gz: holds ");
     unlink(in_directory("train-labels-idx1-ubyte.gz"));
     write_file("t10k-images-idx3-ubyte.gz", gzip_stored, sizeof gzip_stored);
-    REFUSED(dataset_open(&dataset, directory, SPLIT_TEST, 0, &error),
-            "/t10k-images-idx3-ubyte.gz: magic number 0x44696666, expected");
+    refuse_open(directory, SPLIT_TEST, "/t10k-images-idx3-ubyte.gz: magic number 0x44696666, expected");
     write_file("t10k-images-idx3-ubyte.gz", idx, sizeof idx);
-    REFUSED(dataset_open(&dataset, directory, SPLIT_TEST, 0, &error), "is not gzip");
+    refuse_open(directory, SPLIT_TEST, "is not gzip");
 
     /* Gzip is known by its content too. A member with one small image, then half a megabyte of gzip with
      * 80 MB of zeros: refused at the first of them, in no memory to speak of. */
@@ -828,10 +807,10 @@ static void test_open(void) {
     make_bomb(packed + 41, BOMB);
     write_file("train-images-idx3-ubyte", packed, 41 + BOMB);
     free(packed);
-    const rlim_t before = SANITIZED ? 0 : set_limit(RLIMIT_AS, 20000000);
-    CHECK(dataset_open(&dataset, directory, SPLIT_TRAIN, 0, &error) != 0, "a bomb is accepted");
-    if (!SANITIZED) set_limit(RLIMIT_AS, before);
-    CHECK_MESSAGE("/train-images-idx3-ubyte: holds more than the 2 bytes its header promises");
+    const rlim_t before = SANITIZED ? 0 : limit_memory(20000000);
+    refuse_open(directory, SPLIT_TRAIN,
+                "/train-images-idx3-ubyte: holds more than the 2 bytes its header promises");
+    if (!SANITIZED) limit_memory(before);
 
     /* Of two files of one name, the plain one is read, and it is said that there is another. */
     write_file("train-images-idx3-ubyte", idx, sizeof idx);
@@ -845,8 +824,6 @@ static void test_open(void) {
     CHECK(holds_text(&said, "/train-images-idx3-ubyte.gz: is not read, since train-images") &&
           said.data[said.size - 1] == '\n', "nothing is said of the other file");
     free(said.data);
-    REFUSED(dataset_open(&dataset, "no\nsuch\x1b[2J", SPLIT_TRAIN, 0, &error),
-            "no\\x0asuch\\x1b[2J: No such file or directory");
 }
 
 /* Other pixels, another shape, order or seed: another digest. One value is given, for all machines. */
@@ -1163,10 +1140,8 @@ static void test_tensor_headers(void) {
         { "{\"__metadata__\":{\"a\":\"\\u00e9\\u20ac\\n\"}}", 0, NULL },
         { "{\"__metadata__\":{}}", 0, NULL },
         { "", 0, "expected '{' (header byte 0)" },
-        { "[]", 0, "expected '{'" },
         { "{", 0, "expected '\"'" },
         { "{}}", 0, "expected only spaces after the header (header byte 2)" },
-        { "{},", 0, "expected only spaces" },
         { "{\"a\"}", 0, "expected ':'" },
         { "{\"a\":1}", 0, "expected '{'" },
         { "{\"a\":{}}", 0, "expected dtype, shape, two data_offsets" },
@@ -1185,11 +1160,7 @@ static void test_tensor_headers(void) {
         { "{" TENSOR("a", "F32", "[2,]", "0", "8") "}", 8, "expected a whole number" },
         { "{" TENSOR("a", "F32", "[-2]", "0", "8") "}", 8, "expected a whole number that is not negative" },
         { "{" TENSOR("a", "F32", "[2.0]", "0", "8") "}", 8, "expected ','" },
-        { "{" TENSOR("a", "F32", "[2e0]", "0", "8") "}", 8, "expected ','" },
         { "{" TENSOR("a", "F32", "[02]", "0", "8") "}", 8, "the number begins with 0" },
-        { "{" TENSOR("a", "F32", "[00]", "0", "0") "}", 0, "the number begins with 0" },
-        { "{" TENSOR("a", "F32", "[\"2\"]", "0", "8") "}", 8, "expected a whole number" },
-        { "{" TENSOR("a", "F32", "[[2]]", "0", "8") "}", 8, "expected a whole number" },
         { "{" TENSOR("a", "F32", "[99999999999999999999]", "0", "8") "}", 8, "the number is too large" },
         { "{" TENSOR("a", "F32", "[4294967296,4294967296]", "0", "0") "}", 0, "the shape is too large" },
         { "{" TENSOR("a", "F32", "[4611686018427387904]", "0", "0") "}", 0, "the shape is too large" },
@@ -1202,21 +1173,18 @@ static void test_tensor_headers(void) {
           "x.safetensors: is truncated, holds 69 of 70 bytes" },
         { "{" TENSOR("a", "U8", "[9000000000000000000]", "0", "9000000000000000000") "," TENSOR("b", "U8",
               "[1]", "0", "1") "}", 9, "is truncated, holds " },
-        { "{" TENSOR("a", "F32", "[2]", "0", "9") "}", 8, "data_offsets do not fit" },
         { "{" TENSOR("a", "F32", "[3]", "0", "8") "}", 8, "data_offsets do not fit" },
         { "{" TENSOR("a", "F32", "[2]", "0", "8") "}", 9, "1 bytes at its end belong to no tensor" },
         { "{" TENSOR("a", "F32", "[2]", "1", "9") "}", 9, "tensor a: its data leave a gap" },
         { "{" TENSOR("a", "U8", "[4]", "0", "4") "," TENSOR("b", "U8", "[4]", "3", "7") "}", 7,
           "tensor b: its data overlap" },
-        { "{" TENSOR("a", "U8", "[4]", "0", "4") "," TENSOR("b", "U8", "[4]", "0", "4") "}", 4,
-          "its data overlap" },
+        { "{" TENSOR("a", "U8", "[4]", "0", "4") "," TENSOR("b", "U8", "[4]", "0", "4") "}", 4, "overlap" },
         { "{" TENSOR("a", "U8", "[4]", "0", "4") "," TENSOR("a", "U8", "[4]", "4", "8") "}", 8,
           "the name a is there twice" },
         { "{" TENSOR("a", "U8", "[4]", "0", "4") "," TENSOR("\\u0061", "U8", "[4]", "4", "8") "}", 8,
           "the name a is there twice" },
         { "{\"__metadata__\":{\"k\":\"1\",\"k\":\"2\"}}", 0, "the name k is there twice" },
         { "{\"__metadata__\":{\"k\":1}}", 0, "expected '\"'" },
-        { "{\"__metadata__\":{\"k\":{\"l\":\"1\"}}}", 0, "expected '\"'" },
         { "{\"__metadata__\":{},\"__metadata__\":{}}", 0, "a second __metadata__" },
         { "{\"a\":{\"dtype\":\"U8\",\"dtype\":\"U8\"}}", 0, "each of dtype, shape and data_offsets once" },
         { "{\"a\":{\"dtype\":\"U8\",\"more\":1}}", 0, "each of dtype, shape and data_offsets once" },

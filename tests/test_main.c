@@ -1847,16 +1847,6 @@ static void test_colour(void) {
           "x_t at t = 0 is not in the colours of x");
 }
 
-static void test_mnist(void) {
-    const char *where = getenv("MNIST_DIR");
-    if (!where || !*where) {
-        printf("skipped: MNIST_DIR is not set\n");
-        return;
-    }
-    succeed("$D train $TINY --data \"$MNIST_DIR\" --steps 2 --out mnist");
-    say("8 test images of ", "$D eval mnist/checkpoint.safetensors --limit 8 --data \"$MNIST_DIR\"");
-}
-
 /* ---- all ---- */
 
 /* Images of 12 by 8 pixels, so few that an epoch ends within two steps, and the checkpoints that the tests of
@@ -1928,7 +1918,7 @@ int main(void) {
         {"stranger", test_stranger}, {"not finite", test_not_finite}, {"stacks", test_small_stacks},
         {"makefile", test_makefile}, {"thread count", test_thread_count},
         {"second signal", test_second_signal}, {"terminal", test_terminal}, {"kill", test_kill},
-        {"mnist", test_mnist},
+       
     };
     for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++) {
         const double start = seconds_now();
