@@ -95,7 +95,7 @@ typedef struct {
     const Subject *subject;
     Network *network;
     Graph *graph, own_graph;
-    Arena *own_arena;
+    Arena *own_arena, *memory;     /* of the graph, and of what stands here */
     Segment *segment;
     int leaves, segments;
     size_t values, count;          /* numbers in the leaves' values, and in the whole point */
@@ -180,7 +180,7 @@ static void add_segment(Probe *p, size_t count, double scale, int is_tangent) {
 static void add_segments(Probe *p) {
     const Subject *s = p->subject;
     const int parameters = p->network ? p->network->model->parameter_count : 0;
-    p->segment = allocate(2 * MAX_LEAVES + (size_t)parameters, sizeof *p->segment);
+    p->segment = arena_allocate(p->memory, 2 * MAX_LEAVES + (size_t)parameters, sizeof *p->segment);
     for (; p->leaves < MAX_LEAVES && s->leaf[p->leaves][LEAF_HEIGHT] > 0; p->leaves++)
         add_segment(p, leaf_size(s->leaf[p->leaves]), s->leaf[p->leaves][LEAF_SCALE], 0);
     p->values = p->count;
@@ -210,9 +210,8 @@ static void set_point(Probe *p, uint64_t seed) {
 
 static void set_projection(Probe *p, uint64_t seed) {
     const Tensor *y = run_subject(p, p->point, NULL);
-    free(p->projection);
     p->result = element_count(y);
-    p->projection = allocate(p->result, sizeof(real));
+    p->projection = arena_allocate(p->memory, p->result, sizeof(real));
     random_normal(random_stream(seed, RANDOM_CHECK, 2, (uint32_t)p->of_tangent), p->projection, p->result);
     if (p->result == 1)
         p->projection[0] = 1;
@@ -233,35 +232,21 @@ static void probe_begin(Probe *p, const Subject *subject, uint64_t seed) {
     p->subject = subject;
     p->network = subject->network;
     p->graph = p->network ? &p->network->graph : &p->own_graph;
-    p->own_arena = arena_new();
+    p->own_arena = arena_new(), p->memory = arena_new();
     add_segments(p);
-    p->point = allocate(p->count, sizeof(real));
-    p->moved = allocate(p->count, sizeof(real));
-    p->gradient = allocate(p->count, sizeof(real));
-    p->direction = allocate(p->count, sizeof(double));
+    p->point = arena_allocate(p->memory, p->count, sizeof(real));
+    p->moved = allocate(p->count, sizeof(real));      /* these two from malloc: a sanitizer sees who reads or */
+    p->gradient = allocate(p->count, sizeof(real));   /* writes beyond their ends */
+    p->direction = arena_allocate(p->memory, p->count, sizeof(double));
     set_point(p, seed);
-}
-
-static void probe_end(Probe *p) {
-    arena_free(p->own_arena);
-    free(p->segment);
-    free(p->point);
-    free(p->moved);
-    free(p->gradient);
-    free(p->direction);
-    free(p->projection);
 }
 
 /* ---- comparing ---- */
 
 enum { DIRECTIONS = 4 };   /* tries */
 
-/* The comparisons made so far. In double the worst one counts; in float, where differences leave a few
+/* Of the comparisons made so far. In double the worst one counts; in float, where differences leave a few
  * digits, the Euclidean norm of all errors relative to that of all derivatives. */
-static void clear(Probe *p) {
-    p->worst = p->errors = p->derivatives = 0;
-}
-
 static double result_of(const Probe *p) {
     return IN_DOUBLE ? p->worst : sqrt(p->errors / larger(p->derivatives, 1e-300));
 }
@@ -319,7 +304,7 @@ static int compare_segment(Probe *p, const Segment *s, int samples, RandomStream
 /* The gradient of the result or of its tangent: every segment by itself, then all of them at once. */
 static double gradient_error(Probe *p, int samples, uint64_t seed) {
     int done = 0;
-    clear(p);
+    p->worst = p->errors = p->derivatives = 0;
     set_projection(p, seed);
     set_gradient(p);
     for (int i = 0; i < p->segments; i++) {
@@ -346,7 +331,7 @@ static double tangent_error(Probe *p) {
     const Tensor *y = run_subject(p, p->point, NULL);
     if (!y->tangent)
         return -1;
-    double *tangent = allocate(3 * p->result, sizeof(double));
+    double *tangent = arena_allocate(p->memory, 3 * p->result, sizeof(double));
     double *measured = tangent + p->result, *error = measured + p->result;
     for (size_t i = 0; i < p->result; i++)
         tangent[i] = (double)y->tangent->value[i];
@@ -361,10 +346,9 @@ static double tangent_error(Probe *p) {
     differentiate(values_along, p, p->result, scale, measured, error);
     for (size_t i = 0; i < p->result; i++)
         mean_square += measured[i] * measured[i] / (double)p->result;
-    clear(p);
+    p->worst = p->errors = p->derivatives = 0;
     for (size_t i = 0; i < p->result; i++)
         known += compare(p, tangent[i], measured[i], error[i], sqrt(mean_square));
-    free(tangent);
     return known ? result_of(p) : INFINITY;
 }
 
@@ -377,7 +361,8 @@ DerivativeErrors derivative_errors(const Subject *subject, int samples, uint64_t
     p.of_tangent = 1;
     if (e.tangent >= 0)
         e.through_tangent = gradient_error(&p, samples, seed);
-    probe_end(&p);
+    free(p.moved), free(p.gradient);
+    arena_free(p.own_arena), arena_free(p.memory);
     return e;
 }
 

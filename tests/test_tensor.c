@@ -425,13 +425,16 @@ static void test_convolution(Arena *scratch) {
 
 /* ---- group normalisation ---- */
 
-/* A case, and what the formulas say of it in double. Arrays [positions, channels]; scale, bias [channels]. */
+/* A case, and what the formulas say of it in double. Arrays [positions, channels]; scale, bias [channels]. Of
+ * y the gradients are by dy; of y_dot, those with _t, by dy as dy_dot. */
+enum {
+    Y, Y_DOT, DX, DX_T, DX_DOT_T, DX_T_ALONE, DX_DOT_T_ALONE, DSCALE, DBIAS, DSCALE_T, DBIAS_T, RESULTS
+};
 typedef struct {
     GroupNorm n;
     size_t count;
     real *x, *x_dot, *dy, *scale, *bias, *factor;
-    double *y, *dx, *dscale, *dbias;                             /* y and its gradients for dy */
-    double *y_dot, *dx_t, *dx_dot_t, *dscale_t, *dbias_t;        /* y_dot and its own, for dy as dy_dot */
+    double *want[RESULTS];
     double condition;   /* 1 + |mean| / deviation, the largest: what a rounding of x does to xhat */
 } NormCase;
 
@@ -488,15 +491,15 @@ static void norm_group(NormCase *t, const size_t *member, int size) {
         const double dy = factor * (double)t->dy[at];
         const Swish f = swish_of(t->n.swish, scale * r * a[C][i] + (double)t->bias[at % channels]);
         a[XHAT_DOT][i] = r * a[C_DOT][i] - r * r * r * a[C][i] * q;
-        t->y[at] = factor * f.value;
-        t->y_dot[at] = factor * f.slope * scale * a[XHAT_DOT][i];
+        t->want[Y][at] = factor * f.value;
+        t->want[Y_DOT][at] = factor * f.slope * scale * a[XHAT_DOT][i];
         a[BAR_N][i] = dy * f.slope;
         a[BAR_N_T][i] = dy * f.curve * scale * a[XHAT_DOT][i];
         a[BAR_XHAT_DOT][i] = dy * f.slope * scale;
-        t->dscale[at % channels] += a[BAR_N][i] * r * a[C][i];
-        t->dbias[at % channels] += a[BAR_N][i];
-        t->dscale_t[at % channels] += dy * f.slope * a[XHAT_DOT][i] + a[BAR_N_T][i] * r * a[C][i];
-        t->dbias_t[at % channels] += a[BAR_N_T][i];
+        t->want[DSCALE][at % channels] += a[BAR_N][i] * r * a[C][i];
+        t->want[DBIAS][at % channels] += a[BAR_N][i];
+        t->want[DSCALE_T][at % channels] += dy * f.slope * a[XHAT_DOT][i] + a[BAR_N_T][i] * r * a[C][i];
+        t->want[DBIAS_T][at % channels] += a[BAR_N_T][i];
     }
     for (int tangent = 0; tangent < 2; tangent++) {   /* back from n and, for the tangent, from xhat_dot */
         double *bar_n = a[tangent ? BAR_N_T : BAR_N], bar_r = 0, bar_q = 0;
@@ -514,9 +517,9 @@ static void norm_group(NormCase *t, const size_t *member, int size) {
         const double mean_bar = (double)mean_over(a[BAR_C], NULL, size);
         const double mean_bar_dot = (double)mean_over(a[BAR_C_DOT], NULL, size);
         for (int i = 0; i < size; i++) {
-            (tangent ? t->dx_t : t->dx)[member[i]] = a[BAR_C][i] - mean_bar;
+            (tangent ? t->want[DX_T] : t->want[DX])[member[i]] = a[BAR_C][i] - mean_bar;
             if (tangent)
-                t->dx_dot_t[member[i]] = a[BAR_C_DOT][i] - mean_bar_dot;
+                t->want[DX_DOT_T][member[i]] = a[BAR_C_DOT][i] - mean_bar_dot;
         }
     }
     free(memory);
@@ -538,12 +541,8 @@ static NormCase norm_case(int positions, int channels, int groups, int swish, in
                          .mean = allocate((size_t)groups, sizeof(real)),
                          .rstd = allocate((size_t)groups, sizeof(real))};
     t.n = n;
-    double **full[5] = {&t.y, &t.dx, &t.y_dot, &t.dx_t, &t.dx_dot_t};
-    double **narrow[4] = {&t.dscale, &t.dbias, &t.dscale_t, &t.dbias_t};
-    for (int i = 0; i < 5; i++)
-        *full[i] = allocate_zeroed(t.count, sizeof(double));
-    for (int i = 0; i < 4; i++)
-        *narrow[i] = allocate_zeroed((size_t)channels, sizeof(double));
+    for (int i = 0; i < RESULTS; i++)
+        t.want[i] = allocate_zeroed(t.count, sizeof(double));
     size_t *member = allocate(t.count, sizeof *member);
     for (int g = 0; g < groups; g++)
         norm_group(&t, member, group_members(&n, g, member));
@@ -554,8 +553,8 @@ static NormCase norm_case(int positions, int channels, int groups, int swish, in
 static void norm_free(NormCase *t) {
     free(t->n.mean), free(t->n.rstd);
     free(t->x), free(t->x_dot), free(t->dy), free(t->scale), free(t->bias), free(t->factor);
-    free(t->y), free(t->dx), free(t->dscale), free(t->dbias);
-    free(t->y_dot), free(t->dx_t), free(t->dx_dot_t), free(t->dscale_t), free(t->dbias_t);
+    for (int i = 0; i < RESULTS; i++)
+        free(t->want[i]);
 }
 
 /* got, which was `before` (NULL: nothing), against want, in units of the tolerance: relative to the largest
@@ -572,48 +571,38 @@ static double norm_error(const NormCase *t, const real *got, const double *want,
     return worst;
 }
 
+/* What is written, and gradients, which are added to what is there; each of these may be absent, so that
+ * those by x and x_dot are there a second time, alone. */
 static void check_group_norm(int positions, int channels, int groups, int variant, double mean,
                              double deviation, double corner, Arena *scratch) {
+    static const char *const names[RESULTS] = {
+        "y", "y_dot", "dx", "tangent's dx", "tangent's dx_dot", "tangent's dx alone",
+        "tangent's dx_dot alone", "dscale", "dbias", "tangent's dscale", "tangent's dbias"};
     NormCase t = norm_case(positions, channels, groups, variant % 2, variant / 2 % 2, mean, deviation,
                            corner);
-    const size_t wide = t.count, narrow = (size_t)channels;
-    char what[140];
-    snprintf(what, sizeof what, "%d positions, %d channels, %d groups%s%s, mean %g, deviation %g, corner %g",
-             positions, channels, groups, t.n.swish ? ", swish" : "", t.n.dropout_factor ? ", dropout" : "",
-             mean, deviation, corner);
-    real *y = normals(wide, 56, 0, 1);
-    group_norm(&t.n, t.x, y, scratch);
-    double worst = norm_error(&t, y, t.y, NULL, wide);
-    CHECK(worst <= 1, "group_norm, %s: %.3g tolerances", what, worst);
-    group_norm_tangent(&t.n, t.x, t.x_dot, y, scratch);
-    worst = norm_error(&t, y, t.y_dot, NULL, wide);
-    CHECK(worst <= 1, "group_norm_tangent, %s: %.3g tolerances", what, worst);
-
-    /* Gradients are added to what is there, and each may be absent. */
-    real *before = normals(wide, 57, 0, 0.1), *dx = copy_of(before, wide), *dx_dot = copy_of(before, wide);
-    real *dscale = copy_of(before, narrow), *dbias = copy_of(before, narrow);
-    group_norm_backward(&t.n, t.x, t.dy, dx, NULL, dbias, scratch);
-    group_norm_backward(&t.n, t.x, t.dy, NULL, dscale, NULL, scratch);
-    worst =
-        fmax(norm_error(&t, dx, t.dx, before, wide), fmax(norm_error(&t, dscale, t.dscale, before, narrow),
-                                                          norm_error(&t, dbias, t.dbias, before, narrow)));
-    CHECK(worst <= 1, "group_norm_backward, %s: %.3g tolerances", what, worst);
-    memcpy(dx, before, wide * sizeof(real));
-    memcpy(dscale, before, narrow * sizeof(real));
-    memcpy(dbias, before, narrow * sizeof(real));
-    group_norm_tangent_backward(&t.n, t.x, t.x_dot, t.dy, dx, dx_dot, dscale, dbias, scratch);
-    worst = fmax(norm_error(&t, dx, t.dx_t, before, wide), norm_error(&t, dx_dot, t.dx_dot_t, before, wide));
-    CHECK(worst <= 1, "group_norm_tangent_backward, %s: %.3g tolerances", what, worst);
-    worst = fmax(norm_error(&t, dscale, t.dscale_t, before, narrow),
-                 norm_error(&t, dbias, t.dbias_t, before, narrow));
-    CHECK(worst <= 1, "group_norm_tangent_backward by scale and bias, %s: %.3g tolerances", what, worst);
-    memcpy(dx, before, wide * sizeof(real));
-    memcpy(dx_dot, before, wide * sizeof(real));
-    group_norm_tangent_backward(&t.n, t.x, t.x_dot, t.dy, NULL, dx_dot, NULL, NULL, scratch);
-    group_norm_tangent_backward(&t.n, t.x, t.x_dot, t.dy, dx, NULL, NULL, NULL, scratch);
-    worst = fmax(norm_error(&t, dx, t.dx_t, before, wide), norm_error(&t, dx_dot, t.dx_dot_t, before, wide));
-    CHECK(worst <= 1, "group_norm_tangent_backward by x and x_dot alone, %s: %.3g tolerances", what, worst);
-    free(y), free(before), free(dx), free(dx_dot), free(dscale), free(dbias);
+    real *before = normals(t.count, 57, 0, 0.1), *got[RESULTS];
+    for (int i = 0; i < RESULTS; i++)
+        got[i] = copy_of(before, i >= DSCALE ? (size_t)channels : t.count);
+    group_norm(&t.n, t.x, got[Y], scratch);
+    group_norm_tangent(&t.n, t.x, t.x_dot, got[Y_DOT], scratch);
+    group_norm_backward(&t.n, t.x, t.dy, got[DX], NULL, got[DBIAS], scratch);
+    group_norm_backward(&t.n, t.x, t.dy, NULL, got[DSCALE], NULL, scratch);
+    group_norm_tangent_backward(&t.n, t.x, t.x_dot, t.dy, got[DX_T], got[DX_DOT_T], got[DSCALE_T],
+                                got[DBIAS_T], scratch);
+    group_norm_tangent_backward(&t.n, t.x, t.x_dot, t.dy, got[DX_T_ALONE], NULL, NULL, NULL, scratch);
+    group_norm_tangent_backward(&t.n, t.x, t.x_dot, t.dy, NULL, got[DX_DOT_T_ALONE], NULL, NULL, scratch);
+    for (int i = 0; i < RESULTS; i++) {
+        const int alone = i == DX_T_ALONE || i == DX_DOT_T_ALONE;
+        const double worst = norm_error(&t, got[i], t.want[alone ? i - 2 : i], i <= Y_DOT ? NULL : before,
+                                        i >= DSCALE ? (size_t)channels : t.count);
+        CHECK(worst <= 1,
+              "group norm, %s, %dx%d, %d groups, swish %d, dropout %d, mean %g, deviation %g, corner %g: "
+              "%.3g tolerances",
+              names[i], positions, channels, groups, t.n.swish, t.n.dropout_factor != NULL, mean, deviation,
+              corner, worst);
+        free(got[i]);
+    }
+    free(before);
     norm_free(&t);
 }
 
