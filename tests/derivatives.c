@@ -235,8 +235,8 @@ static void probe_begin(Probe *p, const Subject *subject, uint64_t seed) {
     p->own_arena = arena_new(), p->memory = arena_new();
     add_segments(p);
     p->point = arena_allocate(p->memory, p->count, sizeof(real));
-    p->moved = allocate(p->count, sizeof(real));      /* these two from malloc: a sanitizer sees who reads or */
-    p->gradient = allocate(p->count, sizeof(real));   /* writes beyond their ends */
+    p->moved = allocate(p->count, sizeof(real));   /* of this size exactly: a sanitizer sees who reads */
+    p->gradient = allocate(p->count, sizeof(real));   /* or writes beyond the end */
     p->direction = arena_allocate(p->memory, p->count, sizeof(double));
     set_point(p, seed);
 }

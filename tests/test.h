@@ -74,6 +74,14 @@ static inline void fill_normal(real *x, size_t count, uint32_t example, double m
         x[i] = (real)(mean + deviation * (double)x[i]);
 }
 
+/* ---- files ---- */
+
+static inline void write_file(const char *path, const void *data, size_t size) {
+    FILE *stream = fopen(path, "wb");
+    const int written = stream && fwrite(data, 1, size, stream) == size && fclose(stream) == 0;
+    CHECK(written, "%s: cannot be written", path);
+}
+
 /* ---- models ---- */
 
 /* A small model: `name` as "diffenc-1-1", as many channels in both networks. */

@@ -4,6 +4,7 @@
  * files that are parsed here are left in that directory, by kind, for fuzzers to begin with. */
 
 #define _POSIX_C_SOURCE 200809L
+#define _XOPEN_SOURCE 700
 
 #include "../diffenc.h"
 #include "test.h"
@@ -16,26 +17,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static char directory[64] = "/tmp/test_data.XXXXXX";
+static char directory[64] = "/tmp/test_data.XXXXXX";   /* where the test runs */
 static Error error;   /* of the last call that failed */
 
 enum { RECORD = 3073 };   /* bytes of an image of CIFAR-10 */
 
-/* A path in the temporary directory. One result is valid at a time. */
-static const char *in_directory(const char *name) {
-    static char path[512];
-    snprintf(path, sizeof path, "%s/%s", directory, name);
-    return path;
-}
-
-static void write_file(const char *name, const void *data, size_t size) {
-    FILE *stream = fopen(in_directory(name), "wb");
-    CHECK(stream != NULL && fwrite(data, 1, size, stream) == size && fclose(stream) == 0, "cannot write %s",
-          name);
-}
-
 static Bytes read_file(const char *name) {
-    FILE *stream = fopen(in_directory(name), "rb");
+    FILE *stream = fopen(name, "rb");
     CHECK(stream != NULL, "cannot read %s", name);
     Bytes bytes = { calloc(1, 1 << 20), 0 };
     if (stream != NULL) {
@@ -107,9 +95,7 @@ static void leave_seed(const char *kind, const void *data, size_t size) {
     char path[512];
     if (where == NULL) return;
     snprintf(path, sizeof path, "%s/%s/%d", where, kind, number++);
-    FILE *stream = fopen(path, "wb");
-    CHECK(stream != NULL && fwrite(data, 1, size, stream) == size && fclose(stream) == 0, "cannot write %s",
-          path);
+    write_file(path, data, size);
 }
 
 /* ---- gzip ---- */
@@ -303,10 +289,10 @@ static void test_out_of_memory(void) {
     }
     bytes = (Bytes){ calloc(1, 16 + HELD), 16 + HELD };
     write_file("large", "", 0);
-    CHECK(truncate(in_directory("large"), 2 * LIMIT) == 0, "cannot make a large file");
+    CHECK(truncate("large", 2 * LIMIT) == 0, "cannot make a large file");
     make_bomb(bomb, BOMB);
     const rlim_t before = limit_memory(LIMIT);
-    REFUSED(tensors_read(in_directory("large"), &file, &error), "/large: out of memory, needs ");
+    REFUSED(tensors_read("large", &file, &error), "large: out of memory, needs ");
     REFUSED(gzip_inflate(bomb, sizeof bomb, "x.gz", SIZE_MAX, &out, &error), "x.gz: out of memory, needs");
     CHECK(out.data == NULL && out.size == 0, "something is left");
     memset(bytes.data, 0, 16);
@@ -328,45 +314,40 @@ static int write_new(FILE *stream, const void *context) {
 static void test_file_replace(void) {
     write_file("kept", "old", 3);
     int files = files_in_directory();
-    REFUSED(file_replace(in_directory("no/such/place"), write_new, NULL, &error),
-            "/no/such/place: No such file or directory");
+    REFUSED(file_replace("no/such/place", write_new, NULL, &error), "no/such/place: No such file");
     CHECK(file_replace(directory, write_new, NULL, &error) != 0, "a directory is replaced");
     REFUSED(file_replace("/dev/null", write_new, NULL, &error), "/dev/null: is not a regular file");
 
     /* A link stays, what it points to is replaced, where it is; a link to nothing is refused. */
-    char target[512], name[512];
     struct stat status;
-    strcpy(target, in_directory("behind/target"));
-    CHECK(mkdir(in_directory("behind"), 0777) == 0, "cannot make a directory");
+    CHECK(mkdir("behind", 0777) == 0, "cannot make a directory");
     write_file("behind/target", "old", 3);
-    CHECK(symlink("behind/target", in_directory("link")) == 0, "no link");
-    CHECK(symlink("none", in_directory("dangling")) == 0, "no link");
-    ACCEPTED(file_replace(in_directory("link"), write_new, NULL, &error));
-    CHECK(lstat(in_directory("link"), &status) == 0 && S_ISLNK(status.st_mode), "the link is replaced");
-    CHECK(stat(target, &status) == 0 && status.st_size == 400000, "the target is not replaced");
-    REFUSED(file_replace(in_directory("dangling"), write_new, NULL, &error),
-            "/dangling: No such file or directory");
-    unlink(target);
-    rmdir(in_directory("behind"));
-    unlink(in_directory("link"));
-    unlink(in_directory("dangling"));
+    CHECK(symlink("behind/target", "link") == 0, "no link");
+    CHECK(symlink("none", "dangling") == 0, "no link");
+    ACCEPTED(file_replace("link", write_new, NULL, &error));
+    CHECK(lstat("link", &status) == 0 && S_ISLNK(status.st_mode), "the link is replaced");
+    CHECK(stat("behind/target", &status) == 0 && status.st_size == 400000, "the target is not replaced");
+    REFUSED(file_replace("dangling", write_new, NULL, &error), "dangling: No such file or directory");
+    unlink("behind/target");
+    rmdir("behind");
+    unlink("link");
+    unlink("dangling");
     CHECK(files_in_directory() == files, "a temporary file is left");
 
     /* What is no file is refused at once: a FIFO would wait, /dev/zero would never end. */
     TensorFile file;
-    strcpy(name, in_directory("fifo"));
-    CHECK(mkfifo(name, 0600) == 0, "no FIFO");
+    CHECK(mkfifo("fifo", 0600) == 0, "no FIFO");
     alarm(60);
-    REFUSED(tensors_read(name, &file, &error), "/fifo: is a device or a pipe, expected a file");
+    REFUSED(tensors_read("fifo", &file, &error), "fifo: is a device or a pipe, expected a file");
     REFUSED(tensors_read("/dev/zero", &file, &error), "/dev/zero: is a device or a pipe, expected a file");
     REFUSED(tensors_read(directory, &file, &error), ": is a directory, expected a file");
     alarm(0);
-    unlink(name);
+    unlink("fifo");
 
     char stale[32];
     snprintf(stale, sizeof stale, "kept.tmp.%ld", (long)getpid());
     write_file(stale, "left by a crash", 15);
-    ACCEPTED(file_replace(in_directory("kept"), write_new, NULL, &error));
+    ACCEPTED(file_replace("kept", write_new, NULL, &error));
     Bytes bytes = read_file("kept");
     CHECK(bytes.size == 400000 && memcmp(bytes.data, "new new ", 8) == 0, "the new file is not there");
     free(bytes.data);
@@ -484,7 +465,7 @@ static void test_animation(void) {
     CHECK(grids.height == SIDE && grids.width == SIDE && grids.count == FRAMES, "%d grids of %d x %d",
           grids.count, grids.height, grids.width);
     memcpy(frames, grids.pixels, sizeof frames);
-    ACCEPTED(pictures_write(in_directory("a.apng"), grids, 50, &error));
+    ACCEPTED(pictures_write("a.apng", grids, 50, &error));
     arena_free(arena);
     const size_t size = check_png("a.apng", frames[0], FRAMES, SIDE, SIDE, 1, 50);
     CHECK(size < 650000, "40 frames of 16 digits take %d bytes", (int)size);
@@ -493,7 +474,7 @@ static void test_animation(void) {
 static void test_npy(void) {
     static const unsigned char pixels[2 * 1 * 3 * 2] = { 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 255 };
     char expected[129];
-    ACCEPTED(pictures_write(in_directory("a.npy"), (Pictures){pixels, 2, 1, 3, 2}, 0, &error));
+    ACCEPTED(pictures_write("a.npy", (Pictures){pixels, 2, 1, 3, 2}, 0, &error));
     Bytes file = read_file("a.npy");
     snprintf(expected, sizeof expected, "..........%-117s\n",
              "{'descr': '|u1', 'fortran_order': False, 'shape': (2, 1, 3, 2), }");
@@ -501,7 +482,7 @@ static void test_npy(void) {
     CHECK(file.size == 128 + sizeof pixels && memcmp(file.data, expected, 128) == 0, "header");
     CHECK(memcmp(file.data + 128, pixels, sizeof pixels) == 0, "pixels");
     free(file.data);
-    ACCEPTED(pictures_write(in_directory("b.npy"), (Pictures){pixels, 1, 4, 3, 1}, 0, &error));
+    ACCEPTED(pictures_write("b.npy", (Pictures){pixels, 1, 4, 3, 1}, 0, &error));
     file = read_file("b.npy");
     CHECK(file.size == 140 && strstr((const char *)file.data + 10, "(1, 4, 3, 1)") != NULL, "one image");
     free(file.data);
@@ -533,11 +514,11 @@ static void test_images(void) {
     enum { HEIGHT = 150, WIDTH = 160 };
     static unsigned char pixels[HEIGHT * WIDTH * 3];
     for (size_t i = 0; i < sizeof pixels; i++) pixels[i] = (unsigned char)(i * i / 7);
-    ACCEPTED(pictures_write(in_directory("a.png"), (Pictures){pixels, 1, HEIGHT, WIDTH, 3}, 0, &error));
+    ACCEPTED(pictures_write("a.png", (Pictures){pixels, 1, HEIGHT, WIDTH, 3}, 0, &error));
     check_png("a.png", pixels, 1, HEIGHT, WIDTH, 3, 0);
-    ACCEPTED(pictures_write(in_directory("b.png"), (Pictures){pixels, 1, HEIGHT, WIDTH, 1}, 0, &error));
+    ACCEPTED(pictures_write("b.png", (Pictures){pixels, 1, HEIGHT, WIDTH, 1}, 0, &error));
     check_png("b.png", pixels, 1, HEIGHT, WIDTH, 1, 0);
-    ACCEPTED(pictures_write(in_directory("c.png"), (Pictures){pixels, 1, 257, 254, 1}, 0, &error));
+    ACCEPTED(pictures_write("c.png", (Pictures){pixels, 1, 257, 254, 1}, 0, &error));
     check_png("c.png", pixels, 1, 257, 254, 1, 0);
     for (int length = 0; length < 600; length++) {       /* runs of all lengths, in grey and in colour */
         const int channels = length % 2 ? 1 : 3;
@@ -545,22 +526,22 @@ static void test_images(void) {
         for (int i = 0; i < 606; i++)
             runs[i] = i < channels || i >= channels + length ? (unsigned char)(i * 37) : runs[i - channels];
         const Pictures picture = {runs, 1, 2, 303 / channels, channels};
-        ACCEPTED(pictures_write(in_directory("d.png"), picture, 0, &error));
+        ACCEPTED(pictures_write("d.png", picture, 0, &error));
         const size_t size = check_png("d.png", runs, 1, 2, 303 / channels, channels, 0);
         CHECK(length < 599 || size < 100, "%d bytes for what is even", (int)size);
     }
 
-    ACCEPTED(pictures_write(in_directory("a.pgm"), (Pictures){pixels, 1, 2, 3, 1}, 0, &error));
+    ACCEPTED(pictures_write("a.pgm", (Pictures){pixels, 1, 2, 3, 1}, 0, &error));
     check_file("a.pgm", "P5\n3 2\n255\n", pixels, 6);
-    ACCEPTED(pictures_write(in_directory("a.ppm"), (Pictures){pixels, 1, 2, 1, 3}, 0, &error));
+    ACCEPTED(pictures_write("a.ppm", (Pictures){pixels, 1, 2, 1, 3}, 0, &error));
     check_file("a.ppm", "P6\n1 2\n255\n", pixels, 6);
     const Pictures two = {(const unsigned char *)"\1\2", 1, 1, 2, 1};
-    ACCEPTED(pictures_write(in_directory("b.PPM"), two, 0, &error));
+    ACCEPTED(pictures_write("b.PPM", two, 0, &error));
     check_file("b.PPM", "P6\n2 1\n255\n", "\1\1\1\2\2\2", 6);
 
-    REFUSED(pictures_write(in_directory("x.png"), (Pictures){pixels, 1, 4, 4, 2}, 0, &error),
+    REFUSED(pictures_write("x.png", (Pictures){pixels, 1, 4, 4, 2}, 0, &error),
             "x.png: images of two channels");
-    REFUSED(pictures_write(in_directory("x.png"), (Pictures){pixels, 1, 30000, 30000, 1}, 0, &error),
+    REFUSED(pictures_write("x.png", (Pictures){pixels, 1, 30000, 30000, 1}, 0, &error),
             "is too large");
     CHECK(picture_path_check("x.npy", 2, &error) == 0 && picture_path_check("x.apng", 3, &error) == 0, "%s",
           error.text);
@@ -592,7 +573,7 @@ static void test_images(void) {
 
 /* Draw a chart; the result is its text, on the heap. */
 static char *chart_text(const Curve *curves, int count) {
-    FILE *stream = fopen(in_directory("chart.svg"), "wb");
+    FILE *stream = fopen("chart.svg", "wb");
     chart_svg(stream, "a & b", "x < y", "\x1b", curves, count);
     CHECK(fclose(stream) == 0, "cannot write a chart");
     Bytes bytes = read_file("chart.svg");
@@ -760,9 +741,9 @@ static void refuse_open(const char *where, Split split, const char *part) {
 static void test_open(void) {
     static unsigned char batch[2 * RECORD];
     static const unsigned char idx[] = { 0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 2, 7, 8 };
-    refuse_open(in_directory("nowhere"), SPLIT_TRAIN, "/nowhere: No such file or directory");
+    refuse_open("nowhere", SPLIT_TRAIN, "nowhere: No such file or directory");
     refuse_open(directory, SPLIT_TRAIN, "holds neither train-images-idx3-ubyte (MNIST) nor data_batch_1.bin");
-    refuse_open(in_directory("kept"), SPLIT_TRAIN, "Not a directory");
+    refuse_open("kept", SPLIT_TRAIN, "Not a directory");
     refuse_open("no\nsuch\x1b[2J", SPLIT_TRAIN, "no\\x0asuch\\x1b[2J: No such file or directory");
 
     for (int i = 0; i < 2 * RECORD; i++) batch[i] = i % RECORD == 0 ? 1 : (unsigned char)(i / RECORD + 1);
@@ -785,10 +766,10 @@ static void test_open(void) {
     write_file("train-labels-idx1-ubyte", labels, sizeof labels - 1);
     refuse_open(directory, SPLIT_TRAIN, "/train-labels-idx1-ubyte: holds 8 bytes, expected an IDX file of "
                                         "1 labels for the images of train-images-idx3-ubyte");
-    unlink(in_directory("train-labels-idx1-ubyte"));
+    unlink("train-labels-idx1-ubyte");
     write_file("train-labels-idx1-ubyte.gz", gzip_stored, sizeof gzip_stored);
     refuse_open(directory, SPLIT_TRAIN, "/train-labels-idx1-ubyte.gz: holds ");
-    unlink(in_directory("train-labels-idx1-ubyte.gz"));
+    unlink("train-labels-idx1-ubyte.gz");
     write_file("t10k-images-idx3-ubyte.gz", gzip_stored, sizeof gzip_stored);
     refuse_open(directory, SPLIT_TEST, "/t10k-images-idx3-ubyte.gz: magic number 0x44696666, expected");
     write_file("t10k-images-idx3-ubyte.gz", idx, sizeof idx);
@@ -816,7 +797,7 @@ static void test_open(void) {
     write_file("train-images-idx3-ubyte", idx, sizeof idx);
     write_file("train-images-idx3-ubyte.gz", gzip_stored, sizeof gzip_stored);
     const int terminal = dup(STDERR_FILENO);
-    CHECK(freopen(in_directory("said"), "w", stderr) != NULL, "no stderr");
+    CHECK(freopen("said", "w", stderr) != NULL, "no stderr");
     check_open(SPLIT_TRAIN, 1, 1, 1, 8, -1);
     fflush(stderr);
     dup2(terminal, STDERR_FILENO);
@@ -1056,8 +1037,7 @@ static void test_tensors(void) {
     const char *metadata[6] = { "step", "12", "config", "{\"line\":\n\"\x01\xc3\xa9\"}",
                                       "", "path/\xe6\x97\xa5\"\\" };
     TensorFile file;
-    char path[256];
-    strcpy(path, in_directory("t.safetensors"));
+    const char *path = "t.safetensors";
     ACCEPTED(tensors_write(path, &(TensorFile){{NULL, 0}, out, 4, metadata, 3}, &error));
     ACCEPTED(tensors_read(path, &file, &error));
     CHECK(file.tensor_count == 4 && file.metadata_count == 3, "counts");
@@ -1118,7 +1098,7 @@ static void test_tensors(void) {
     CHECK(tensors_write(path, &nothing, &error) == 0 && tensors_read(path, &file, &error) == 0,
           "nothing: %s", error.text);
     tensors_free(&file);
-    REFUSED(tensors_read(in_directory("missing"), &file, &error), "/missing: No such file or directory");
+    REFUSED(tensors_read("missing", &file, &error), "missing: No such file or directory");
 }
 
 #define TENSOR(name, type, shape, begin, end) \
@@ -1217,7 +1197,13 @@ static void test_tensor_headers(void) {
 }
 
 int main(void) {
-    if (mkdtemp(directory) == NULL) {
+    static const char *const elsewhere[2] = { "MNIST_DIR", "FUZZ_SEEDS" };
+    for (int i = 0; i < 2; i++) {
+        char path[4096];
+        const char *where = getenv(elsewhere[i]);
+        if (where != NULL && realpath(where, path) != NULL) setenv(elsewhere[i], path, 1);
+    }
+    if (mkdtemp(directory) == NULL || chdir(directory) != 0) {
         perror(directory);
         return 1;
     }
@@ -1243,7 +1229,7 @@ int main(void) {
 
     DIR *stream = opendir(directory);
     for (struct dirent *entry; stream != NULL && (entry = readdir(stream)) != NULL;) {
-        if (entry->d_name[0] != '.') unlink(in_directory(entry->d_name));
+        if (entry->d_name[0] != '.') unlink(entry->d_name);
     }
     if (stream != NULL) closedir(stream);
     CHECK(rmdir(directory) == 0, "%s: %s", directory, strerror(errno));
