@@ -6,13 +6,10 @@
 #define _POSIX_C_SOURCE 200809L
 #define _XOPEN_SOURCE 700
 
-#include "../diffenc.h"
 #include "test.h"
 
 #include <dirent.h>
 #include <errno.h>
-#include <math.h>
-#include <stdlib.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>

@@ -5,7 +5,6 @@
  * hold losses and gradients of another implementation (tests/reference.py). So they are taken as given here,
  * and an algorithm is done a second time with its draws written out. */
 
-#include "../diffenc.h"
 #include "test.h"
 
 enum { HEIGHT = 4, WIDTH = 6, D = HEIGHT * WIDTH, COUNT = 5, CLASSES = 3, SEED = 21 };

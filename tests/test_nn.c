@@ -3,7 +3,6 @@
  * What the networks compute is shown elsewhere: the golden files hold the values and gradients of another
  * implementation (tests/reference.py), and `diffenc check` proves the derivatives. */
 
-#include "../diffenc.h"
 #include "test.h"
 
 /* ---- configuration ---- */

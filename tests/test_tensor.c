@@ -9,12 +9,8 @@
 
 #define _POSIX_C_SOURCE 200809L
 
-#include "../diffenc.h"
 #include "test.h"
 
-#include <float.h>
-#include <math.h>
-#include <stdlib.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
