@@ -76,7 +76,7 @@ $(BUILD)/test_%: $(BUILD)/test_%.o $(LIBRARY) $(BUILD)/derivatives.o
 RUN = run-digits
 run: all
 	@test ! -e $(RUN) || { echo "$(RUN) is there already: RUN=DIRECTORY names another, or move it away."; exit 1; }
-	./$(PROGRAM) train --data digits --conditional --steps 2400 --out $(RUN)
+	./$(PROGRAM) train --data digits --conditional --channels 16 --lr 0.016 --steps 2400 --out $(RUN)
 	@echo "Look at $(RUN)/samples-2400.png and $(RUN)/report.html."
 
 # All tests, in single and in double precision; the last line is the sum of both. Real data are added where mnist/ is

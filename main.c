@@ -281,9 +281,9 @@ static Settings settings_default(void) {
     Settings s = settings_of_paper();
     Config *c = &s.config;
     Optimizer *o = &s.optimizer;
-    c->net = NET_UNET, c->channels = 16, c->encoder_channels = 8, c->dropout = 0;
+    c->net = NET_UNET, c->channels = 32, c->encoder_channels = 8, c->dropout = 0;
     c->fourier_first = 0, c->fourier_last = 7;
-    o->muon = 1, o->learning_rate = 0.016, o->encoder_rate = 0.1;
+    o->muon = 1, o->learning_rate = 0.008, o->encoder_rate = 0.1;
     o->warmup = 200, o->cooldown = 1, o->clip = 1;
     s.batch = 16;
     return s;
@@ -299,7 +299,7 @@ static Job *job_new(const Command *command, char **arguments) {
     job->one_class = -1, job->amplify = 1;
     strcpy(job->times, "0,0.125,0.25,0.375,0.5,0.625,0.75,0.875,1");
     if (command->taker == TRAIN) {
-        job->steps = 60000;
+        job->steps = 33000;
         strcpy(job->out, "run");
     }
     return job;
