@@ -864,7 +864,7 @@ static void count_again(const void *context, int first, int end, Arena *scratch)
 }
 
 static void test_in_parts(void) {
-    Arena *arena = arena_new(), *scratch[16];
+    Arena *arena = arena_new(), *scratch[16] = {0};
     for (int parts = 0; parts < 8; parts++)
         for (int count = 0; count <= PIECES; count++) {
             int done[PIECES] = {0}, made = 0, once = 1, own = 1;
