@@ -222,9 +222,9 @@ static void test_matrices(void) {
     for (int at_y = 0; at_y < ROWS * COLUMNS; at_y++) {
         double sum = 0, outer_sum = 0, magnitude = 0;
         for (int k = 0; k < N; k++) {
-            const double ak = at(a, (size_t)(at_y / COLUMNS * N + k));
-            const double bk = at(b, (size_t)(k * COLUMNS + at_y % COLUMNS));
-            const double btk = at(bt, (size_t)(at_y % COLUMNS * N + k));
+            const double ak = at(a, (size_t)at_y / COLUMNS * N + (size_t)k);
+            const double bk = at(b, (size_t)k * COLUMNS + (size_t)at_y % COLUMNS);
+            const double btk = at(bt, (size_t)at_y % COLUMNS * N + (size_t)k);
             sum += ak * bk, outer_sum += ak * btk, magnitude += fabs(ak) * (fabs(bk) + fabs(btk));
         }
         check_near(at(ab, (size_t)at_y), sum, N * EPS * magnitude, "matrix_multiply", (size_t)at_y);
