@@ -5,6 +5,8 @@
 
 #include "test.h"
 
+#include <assert.h>
+
 /* ---- configuration ---- */
 
 static void test_parse_model(void) {
@@ -275,6 +277,7 @@ static void test_classes(void) {
     fill_normal(x, COUNT, 4, 0, 0.5);
     const Parameter *const tables[2] = {parameter_named(&lab.model, names[0]),
                                         parameter_named(&lab.model, names[1])};
+    assert(tables[0] && tables[1]);
     real *gradient = allocate(lab.model.weight_count, sizeof *gradient);
     for (int k = 0; k < 2; k++)
         memset(lab.model.params + tables[k]->offset, 0, tables[k]->count * sizeof(real));
