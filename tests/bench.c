@@ -490,7 +490,7 @@ static void bench_steps(const Job *all) {
         stop_on(config_parse_model(&job.config, MODELS[i], &failure));
         bench_step(&job, MODELS[i], &first_median[0]);
         job.batch = 16;
-        job.config.net = NET_UNET, job.config.channels = 16, job.config.encoder_channels = 8;
+        job.config.net = NET_UNET, job.config.channels = 32, job.config.encoder_channels = 8;
         job.config.fourier_first = 0, job.config.dropout = 0;
         bench_step(&job, MODELS[i], &first_median[1]);
     }
