@@ -276,7 +276,7 @@ static Settings settings_of_paper(void) {
     return (Settings){config_default(), optimizer_default(), .batch = 64, .seed = 1, .data = "digits"};
 }
 
-/* The recipe: of all that was tried what learns most in an hour on two cores. */
+/* The recipe: of all that was tried that with which diffenc-4-2 learned most in five minutes on two cores. */
 static Settings settings_default(void) {
     Settings s = settings_of_paper();
     Config *c = &s.config;
