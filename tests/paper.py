@@ -10,7 +10,8 @@ resumes from its checkpoint, and what is done already is not done again.
 Environment: SEEDS ("1 2 3"), STEPS (10000, of each training), MNIST_DIR (mnist; "digits" for the built-in
 data), OUT (run-paper), LIMIT (test images of each bound, evenly over the split; 0, the default: all), REPEATS
 (2, draws of time and noise for each of them), FINITE_LIMIT (100, test images of the bounds that visit all T
-steps), SAMPLE_STEPS (250, of the sampled pictures).
+steps), SAMPLE_STEPS (250, of the sampled pictures), LAUNCH (what starts the program on several ranks, such as
+"mpirun -n 2").
 Exit status: 0, 1 when a command fails, 2 for wrong settings, 128 + N after signal N.
 """
 
@@ -60,6 +61,7 @@ LIMIT = setting("LIMIT", "0", 0)
 REPEATS = setting("REPEATS", "2", 1)
 FINITE_LIMIT = setting("FINITE_LIMIT", "100", 2)
 SAMPLE_STEPS = setting("SAMPLE_STEPS", "250", 1)
+COMMAND = shlex.split(setting("LAUNCH", "")) + [PROGRAM]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -102,7 +104,7 @@ def call(arguments, meanwhile=lambda: None):
     our stderr. It has a session of its own: Ctrl-C reaches it once, through us."""
     global child
     with open(path("output.tmp"), "w+") as output:
-        child = subprocess.Popen([PROGRAM] + arguments, stdout=output, start_new_session=True,
+        child = subprocess.Popen(COMMAND + arguments, stdout=output, start_new_session=True,
                                  preexec_fn=end_with_parent)
         pid = 0
         while pid == 0:
@@ -112,7 +114,7 @@ def call(arguments, meanwhile=lambda: None):
         code = child.returncode = os.waitstatus_to_exitcode(status)
         child = None
         if code:
-            raise Failure(f"{shlex.join([PROGRAM] + arguments)}: ended with status {code}")
+            raise Failure(f"{shlex.join(COMMAND + arguments)}: ended with status {code}")
         output.seek(0)
         return output.read(), usage.ru_maxrss * 1024
 
@@ -120,7 +122,7 @@ def call(arguments, meanwhile=lambda: None):
 def kept(name, arguments, checkpoints, products=()):
     """What the command printed. It is run only if this very command has not been, or if a checkpoint is
     newer; OUT/commands/NAME.txt has the command line and its output."""
-    line = shlex.join([PROGRAM] + arguments)
+    line = shlex.join(COMMAND + arguments)
     record = path("commands", name + ".txt")
     made = [record] + list(products)
     if (all(os.path.exists(file) for file in made)
@@ -137,7 +139,7 @@ def kept(name, arguments, checkpoints, products=()):
 
 def number(arguments):
     """[N], N being the number of this command in the list that ends results.md."""
-    return f"[{numbers.setdefault(shlex.join([PROGRAM] + arguments), len(numbers) + 1)}]"
+    return f"[{numbers.setdefault(shlex.join(COMMAND + arguments), len(numbers) + 1)}]"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ class Run:
             arguments += ["--save-every", str(keep[0])]
         if begun >= 0:
             arguments += ["--resume"]
-        print(f"== {shlex.join([PROGRAM] + arguments)}", file=sys.stderr)
+        print(f"== {shlex.join(COMMAND + arguments)}", file=sys.stderr)
         _, memory = call(arguments, watch if keep else lambda: None)
         write_whole(os.path.join(self.directory, "memory.txt"), f"{memory}\n")
 
@@ -323,7 +325,7 @@ def table(header, rows):
 
 
 def block(arguments, output):
-    return f"```\n$ {shlex.join([PROGRAM] + arguments)}\n{output}```\n"
+    return f"```\n$ {shlex.join(COMMAND + arguments)}\n{output}```\n"
 
 
 def plus_minus(value, error):

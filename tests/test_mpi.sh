@@ -155,6 +155,20 @@ end
 check "a lost rank ends the others" is "$status" 137
 check "a lost rank leaves a checkpoint" ranks 1 train --resume --steps 0 --out lost
 
+# A disk of its own with room for one checkpoint and a half, where making one is allowed.
+mkdir disk
+if [ "$(id -u)" = 0 ] && mount -t tmpfs -o size=$(($(wc -c <$checkpoint) * 3 / 2)) none disk 2>/dev/null; then
+    cp $checkpoint disk
+    train 2 1 disk --resume --steps 7
+    status=$?
+    check "a full disk" ends_in_order "checkpoint.safetensors: No space left on device"
+    check "a full disk leaves the old checkpoint and nothing else" \
+        eval "cmp $checkpoint disk/checkpoint.safetensors && ! ls disk/*.tmp*"
+    umount disk
+else
+    echo "skipped: a full disk (no right to mount one)"
+fi
+
 begin 2 moved
 mv moved moved-away
 end
@@ -166,6 +180,17 @@ ranks 1 train --out never : -n 1 "$program" train --data nowhere --out never
 status=$?
 check "rank 1 fails alone" ends_in_order "nowhere: No such file"
 check "rank 1 fails alone: nothing is left" [ ! -e never ]
+
+# ---- make paper ----
+
+paper() {
+    SEEDS=1 STEPS=2 MNIST_DIR=digits OUT=$1 LIMIT=6 REPEATS=1 FINITE_LIMIT=2 SAMPLE_STEPS=2 LAUNCH=$2 \
+        python3 "$here/paper.py" "$program"
+}
+rows() { sed -n '/^| [a-z0-9-]* | 1 |/p' "$1/results.md" | cut -d'|' -f2-7; }
+check "two ranks' tables" paper paper2 "$launch -n 2"
+check "one rank's tables" paper paper1 ""
+check "the tables of one rank and two" is "$(rows paper1)" "$(rows paper2)"
 
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]
