@@ -482,6 +482,7 @@ typedef struct {
     double learning_rate;              /* 2e-4 */
     double encoder_rate;               /* the encoder's weights learn at this share of it; 1 */
     int muon;                          /* kernels by Muon instead of AdamW; 0 */
+    double momentum;                   /* of Muon; 0.95 */
     int warmup;                        /* steps of linear warm-up; 0: none */
     double cooldown, steps;            /* over this last fraction of `steps` the rate falls to zero */
     double beta1, beta2, epsilon;      /* 0.9, 0.99, 1e-8 */

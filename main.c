@@ -209,6 +209,7 @@ static const Option OPTIONS[] = {
      "(Fashion-)MNIST, CIFAR-10; built in"},
     {"dropout", SETTING, NUMBER, C(dropout), -1e9, 1e9, "X", "rate in training"},
     {"optimizer", SETTING, CHOICE, O(muon), 0, 0, "adamw|muon", "of the kernels; AdamW has the rest"},
+    {"momentum", SETTING, NUMBER, O(momentum), 0, 0.9999, "X", "of Muon"},
     {"lr", SETTING, NUMBER, O(learning_rate), 0, 1e6, "X", "learning rate"},
     {"encoder-lr", SETTING, NUMBER, O(encoder_rate), 0, 1e6, "X", "of the encoder, as a share of --lr"},
     {"warmup", SETTING, INT, O(warmup), 0, 2e9, "N", "steps over which the learning rate rises from 0"},
@@ -283,7 +284,7 @@ static Settings settings_default(void) {
     Optimizer *o = &s.optimizer;
     c->net = NET_UNET, c->channels = 32, c->encoder_channels = 8, c->dropout = 0;
     c->fourier_first = 0, c->fourier_last = 7;
-    o->muon = 1, o->learning_rate = 0.008, o->encoder_rate = 0.1;
+    o->muon = 1, o->momentum = 0.9, o->learning_rate = 0.008, o->encoder_rate = 0.1;
     o->warmup = 200, o->cooldown = 1, o->clip = 1;
     s.batch = 16;
     return s;
@@ -299,7 +300,7 @@ static Job *job_new(const Command *command, char **arguments) {
     job->one_class = -1, job->amplify = 1;
     strcpy(job->times, "0,0.125,0.25,0.375,0.5,0.625,0.75,0.875,1");
     if (command->taker == TRAIN) {
-        job->steps = 33000;
+        job->steps = 30000;
         strcpy(job->out, "run");
     }
     return job;

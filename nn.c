@@ -772,8 +772,8 @@ const real *workers_gradient(Workers *w, int count, ExampleWork work, void *cont
 /* ---- training ---- */
 
 Optimizer optimizer_default(void) {
-    Optimizer o = {.learning_rate = 2e-4, .encoder_rate = 1, .beta1 = 0.9, .beta2 = 0.99, .epsilon = 1e-8,
-                   .weight_decay = 0.01, .ema = 0.9999};
+    Optimizer o = {.learning_rate = 2e-4, .encoder_rate = 1, .momentum = 0.95, .beta1 = 0.9, .beta2 = 0.99,
+                   .epsilon = 1e-8, .weight_decay = 0.01, .ema = 0.9999};
     return o;
 }
 
@@ -818,9 +818,8 @@ static void orthogonalise(int rows, int columns, real *x, Arena *scratch) {
 /* Muon (Jordan and others, 2024) for a kernel as a matrix [taps in, out]: u is its momentum made orthogonal,
  * so that rare directions move as far as frequent ones, times what makes its elements as large as AdamW's
  * steps are. */
-static void muon_update(const Parameter *p, const real *restrict g, real *restrict m, real *restrict u,
-                        Arena *scratch) {
-    const real momentum = (real)0.95;
+static void muon_update(const Parameter *p, real momentum, const real *restrict g, real *restrict m,
+                        real *restrict u, Arena *scratch) {
     const int rows = p->taps * p->in, columns = p->out;
     for (size_t j = 0; j < p->count; j++) {
         m[j] = momentum * m[j] + (1 - momentum) * g[j];
@@ -854,7 +853,7 @@ double optimizer_step(Workers *workers, const Optimizer *o, const real *gradient
         real *restrict u = arena_allocate(scratch, p->count, sizeof *u);
         const real *g = gradient + p->offset;
         if (o->muon && p->is_kernel)
-            muon_update(p, g, m->adam_m + p->offset, u, scratch);
+            muon_update(p, (real)o->momentum, g, m->adam_m + p->offset, u, scratch);
         else
             adam_update(o, step, p->count, g, clip, m->adam_m + p->offset, m->adam_v + p->offset, u);
         const real own_rate = (real)(p->in_encoder ? rate * o->encoder_rate : rate);

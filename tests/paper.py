@@ -34,8 +34,8 @@ TERMS = ("recon", "latent", "diffusion", "total")
 FINITE_STEPS = (10, 30, 100, 300, 1000)      # the T of the finite bounds
 TRAINED_T, RATIOS = 100, ("1", "1.1")        # the trainings at finite T, and their w = sigma_Q^2/sigma_P^2
 SIXTEENTHS = (1, 2, 4, 8)                    # of a training: there the counterterm is looked at
-# Half the default's width and its best rate: more than twice as fast, for there is much to train.
-SMALL = ["--channels", "16", "--lr", "0.016"]
+# Half the default's width, and the rate and momentum found for it: more than twice as fast, as there is much to train.
+SMALL = ["--channels", "16", "--lr", "0.016", "--momentum", "0.95"]
 SHOWN_TIMES = "0,0.4,0.5,0.6,0.7,0.8,0.9,1"  # most of what an encoder does happens late
 
 

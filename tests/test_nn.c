@@ -575,11 +575,11 @@ static void orthogonal(int rows, int columns, double *x) {
 }
 
 /* Muon's step at rate 1 for a kernel as a matrix [taps in, out]. */
-static void muon_by_hand(const Parameter *p, Scalar *s, const real *g, double *u) {
+static void muon_by_hand(const Parameter *p, double momentum, Scalar *s, const real *g, double *u) {
     const int rows = p->taps * p->in, columns = p->out;
     for (int i = 0; i < rows * columns; i++) {
-        s[i].m = 0.95 * s[i].m + 0.05 * (double)g[i];
-        u[i] = 0.95 * s[i].m + 0.05 * (double)g[i];
+        s[i].m = momentum * s[i].m + (1 - momentum) * (double)g[i];
+        u[i] = momentum * s[i].m + (1 - momentum) * (double)g[i];
     }
     orthogonal(rows, columns, u);
     for (int i = 0; i < rows * columns; i++)
@@ -626,7 +626,7 @@ static void check_optimizer(const char *what, Optimizer o, int steps) {
             if (strncmp(p->name, "encoder.", 8) == 0)
                 rate *= o.encoder_rate;
             if (by_muon)
-                muon_by_hand(p, scalar + p->offset, g + p->offset, u + p->offset);
+                muon_by_hand(p, o.momentum, scalar + p->offset, g + p->offset, u + p->offset);
             for (size_t j = p->offset; j < p->offset + p->count; j++) {
                 Scalar *s = &scalar[j];
                 if (!by_muon)
@@ -658,9 +658,9 @@ static void check_optimizer(const char *what, Optimizer o, int steps) {
 
 static void test_optimizer(void) {
     const Optimizer d = optimizer_default();
-    CHECK(d.learning_rate == 2e-4 && d.encoder_rate == 1 && !d.muon && d.warmup == 0 && d.beta1 == 0.9 &&
-              d.beta2 == 0.99 && d.epsilon == 1e-8 && d.weight_decay == 0.01 && d.clip == 0 &&
-              d.ema == 0.9999,
+    CHECK(d.learning_rate == 2e-4 && d.encoder_rate == 1 && !d.muon && d.momentum == 0.95 && d.warmup == 0 &&
+              d.beta1 == 0.9 && d.beta2 == 0.99 && d.epsilon == 1e-8 && d.weight_decay == 0.01 &&
+              d.clip == 0 && d.ema == 0.9999,
           "the paper's optimiser");
     Optimizer o = d;
     check_optimizer("the default", o, 12);
@@ -674,8 +674,8 @@ static void test_optimizer(void) {
     check_optimizer("a short average", o, 12);
     o.muon = 1, o.encoder_rate = 0.1;
     check_optimizer("Muon, a slow encoder", o, 12);
-    o.weight_decay = 0, o.epsilon = 0.1;
-    check_optimizer("no decay, a large epsilon", o, 12);
+    o.momentum = 0.8, o.weight_decay = 0, o.epsilon = 0.1;
+    check_optimizer("another momentum, no decay, a large epsilon", o, 12);
 }
 
 /* With equal gradients every step of AdamW is as long as the rate, which falls over the last half of ten
