@@ -719,17 +719,20 @@ static void attend_rows(const void *context, int first, int end, Arena *scratch)
     const real *k_transposed = ((const Attention *)context)->k_transposed;
     const Tensor *q = y->input[0], *k = y->input[1], *v = y->input[2];
     const int columns = positions(k), channels = q->channels;
+    const ArenaMark mark = arena_mark(scratch);
+    real *few = y->saved ? NULL : arena_allocate(scratch, (size_t)ATTENTION_ROWS * columns, sizeof(real));
     for (int i = first; i < end; i += ATTENTION_ROWS) {
         const int n = end - i < ATTENTION_ROWS ? end - i : ATTENTION_ROWS;
-        real *p = (real *)y->saved + (size_t)i * columns, *to = y->value + (size_t)i * v->channels;
+        real *p = few ? few : (real *)y->saved + (size_t)i * columns;
         matrix_product(n, channels, columns, q->value + (size_t)i * channels, k_transposed, NULL, NULL, p,
                        scratch);
         softmax_rows(p, n, columns);
-        matrix_product(n, columns, v->channels, p, v->value, NULL, NULL, to, scratch);
+        matrix_product(n, columns, v->channels, p, v->value, NULL, NULL, y->value + (size_t)i * v->channels,
+                       scratch);
     }
+    arena_release(scratch, mark);
 }
 
-/* saved: the weights [rows, columns]. */
 static void attend_forward(Tensor *y) {
     const Attention a = {y, scaled_copy(y->input[1], y->number[0], 1)};
     in_parts(attend_rows, &a, positions(y), y->graph->arena);
@@ -766,7 +769,8 @@ Tensor *attend(Tensor *q, Tensor *k, Tensor *v) {
         return matrix_multiply(1, attention_weights(q, k), v, 0);
     Tensor *y = result_of(&ATTEND, q->height, q->width, v->channels, q, k, v, NULL);
     y->number[0] = 1 / sqrt(q->channels);
-    y->saved = memory_for(y->graph, (size_t)positions(q) * positions(k), sizeof(real));
+    if (y->needs_gradient || y->graph->shapes_only)
+        y->saved = memory_for(y->graph, (size_t)positions(q) * positions(k), sizeof(real));
     return compute(y);
 }
 
