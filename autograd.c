@@ -733,6 +733,8 @@ static void attend_rows(const void *context, int first, int end, Arena *scratch)
     arena_release(scratch, mark);
 }
 
+/* saved: the weights [rows, columns], if there is to be a backward: made again there, they would take longer
+ * than they do to come back from memory. Otherwise a few rows at a time stay in the cache. */
 static void attend_forward(Tensor *y) {
     const Attention a = {y, scaled_copy(y->input[1], y->number[0], 1)};
     in_parts(attend_rows, &a, positions(y), y->graph->arena);
