@@ -237,6 +237,32 @@ static void test_matrices(void) {
         check_near(at(weights, i), (double)p[i], 8 * N * EPS, "attention_weights", i);
 }
 
+/* softmax(q k^T / sqrt(n)) v. Its weights are kept for a backward, or made a few rows at a time, to the same
+ * bits. */
+static void test_attention(void) {
+    enum { ROWS = 70, N = 5, COLUMNS = 33, CHANNELS = 6 };
+    Tensor *q = normal(10, 7, N), *k = normal(COLUMNS, 1, N), *v = normal(COLUMNS, 1, CHANNELS);
+    const size_t before = graph.bytes;
+    const Tensor *few = attend(q, k, v), *weights = attention_weights(q, k);
+    const size_t bytes = graph.bytes;
+    real *gradient = allocate_zeroed(ROWS * N, sizeof(real));
+    const Tensor *kept = attend(parameter(&graph, 10, 7, N, q->value, NULL, gradient), k, v);
+    CHECK(has_shape(few, 10, 7, CHANNELS) && same_values(few, kept->value), "attention without a backward");
+    CHECK(!few->saved && kept->saved && graph.bytes - bytes == (CHANNELS + COLUMNS) * ROWS * sizeof(real) &&
+              bytes - before == (CHANNELS + 2 * COLUMNS) * ROWS * sizeof(real),
+          "attention keeps its weights for a backward only");
+    for (size_t i = 0; i < ROWS * CHANNELS; i++) {
+        double sum = 0, magnitude = 0;
+        for (size_t j = 0; j < COLUMNS; j++) {
+            const double term = at(weights, i / CHANNELS * COLUMNS + j) * at(v, j * CHANNELS + i % CHANNELS);
+            sum += term, magnitude += fabs(term);
+        }
+        /* exponents as in test_matrices(), scaled in another order */
+        check_near(at(few, i), sum, (16 * N + COLUMNS) * EPS * magnitude, "attend", i);
+    }
+    free(gradient);
+}
+
 /* ---- layers and shapes ---- */
 
 static void check_normalise(int h, int w, int channels, int kind) {
@@ -419,8 +445,8 @@ static void test_derivatives(void) {
 int main(void) {
     static void (*const tests[])(void) = {
         test_leaves, test_arithmetic, test_functions, test_numbers, test_sums, test_convolve,
-        test_upsample, test_matrices, test_normalise, test_shapes, test_likelihood, test_tangents,
-        test_backward, test_memory, test_shapes_only, test_clock, test_derivatives};
+        test_upsample, test_matrices, test_attention, test_normalise, test_shapes, test_likelihood,
+        test_tangents, test_backward, test_memory, test_shapes_only, test_clock, test_derivatives};
     for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++) {
         Arena *arena = arena_new();
         graph = (Graph){0};
