@@ -1638,6 +1638,23 @@ static void test_eval(void) {
     succeed("$D eval good --limit 2 --timesteps 3 --variance-ratio 0.5");
 }
 
+/* A limit takes images evenly over the split: of nine the first, the fourth and the seventh. */
+static void test_limit(void) {
+    succeed("mkdir few && cp small/train* few && {"
+            " printf '\\0\\0\\10\\3\\0\\0\\0\\3\\0\\0\\0\\14\\0\\0\\0\\10'; for i in 0 3 6; do"
+            " tail -c +$((17 + 96 * i)) small/t10k-images-idx3-ubyte | head -c 96; done; }"
+            " >few/t10k-images-idx3-ubyte");
+    const Outcome three = succeed("$D eval finite --data small --limit 3 | tail -n +2"),
+                  few = succeed("$D eval finite --data few | tail -n +2"),
+                  all = succeed("$D eval finite --data small | tail -n +2");
+    CHECK(strstr(few.out, "total") && strcmp(three.out, few.out) == 0 && strcmp(three.out, all.out) != 0,
+          "--limit 3: %s, the three images: %s", three.out, few.out);
+    succeed("for data in small few; do"
+            " $D train $TINY --data $data --steps 1 --eval-every 1 --eval-limit 3 --out limit-$data &&"
+            " tail -n 1 limit-$data/log.csv | cut -d, -f7,8 >$data.bound || exit 1; done;"
+            " grep -q ..., few.bound && cmp small.bound few.bound");
+}
+
 /* The numbers of a line that `eval --csv` wrote: four terms, their errors, the difference and its error. */
 static void csv_line(const char *name, int line, double value[10]) {
     char text[TEXT];
@@ -1839,7 +1856,7 @@ int main(void) {
         {"changed data", test_changed_data}, {"kept checkpoints", test_kept_checkpoints},
         {"init and info", test_init_and_info}, {"images", test_images}, {"forms", test_forms},
         {"trajectory", test_trajectory}, {"swirl", test_swirl}, {"show", test_show},
-        {"eval", test_eval}, {"comparison", test_comparison}, {"colour", test_colour},
+        {"eval", test_eval}, {"limit", test_limit}, {"comparison", test_comparison}, {"colour", test_colour},
         {"data", test_bad_data}, {"checkpoints", test_bad_checkpoints},
         {"batches", test_bad_batches}, {"classes", test_classes}, {"divergence", test_divergence},
         {"memory", test_memory}, {"file limit", test_file_limit}, {"small disk", test_small_disk},
