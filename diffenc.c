@@ -5,8 +5,7 @@
  * "Variational Diffusion Models", 2021 [VDM]. Symbols are the papers': alpha, sigma, gamma = -lambda = -log
  * SNR, z_t, x_t, y, v, eps; 0 <= s < t <= 1. An expression such as add(mul(alpha, x), mul(sigma, eps))
  * computes at once and remembers how, so all of it can be differentiated. First the equations, in the paper's
- * order, then the three algorithms made of them: a training step, the bound on a data set, ancestral
- * sampling. */
+ * order, then the three algorithms made of them: a training step, the bound on a data set, sampling. */
 
 #include "diffenc.h"
 
@@ -57,8 +56,8 @@ Tensor *alpha_of(Tensor *gamma) { return square_root(alpha_squared(gamma)); }
 Tensor *sigma_of(Tensor *gamma) { return square_root(sigma_squared(gamma)); }
 Tensor *snr_of(Tensor *gamma) { return exponential(affine(-1, gamma, 0)); }
 
-/* The networks see lambda, as (gamma_t - gamma_min)/(gamma_max - gamma_min) with these two constants also
- * where the end points are learned: then gradients reach them through this input too. */
+/* The networks see lambda, as (gamma_t - gamma_min)/(gamma_max - gamma_min). Both constants are those of the
+ * configuration even where the end points are learned: then gradients reach them through this input, too. */
 Tensor *network_time(const Method *m, Tensor *gamma_t) {
     const double low = m->config->gamma_min, range = m->config->gamma_max - low;
     return affine(1 / range, sub(gamma_t, number(m->graph, low)), 0);
@@ -147,7 +146,8 @@ Predicted predict(const Method *m, Tensor *z_t, double t) {
 
 /* ---- diffusion loss, continuous time ---- */
 
-/* How far x_t is from following the generative model, as far as it goes beyond VDM:
+/* (sigma_t^2 x^ - dx_t/dlambda) / sigma_t^2: how far off the generative model's stand-in for dx_t/dlambda is.
+ * A VDM has none.
  *     nt       x^ - x_t
  *     DiffEnc  x^ - x_t + y - dy/dlambda */
 static Tensor *drift_gap(const Method *m, Encoded e, Predicted p) {
@@ -248,9 +248,8 @@ Tensor *reconstruction_loss(const Method *m, const unsigned char *k, Tensor *x_0
     return level_likelihood(z_over_alpha, gamma_0, k);
 }
 
-/* KL(q(z_1|x) || N(0,I)) = 1/2 sum(alpha_1^2 x_1^2 + sigma_1^2 - log sigma_1^2 - 1), where what does not
- * depend on x is the small difference of sigma^2 - 1 = -alpha^2 and -log sigma^2 = log(1 + exp(-gamma)). [VDM
- * (11)] */
+/* KL(q(z_1|x) || N(0,I)) = 1/2 sum(alpha_1^2 x_1^2 + sigma_1^2 - log sigma_1^2 - 1). The part without x
+ * is small: sigma^2 - 1 = -alpha^2, and -log sigma^2 = log(1 + exp(-gamma)). [VDM (11)] */
 Tensor *latent_loss(const Method *m, Tensor *x_1) {
     Tensor *gamma_1 = gamma_at(m, 1), *alpha2 = alpha_squared(gamma_1);
     Tensor *per_value = sub(softplus(affine(-1, gamma_1, 0)), alpha2);
@@ -316,16 +315,16 @@ double evaluation_time(double u, double j, int T) {
 
 /* ---- sampling ---- */
 
-/* mu_P = alpha_ts (sigma_s^2/sigma_t^2) z_t + alpha_s rho x^              [VDM (28), (31) to (33)]
+/* mu_P = (alpha_t/alpha_s) (sigma_s^2/sigma_t^2) z_t + alpha_s rho x^     [VDM (28), (31) to (33)]
  *        + alpha_s (lambda_s - lambda_t) sigma_t^2 x^   for DiffEnc, nt and trained   [DiffEnc section 4] */
 Tensor *generative_mean(const Method *m, Tensor *z_t, Tensor *x_hat, double s, double t) {
     Tensor *gamma_s = gamma_at(m, s), *gamma_t = gamma_at(m, t), *alpha_s = alpha_of(gamma_s);
-    Tensor *alpha_ts = mul(alpha_of(gamma_t), reciprocal(alpha_s));
-    Tensor *variance_ts = mul(sigma_squared(gamma_s), reciprocal(sigma_squared(gamma_t)));
+    Tensor *alpha_ratio = mul(alpha_of(gamma_t), reciprocal(alpha_s));
+    Tensor *variance_ratio = mul(sigma_squared(gamma_s), reciprocal(sigma_squared(gamma_t)));
     Tensor *x_factor = noise_share(m, s, t);
     if (m->config->kind != VDM)
         x_factor = add(x_factor, counterterm_factor(m, s, t));
-    return add(mul(mul(alpha_ts, variance_ts), z_t), mul(mul(alpha_s, x_factor), x_hat));
+    return add(mul(mul(alpha_ratio, variance_ratio), z_t), mul(mul(alpha_s, x_factor), x_hat));
 }
 
 /* sigma_P^2 = sigma_Q^2 / w */
@@ -390,10 +389,10 @@ typedef struct {
     double u, (*terms)[3];         /* [batch] */
 } Batch;
 
-/* The encoder costs most and learns slowest: one example in four trains it and has recon and latent, which
- * move nothing else; at fixed places, so that each step divides over the threads alike. AdamW and Muon do not
- * feel that its gradient is a quarter of the whole. Where the end points of the schedule are learned, recon
- * and latent move them, and every example trains all. */
+/* Training the encoder is dear and its rate is low, so examples 0, 4, 8, ... alone train it. Only they have
+ * recon and latent, which train nothing else; and the places are fixed, so that every step divides over the
+ * threads alike. AdamW and Muon do not feel that its gradient is a quarter of the whole. Where the end points
+ * of the schedule are learned, recon and latent move them, and every example trains all. */
 static int trains_encoder(const Batch *b, const Config *c, int i) {
     return c->schedule == SCHEDULE_LEARNED || b->batch < 4 || i % 4 == 0;
 }
@@ -421,7 +420,7 @@ static void training_example(Network *n, int i, void *context) {
     differentiate(&m, terms, b->batch, b->terms[i]);
 }
 
-/* The mean of each term over a batch, in bits per dimension. */
+/* The mean of each term over the examples that have it, in bits per dimension. */
 static void mean_terms(const Config *c, const Batch *b, double mean[3]) {
     const double per_bit = 1 / (c->height * c->width * c->image_channels * log(2));
     for (int term = 0; term < 3; term++) {
@@ -476,10 +475,10 @@ typedef struct {
     double u;
     double (*terms)[4];            /* [count]: recon, latent, diffusion, total */
     double (*draws)[DRAW_COLUMNS]; /* NULL, or [repeats, count] */
-    double *distance;              /* or [T, count] */
+    double *distance;              /* NULL, or [T, count]: step_distance */
 } Evaluation;
 
-/* What is told of a single draw; gamma'(t) is the same at all t. */
+/* What is told of a draw. gamma' is the same at all t: divided by it, a loss per t is one per lambda. */
 static void describe_draw(const Method *m, Example e, double diffusion, double draw[DRAW_COLUMNS]) {
     const int h = m->config->height, w = m->config->width, channels = m->config->image_channels;
     draw[DRAW_TIME] = e.t;
