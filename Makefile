@@ -101,7 +101,7 @@ mutants:
 bench: all
 	./$(PROGRAM) bench
 
-# The paper's claims put to the test: tables, charts and pictures from MNIST in OUT (run-paper), in about 90 minutes on
+# The paper's claims put to the test: tables, charts and pictures from MNIST in OUT (run-paper), in one to two hours on
 # two cores. SEEDS, STEPS, MNIST_DIR and more: see tests/paper.py, which needs Python 3. Interrupted, it goes on.
 paper: all
 	python3 tests/paper.py ./$(PROGRAM)
