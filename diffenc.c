@@ -320,11 +320,11 @@ double evaluation_time(double u, double j, int T) {
 Tensor *generative_mean(const Method *m, Tensor *z_t, Tensor *x_hat, double s, double t) {
     Tensor *gamma_s = gamma_at(m, s), *gamma_t = gamma_at(m, t), *alpha_s = alpha_of(gamma_s);
     Tensor *alpha_ratio = mul(alpha_of(gamma_t), reciprocal(alpha_s));
-    Tensor *variance_ratio = mul(sigma_squared(gamma_s), reciprocal(sigma_squared(gamma_t)));
+    Tensor *sigma2_ratio = mul(sigma_squared(gamma_s), reciprocal(sigma_squared(gamma_t)));
     Tensor *x_factor = noise_share(m, s, t);
     if (m->config->kind != VDM)
         x_factor = add(x_factor, counterterm_factor(m, s, t));
-    return add(mul(mul(alpha_ratio, variance_ratio), z_t), mul(mul(alpha_s, x_factor), x_hat));
+    return add(mul(mul(alpha_ratio, sigma2_ratio), z_t), mul(mul(alpha_s, x_factor), x_hat));
 }
 
 /* sigma_P^2 = sigma_Q^2 / w */
