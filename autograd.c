@@ -1,14 +1,14 @@
 /* autograd.c - floor 2: tensors that remember how they were made.
  *
  * Calling an operator computes its value at once and notes its inputs; `backward` walks the notes in reverse.
- * A tensor may carry a tangent, its derivative by lambda. An operator that receives tangents records the
- * tangent of its result as ordinary tensors, made with ordinary operators, so one reverse sweep
+ * A tensor may carry a tangent, its derivative with respect to lambda. An operator that receives tangents
+ * records the tangent of its result as ordinary tensors, made with ordinary operators, so one reverse sweep
  * differentiates through values and tangents alike: that is all it takes to train through dy/dlambda.
  *
- * Each operator is one block: NAME_forward; NAME_backward, to which y->gradient belongs and which may work in
- * it; and the function NAME, which makes the tensor and has the rule for its tangent. Rules are made of
- * `again`, which is the same operator on other inputs, and of bare operators, which look at no tangent, so a
- * tangent has none of its own. NULL stands for a tangent of zero throughout. */
+ * Each operator is one block: NAME_forward; NAME_backward, which owns y->gradient and may overwrite it; and
+ * the function NAME, which makes the tensor and has the rule for its tangent. Rules are made of `again`,
+ * which is the same operator on other inputs, and of bare operators, which look at no tangent, so a tangent
+ * has none of its own. NULL stands for a tangent of zero throughout. */
 
 #include "diffenc.h"
 
@@ -263,7 +263,7 @@ static Tensor *bare_add(Tensor *a, double factor, Tensor *b) {
     return bare_sum(factor, b, a, 0);
 }
 
-static Tensor *combine(Tensor *a, double factor, Tensor *b) {
+static Tensor *add_multiple(Tensor *a, double factor, Tensor *b) {
     Tensor *y = bare_add(a, factor, b);
     y->tangent = bare_add(a->tangent, factor, b->tangent);
     if (y->tangent && element_count(y->tangent) < element_count(y))   /* a number's: the same everywhere */
@@ -271,8 +271,8 @@ static Tensor *combine(Tensor *a, double factor, Tensor *b) {
     return y;
 }
 
-Tensor *add(Tensor *a, Tensor *b) { return combine(a, 1, b); }
-Tensor *sub(Tensor *a, Tensor *b) { return combine(a, -1, b); }
+Tensor *add(Tensor *a, Tensor *b) { return add_multiple(a, 1, b); }
+Tensor *sub(Tensor *a, Tensor *b) { return add_multiple(a, -1, b); }
 
 Tensor *affine(double factor, Tensor *a, double offset) {
     Tensor *y = bare_affine(factor, a, offset);
@@ -485,13 +485,13 @@ Tensor *squared_norm(Tensor *a) {
 
 /* ---- convolution ---- */
 
-/* A kernel with its taps reversed and in and out exchanged, as the gradient by the input needs it: the copy
+/* A kernel with its taps reversed and in and out exchanged, as the input's gradient needs it: the copy
  * its owner keeps, or else one in scratch memory. */
 static const real *transposed_kernel(const Tensor *kernel) {
     if (kernel->transposed_kernel)
         return kernel->transposed_kernel;
     real *made = arena_allocate(kernel->graph->arena, element_count(kernel), sizeof(real));
-    flip_kernel(kernel->height, kernel->width, kernel->channels, kernel->value, made);
+    transpose_kernel(kernel->height, kernel->width, kernel->channels, kernel->value, made);
     return made;
 }
 
@@ -505,7 +505,7 @@ static void add_bias_gradient(Tensor *bias, const Tensor *y) {
         matrix_product(1, count, y->channels, ones, y->gradient, NULL, d, d, y->graph->arena);
 }
 
-/* input: x, kernel, bias, residual. option: with plain sums. */
+/* input: x, kernel, bias, residual. option: by plain sums. */
 static void convolve_forward(Tensor *y) {
     const Tensor *x = y->input[0], *kernel = y->input[1];
     const int h = x->height, w = x->width, in = x->channels, out = y->channels;
@@ -536,11 +536,12 @@ static void convolve_backward(Tensor *y) {
 
 static const Operator CONVOLVE = {"convolution", convolve_forward, convolve_backward, 0};
 
-/* In the tangent a 1x1 convolution of nothing carries those of bias and residual where x has none. */
-static Tensor *convolve_as(Tensor *x, Tensor *kernel, Tensor *bias, Tensor *residual, int plain_sums) {
+/* Where x has no tangent but bias or residual has one, the tangent is a 1x1 convolution of zeros with theirs
+ * added. */
+Tensor *convolve(Tensor *x, Tensor *kernel, Tensor *bias, Tensor *residual) {
     assert((kernel->height == 9 || kernel->height == 1) && kernel->width == x->channels && !kernel->tangent);
     Tensor *y = result_of(&CONVOLVE, x->height, x->width, kernel->channels, x, kernel, bias, residual);
-    y->option = plain_sums;
+    y->option = x->graph->plain_sums;
     compute(y);
     Tensor *x_dot = x->tangent, *bias_dot = tangent_of(bias), *residual_dot = tangent_of(residual);
     if (!x_dot && (bias_dot || residual_dot)) {
@@ -549,14 +550,6 @@ static Tensor *convolve_as(Tensor *x, Tensor *kernel, Tensor *bias, Tensor *resi
     }
     y->tangent = again(y, 0, x_dot, kernel, bias_dot, residual_dot);
     return y;
-}
-
-Tensor *convolve(Tensor *x, Tensor *kernel, Tensor *bias, Tensor *residual) {
-    return convolve_as(x, kernel, bias, residual, 0);
-}
-
-Tensor *convolve_by_plain_sums(Tensor *x, Tensor *kernel, Tensor *bias, Tensor *residual) {
-    return convolve_as(x, kernel, bias, residual, 1);
 }
 
 /* ---- upsampling ---- */
@@ -784,7 +777,7 @@ int group_count(int channels) {
 }
 
 /* What the loops of tensor.c want to know. The dropout mask is made anew each time instead of being kept. */
-static GroupNorm norm_of(const Tensor *y) {
+static GroupNorm group_norm_of(const Tensor *y) {
     const int groups = group_count(y->channels);
     GroupNorm n = {.positions = positions(y), .channels = y->channels, .groups = groups,
                    .swish = y->option != NORM_ONLY, .scale = y->input[1]->value, .bias = y->input[2]->value,
@@ -799,7 +792,7 @@ static GroupNorm norm_of(const Tensor *y) {
 
 /* input: x, scale, bias; a tangent has a fourth, x_dot. saved: means, reciprocal standard deviations of x. */
 static void normalise_forward(Tensor *y) {
-    const GroupNorm n = norm_of(y);
+    const GroupNorm n = group_norm_of(y);
     const real *x = y->input[0]->value, *x_dot = value_of(y->input[3]);
     if (x_dot)
         group_norm_tangent(&n, x, x_dot, y->value, y->graph->arena);
@@ -808,7 +801,7 @@ static void normalise_forward(Tensor *y) {
 }
 
 static void normalise_backward(Tensor *y) {
-    const GroupNorm n = norm_of(y);
+    const GroupNorm n = group_norm_of(y);
     const real *x = y->input[0]->value, *x_dot = value_of(y->input[3]);
     real *dx = gradient_of(y->input[0]), *dx_dot = gradient_of(y->input[3]);
     real *dscale = gradient_of(y->input[1]), *dbias = gradient_of(y->input[2]);
@@ -955,7 +948,7 @@ Tensor *max_pool(Tensor *x) {
 
 /* ---- the likelihood of pixels ---- */
 
-/* The pixels, and what forward keeps: the derivatives by each u and by the precision. */
+/* The pixels, and what forward keeps: the derivatives with respect to each u and to the precision. */
 typedef struct {
     const unsigned char *k;
     real *by_u;

@@ -1,4 +1,4 @@
-/* data.c - files in and out: gzip, PNG, PGM, PPM, MNIST, CIFAR-10, built-in digits, charts, safetensors.
+/* data.c - files in and out: gzip, PNG, PGM, PPM, NumPy, MNIST, CIFAR-10, built-in data, charts, safetensors.
  *
  * The parsers face files from strangers. Three rules make it easy to see that they are safe: memory is asked
  * for only after the file was seen to hold what it promises; every read goes through one bounded cursor; and
@@ -22,39 +22,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* ---- text ---- */
-
-/* Bytes of the printable UTF-8 character at `text`; 0 if there is none: what is longer than it need be, a
- * surrogate (RFC 3629) or a control character. */
-static size_t character_length(const char *text) {
-    static const uint32_t least[5] = {0, 0x20, 0xa0, 0x800, 0x10000};
-    const unsigned char *u = (const unsigned char *)text;
-    const size_t length = *u < 0x80 ? 1 : *u < 0xc0 ? 0 : *u < 0xe0 ? 2 : *u < 0xf0 ? 3 : *u < 0xf8 ? 4 : 0;
-    uint32_t code = length == 1 ? *u : *u & 0x7f >> length;
-    for (size_t i = 1; i < length; i++) {
-        if (u[i] >> 6 != 2)
-            return 0;
-        code = code << 6 | (u[i] & 0x3f);
-    }
-    return code < least[length] || code == 0x7f || code >> 11 == 0x1b || code > 0x10ffff ? 0 : length;
-}
-
-const char *printable(const char *text, char *buffer, size_t size) {
-    size_t at = 0;
-    while (*text) {
-        const size_t length = character_length(text), shown = length ? length : 4;
-        char escape[8];
-        snprintf(escape, sizeof escape, "\\x%02x", (unsigned char)*text);
-        if (at + shown >= size)
-            break;
-        memcpy(buffer + at, length ? text : escape, shown);
-        at += shown;
-        text += length ? length : 1;
-    }
-    buffer[at] = '\0';
-    return buffer;
-}
-
 /* ---- reading bytes ---- */
 
 /* What is being read and how far. The first failure is kept in `error`; after it bytes are zeros and lists
@@ -71,10 +38,9 @@ typedef struct {
     uint64_t most;
 } Cursor;
 
-/* Fail with this message unless the condition holds. Returns whether all is well so far. Messages quote
- * names, paths and content of files: none of it may command the terminal. */
+/* Fail with this message unless the condition holds. Returns whether all is well so far. */
 static int require(Cursor *c, int condition, const char *format, ...) {
-    char what[400], text[sizeof c->error->text], place[64] = "";
+    char what[400], place[64] = "";
     if (c->failed || condition)
         return !c->failed;
     va_list arguments;
@@ -83,9 +49,7 @@ static int require(Cursor *c, int condition, const char *format, ...) {
     va_end(arguments);
     if (c->part)
         snprintf(place, sizeof place, " (%s byte %zu)", c->part, c->at);
-    snprintf(text, sizeof text, "%s: %s%s", c->name, what, place);
-    printable(text, c->error->text, sizeof c->error->text);
-    c->failed = -1;
+    c->failed = fail(c->error, "%s: %s%s", c->name, what, place);
     return 0;
 }
 
@@ -390,8 +354,8 @@ static void put_symbol(Cursor *c, unsigned s) {
     put_code(c, code, s < 144 ? 8 : s < 256 ? 9 : s < 280 ? 7 : 8);
 }
 
-/* A zlib stream (RFC 1950) of one block. Of what repeats only pixels like the one before are looked for, in
- * runs whose length is a symbol alone: there is no better to be had of noise, and most else is black. */
+/* A zlib stream (RFC 1950) of one block. Only repeats of the previous pixel are looked for, in runs whose
+ * length needs no further bits: noise does not get smaller anyway, and most of the rest is black. */
 static void deflate(Cursor *c, const unsigned char *data, size_t size, unsigned pixel) {
     uint32_t low = 1, high = 0;   /* Adler-32 */
     c->bits = 0x100;
@@ -885,7 +849,7 @@ static int dataset_add(Dataset *dataset, const char *where, int kind, Error *err
     snprintf(packed, sizeof packed, "%s.gz", plain);
     const int is_plain = access(plain, F_OK) == 0 || errno != ENOENT, is_packed = access(packed, F_OK) == 0;
     if (is_plain && is_packed) {
-        require(&(Cursor){.name = packed, .error = error}, 0, "is not read, since %s is there too", name);
+        fail(error, "%s: is not read, since %s is there too", packed, name);
         fprintf(stderr, "diffenc: %s\n", error->text);
     }
     if (!is_plain && !is_packed)

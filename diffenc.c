@@ -69,7 +69,7 @@ Tensor *network_time(const Method *m, Tensor *gamma_t) {
  * DiffEnc-nt   x_t = alpha_t^2 x
  * DiffEnc      x_t = alpha_t^2 x + sigma_t^2 y(x, lambda_t)     [DiffEnc section 4]
  *
- * dy/dlambda at fixed x is a tangent: gamma enters the encoder with its derivative by lambda, which is -1. */
+ * dy/dlambda at fixed x is a tangent: gamma enters the encoder with its own, dgamma/dlambda = -1. */
 Encoded encode(const Method *m, Tensor *x, double t, int with_derivative) {
     Encoded e = {x, NULL, NULL};
     Tensor *gamma_t = gamma_at(m, t);
@@ -599,9 +599,9 @@ static void sample_example(Network *n, int i, void *context) {
     decode_pixels(&m, z, s->draw_pixels ? &pixels : NULL, s->images + (size_t)i * dimension(&m));
 }
 
-int sample_trajectory(Workers *workers, const unsigned char *labels, int count, int timesteps,
-                      int deterministic, uint64_t seed, int draw_pixels, unsigned char *images, int frames,
-                      unsigned char *trajectory) {
+int sample_images(Workers *workers, const unsigned char *labels, int count, int timesteps, int deterministic,
+                  uint64_t seed, int draw_pixels, unsigned char *images, int frames,
+                  unsigned char *trajectory) {
     Sampling s = {timesteps, deterministic, draw_pixels, seed, labels, images,
                   workers_results(workers, (size_t)count, 1), count, frames, trajectory};
     memset(s.finite, 1, (size_t)count);
@@ -612,10 +612,4 @@ int sample_trajectory(Workers *workers, const unsigned char *labels, int count, 
     ranks_gather(images, 1, count, d);
     ranks_gather(trajectory, 2 * frames, count, d);
     return memchr(s.finite, 0, (size_t)count) ? -1 : 0;
-}
-
-int sample_images(Workers *workers, const unsigned char *labels, int count, int timesteps, int deterministic,
-                  uint64_t seed, int draw_pixels, unsigned char *images) {
-    return sample_trajectory(workers, labels, count, timesteps, deterministic, seed, draw_pixels, images, 0,
-                             NULL);
 }

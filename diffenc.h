@@ -45,7 +45,12 @@ typedef struct {
     char text[512];
 } Error;
 
-/* Format the message into `error` and return -1, so that `return fail(error, ...)` is one line. */
+/* `text` with control characters and bytes that are not UTF-8 escaped (\x1b), cut to `size` bytes: nothing
+ * that a file holds may command the terminal. Returns `buffer`. */
+const char *printable(const char *text, char *buffer, size_t size);
+
+/* Format the message into `error`, printable as a message may quote a file, and return -1, so that `return
+ * fail(error, ...)` is one line. */
 int fail(Error *error, const char *format, ...)
 #ifdef __GNUC__
     __attribute__((format(printf, 2, 3)))
@@ -83,7 +88,7 @@ size_t arena_capacity(const Arena *arena);          /* bytes of all blocks, in u
  * must not change what is computed. */
 typedef void PartWork(const void *context, int first, int end, Arena *scratch);
 void in_parts(PartWork *work, const void *context, int count, Arena *scratch);
-void arena_divide(Arena *arena, int parts);   /* of work with this scratch memory, until told otherwise */
+void arena_divide(Arena *arena, int parts);   /* of all work with this scratch memory from now on */
 
 /* ---- random numbers ---- */
 
@@ -126,8 +131,8 @@ void random_dropout(RandomStream stream, uint32_t first, size_t count, double ra
 /* ---- the loops that do the arithmetic ---- */
 
 /* Matrices and images are contiguous. `bias` and `start` may be NULL; `start` is laid out like the result,
- * may be the result itself and is added to it. What computes a gradient by a matrix or a kernel adds to what
- * is there. */
+ * may be the result itself and is added to it. What computes the gradient of a matrix or a kernel adds it to
+ * what is there. */
 
 /* c [rows, columns] = a [rows, inner] b [inner, columns] + bias + start */
 void matrix_product(int rows, int inner, int columns, const real *a, const real *b, const real *bias,
@@ -141,14 +146,14 @@ void matrix_product_transposed(int rows, int inner, int columns, const real *a, 
 void transpose(const real *a, int rows, int columns, real *out);
 
 /* y [h, w, out] = 3x3 convolution, stride 1, zero padding, of x [h, w, in] by kernel [3, 3, in, out]. The
- * gradient by x is the convolution of dy by the flipped kernel. */
+ * gradient of x is the convolution of dy by the transposed kernel. */
 void convolve3x3(int h, int w, int in, int out, const real *x, const real *kernel, const real *bias,
                  const real *start, real *y, Arena *scratch);
 void convolve3x3_by_kernel(int h, int w, int in, int out, const real *x, const real *dy, real *dkernel,
                            Arena *scratch);
 
-/* flipped [taps, out, in]: the transposed matrices of kernel [taps, in, out], taps in reverse order. */
-void flip_kernel(int taps, int in, int out, const real *kernel, real *flipped);
+/* transposed [taps, out, in]: the transposed matrices of kernel [taps, in, out], taps in reverse order. */
+void transpose_kernel(int taps, int in, int out, const real *kernel, real *transposed);
 
 /* The same two by minimal filtering where that is faster: two to three times as fast, rounded four times as
  * coarsely, to 1e-6 of the result's norm in float. */
@@ -197,7 +202,7 @@ typedef struct Tensor Tensor;
 typedef struct Graph Graph;
 
 /* `forward` fills self->value from the values of self->input; `backward` adds to their gradients what
- * self->gradient contributes, and may spoil it. What either takes from the arena is scratch memory. */
+ * self->gradient contributes, and may overwrite that. What either takes from the arena is scratch memory. */
 typedef struct {
     const char *name;
     void (*forward)(Tensor *self);
@@ -237,6 +242,7 @@ struct Graph {
     Arena *arena;
     Tensor *last;                   /* the newest tensor */
     int shapes_only;                /* build without values, to count parameters and memory */
+    int plain_sums;                 /* 3x3 convolutions to come go by these */
     size_t bytes;                   /* of all values made so far */
     double dropout;                 /* rate in [0, 1); 0 outside of training */
     RandomStream dropout_stream;    /* of the current example */
@@ -287,10 +293,9 @@ Tensor *squared_norm(Tensor *a);            /* || a ||^2, a number */
 
 /* conv(x) + bias + residual. kernel [9, in, out] (3x3, zero padding) or [1, in, out] (1x1, a dense layer at
  * every position), bias [1, 1, out], residual [height, width, out]; the last two may be NULL. 3x3 kernels go
- * by minimal filtering, or by plain sums, which round a quarter as much; tangents and gradients always by
- * filtering. */
+ * by minimal filtering, or by plain sums if the graph says so, which round a quarter as much; tangents and
+ * gradients always by filtering. */
 Tensor *convolve(Tensor *x, Tensor *kernel, Tensor *bias, Tensor *residual);
-Tensor *convolve_by_plain_sums(Tensor *x, Tensor *kernel, Tensor *bias, Tensor *residual);
 
 /* Transposed convolution 2x2, stride 2: kernel [4, in, out], y [2 height, 2 width, out],
  * y[2i+a][2j+b] = x[i][j] kernel[2a+b] + bias. */
@@ -361,7 +366,7 @@ void config_model_name(const Config *config, char name[32]);
 int config_check(const Config *config, Error *error);
 
 /* Levels of a U-Net of `blocks` blocks: halve the height up to `blocks` times, stop after the level that
- * leaves it odd or at most 8; none where the height is 1. */
+ * leaves it odd or at most 8; none where the height is 1. Each has blocks/levels, rounded down. */
 int unet_levels(int blocks, int height);
 
 typedef enum { INIT_ZERO, INIT_ONE, INIT_LECUN, INIT_GAMMA_B, INIT_GAMMA_W } Initial;
@@ -397,8 +402,8 @@ void model_free(Model *model);
 /* Only count the weights of such a model. */
 int model_size(const Config *config, size_t *weight_count, Error *error);
 
-/* One example's view of a model: a graph, and the parameters as leaves of it, found by name. Without weights
- * (declaring) the networks list their parameters: names and shapes are written down once. */
+/* One example's view of a model: a graph, and the parameters as leaves of it, found by name. Where the graph
+ * has shapes only, the networks list their parameters: names and shapes are written down once. */
 typedef struct {
     Graph graph;
     Model *model;
@@ -407,9 +412,8 @@ typedef struct {
     real *gradient;                    /* NULL: no gradients wanted */
     Tensor **leaf;                     /* [parameter_count] */
     int next;                          /* where to look first for the next parameter */
-    int declaring, plain_sums, in_encoder;
     int label;                         /* the example's class, where the model has classes */
-    int encoder_fixed;                 /* no gradient by the encoder's weights in this example */
+    int encoder_fixed;                 /* no gradient of the encoder's weights in this example */
     char scope[40];                    /* "score.down.0." */
     const volatile sig_atomic_t *stop;
 } Network;
@@ -463,42 +467,43 @@ typedef struct {
 
 void workers_new(Workers *workers, Model *model, int threads);
 void workers_free(Workers *workers);
-size_t workers_memory(const Workers *workers);   /* bytes of the arenas */
-int workers_stopped(const Workers *workers);
 int network_stopped(const Network *network);
 
 /* Memory for the results of a batch, kept from step to step. */
 void *workers_results(Workers *workers, size_t count, size_t size);
 
 /* Call `work` once for each example of the rank's share of 0..count-1, on the threads, with a network whose
- * graph has just begun: with any vector of weights, without dropout and gradients, where threads for which no
- * example is left help those that have one; or with model->params, where `work` calls backward(): returns
- * the sum of the gradients of all ranks, [weight_count], or NULL when one was stopped. */
+ * graph has just begun. workers_run: with any vector of weights, without dropout and gradients; threads left
+ * without an example help those that have one. */
 typedef void (*ExampleWork)(Network *network, int example, void *context);
 void workers_run(Workers *workers, const real *weights, int count, ExampleWork work, void *context);
+
+/* With model->params, and `work` calls backward(): returns the sum of the gradients of all examples of all
+ * ranks, [weight_count], or NULL when a rank was stopped. */
 const real *workers_gradient(Workers *workers, int count, ExampleWork work, void *context);
 
 typedef struct {
-    double learning_rate;              /* 2e-4 */
-    double encoder_rate;               /* the encoder's weights learn at this share of it; 1 */
-    int muon;                          /* kernels by Muon instead of AdamW; 0 */
-    double momentum;                   /* of Muon; 0.95 */
+    double learning_rate;
+    double encoder_rate;               /* the encoder's weights learn at this share of it */
+    int muon;                          /* kernels by Muon instead of AdamW */
+    double momentum;                   /* of Muon */
     int warmup;                        /* steps of linear warm-up; 0: none */
     double cooldown, steps;            /* over this last fraction of `steps` the rate falls to zero */
-    double beta1, beta2, epsilon;      /* 0.9, 0.99, 1e-8 */
-    double weight_decay;               /* 0.01, of kernels and scales */
+    double beta1, beta2, epsilon;      /* of AdamW */
+    double weight_decay;               /* of kernels and scales */
     double clip;                       /* largest norm of the whole gradient; 0: no clipping */
-    double ema;                        /* 0.9999; at first (1 + step)/(10 + step), where that is less */
+    double ema;                        /* decay; at first (1 + step)/(10 + step), where that is less */
 } Optimizer;
 
-Optimizer optimizer_default(void);
+Optimizer optimizer_default(void);   /* the paper's, and 0.95 for Muon; the program's recipe is in main.c */
 
 /* One step of the workers' model and of the moving average; step is counted up. Returns the norm of the
- * gradient before clipping, which Muon does not feel. If that is not finite nothing is changed. */
+ * gradient before clipping, to which Muon's momentum is not subject. If that is not finite nothing is
+ * changed. */
 double optimizer_step(Workers *workers, const Optimizer *optimizer, const real *gradient);
 
 /* Why a step cannot be taken, as an error: the first loss that is not finite, or else the largest one, and
- * the same of the gradient by parameter. */
+ * the same of the parameters' gradients. */
 int diverged(const Model *model, const char *const *names, const double *losses, int count,
              const real *gradient, Error *error);
 
@@ -570,8 +575,8 @@ typedef struct {
 LossTerms objective(const Method *m, Example example);
 Tensor *bits_per_dimension(const Method *m, LossTerms terms);
 
-/* The time of example i of a training batch, and of draw j of an evaluation, from the one uniform u of each.
- * */
+/* The time of example i of a training batch, and of draw j of an evaluation; u is one uniform number for all
+ * of them. */
 double example_time(double u, int i, int batch, int timesteps);
 double evaluation_time(double u, double j, int timesteps);
 
@@ -620,24 +625,16 @@ void step_distances(Workers *workers, const unsigned char *images, const unsigne
                     uint64_t seed, double *distance);
 
 /* Draw `count` images [count, height, width, channels] with the weights `ema`, in T ancestral or
- * deterministic steps. Pixels are the most likely ones, or drawn from p(k | z_0). Returns 0, or -1 where some
- * z_0 is not finite. */
+ * deterministic steps. Pixels are the most likely ones, or drawn from p(k | z_0). The way there goes into
+ * trajectory: x^ and z_t as pixels, [frames, 2, count, height, width, channels], at times evenly from 1 to 0,
+ * 2 to T + 1 frames and up to 1000; or frames is 0. Returns 0, or -1 where some z_0 is not finite. */
 int sample_images(Workers *workers, const unsigned char *labels, int count, int timesteps, int deterministic,
-                  uint64_t seed, int draw_pixels, unsigned char *images);
-
-/* The same, and the way there: x^ and z_t as pixels, [frames, 2, count, height, width, channels], at times
- * evenly from 1 to 0. There may be 2 to T + 1 frames, up to 1000, or none. */
-int sample_trajectory(Workers *workers, const unsigned char *labels, int count, int timesteps,
-                      int deterministic, uint64_t seed, int draw_pixels, unsigned char *images, int frames,
-                      unsigned char *trajectory);
+                  uint64_t seed, int draw_pixels, unsigned char *images, int frames,
+                  unsigned char *trajectory);
 
 /* ==== beside: data.c =================================================================================== */
 
-/* Functions that return int return 0, or -1 with error and then nothing to free. */
-
-/* `text` with control characters and bytes that are not UTF-8 escaped (\x1b), cut to `size` bytes: nothing
- * that a file holds may command the terminal. Returns `buffer`. */
-const char *printable(const char *text, char *buffer, size_t size);
+/* Functions that take an Error and return int return 0, or -1 with error and nothing new to free. */
 
 typedef struct { unsigned char *data; size_t size; } Bytes;   /* data from malloc */
 

@@ -43,19 +43,15 @@ static const char *const VERSION = "diffenc 1.0";
 static const double LOG_2 = 0.6931471805599453;
 static const char *const TERMS[4] = {"recon", "latent", "diffusion", "total"};
 
-/* The only way of an Error to the terminal: it may quote a file, and a file may hold anything. */
-static void say(const Error *error) {
-    char text[4 * sizeof error->text];
-    fprintf(stderr, "diffenc: %s\n", printable(error->text, text, sizeof text));
-}
+static void say(const Error *error) { fprintf(stderr, "diffenc: %s\n", error->text); }
 
 /* ---- signals ---- */
 
 /* The one global that is not const: a handler has no other way to say something. */
 static volatile sig_atomic_t stop_signal = 0;
 
-/* A second SIGINT or SIGTERM ends the program at once. The other two are not repeated by anyone's wish: where
- * a terminal closes, its hang-up and then its broken pipes arrive while the checkpoint is being written. */
+/* A second SIGINT or SIGTERM ends the program at once. Nobody sends the other two twice on purpose: when a
+ * terminal closes, SIGHUP and then SIGPIPE arrive while the checkpoint is being written. */
 static void on_signal(int number) {
     stop_signal = number;
     signal(SIGINT, SIG_DFL);
@@ -64,14 +60,16 @@ static void on_signal(int number) {
     signal(SIGPIPE, SIG_IGN);
 }
 
+static const struct { int number; const char *name; } SIGNALS[4] = {
+    {SIGINT, "SIGINT"}, {SIGTERM, "SIGTERM"}, {SIGHUP, "SIGHUP"}, {SIGPIPE, "SIGPIPE"}};
+
 /* SA_RESTART: a write goes on where the signal interrupted it. What the parent ignores stays ignored. */
 static void catch_signals(void) {
-    static const int numbers[4] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
     const struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
     struct sigaction before;
     for (int i = 0; i < 4; i++)
-        if (sigaction(numbers[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN)
-            sigaction(numbers[i], &action, NULL);
+        if (sigaction(SIGNALS[i].number, NULL, &before) == 0 && before.sa_handler != SIG_IGN)
+            sigaction(SIGNALS[i].number, &action, NULL);
 }
 
 /* The signal that came to any rank. All ranks ask at the same places, and so go the same way. */
@@ -83,12 +81,10 @@ static int stopped(void) {
 }
 
 static const char *signal_name(void) {
-    switch (stop_signal) {
-    case SIGINT: return "SIGINT";
-    case SIGTERM: return "SIGTERM";
-    case SIGHUP: return "SIGHUP";
-    default: return "SIGPIPE";
-    }
+    int i = 0;
+    while (i < 3 && SIGNALS[i].number != stop_signal)
+        i++;
+    return SIGNALS[i].name;
 }
 
 /* ---- a command's options, and everything it works with ---- */
@@ -225,7 +221,7 @@ static const Option OPTIONS[] = {
     {"classes", RECORD, INT, C(classes), -1e9, 1e9, "", ""},
     {"made-by", RECORD | OWN, TEXT, IN(settings.made_by), 0, 0, "", ""},
     {"data", EVAL | SHOW, TEXT, IN(where), 0, 0, "DIR|digits|swirl",
-     "needed unless it was trained on what is built in"},
+     "needed unless the model was trained on built-in data"},
     {"split", EVAL, CHOICE, IN(split), 0, 0, "train|test", "which images"},
     {"limit", EVAL, INT, IN(limit), 0, 1e9, "N", "only N images, evenly over the split; 0: all"},
     {"repeats", EVAL, INT, IN(repeats), 1, 1e6, "N", "draws of time and noise for each image"},
@@ -234,7 +230,7 @@ static const Option OPTIONS[] = {
     {"chart", EVAL, TEXT, IN(chart), 0, 0, "FILE.svg", "the loss over t and lambda, the counterterm's error"},
     {"csv", EVAL, TEXT, IN(csv), 0, 0, "FILE.csv", "the values, a line for each checkpoint"},
     {"count", SAMPLE, INT, IN(count), 0, 65536, "N",
-     "images; 0: 64, or 8 of each class, one a row; 8 of a trajectory, or one of each class; 2000 points"},
+     "images; 0: 64, or 8 per class, a row each; with --trajectory 8, or 1 per class; 2000 of points"},
     {"class", SAMPLE, INT, IN(one_class), -1, 255, "K", "only this class; -1: all of them"},
     {"count", SHOW, INT, IN(count), 0, 4096, "N",
      "test images, evenly over the split; 0: one of each class, or 4; 500 points"},
@@ -277,7 +273,7 @@ static Settings settings_of_paper(void) {
     return (Settings){config_default(), optimizer_default(), .batch = 64, .seed = 1, .data = "digits"};
 }
 
-/* The recipe: of all that was tried that with which diffenc-4-2 learned most in five minutes on two cores. */
+/* The recipe with which diffenc-4-2 learned most in five minutes on two cores, of all that were tried. */
 static Settings settings_default(void) {
     Settings s = settings_of_paper();
     Config *c = &s.config;
@@ -391,28 +387,21 @@ static int option_set(const Option *o, Job *job, const char *text, Error *error)
 
 static int asks_help(const char *text) { return strcmp(text, "-h") == 0 || strcmp(text, "--help") == 0; }
 
-/* Print `length` bytes of a text behind a space, in this line if 80 columns hold it. Returns the column. */
-static int print_word(const char *text, int length, int column) {
-    if (column + 1 + length > 80)
-        column = printf("\n%28s", "") - 1;
-    return column + printf(" %.*s", length, text);
-}
-
 static void print_help(const Job *job) {
     printf("usage: diffenc %s %s\n\n", job->command->name, job->command->usage);
     for (const Option *o = OPTIONS; o < OPTIONS + OPTION_COUNT; o++) {
-        char value[TEXT_SIZE], text[TEXT_SIZE + 16];
+        char value[TEXT_SIZE], text[2 * TEXT_SIZE];
         if (!(o->takers & job->command->taker))
             continue;
-        int column = printf("  --%s %-*s", o->name, 23 - (int)strlen(o->name), o->argument), length;
-        for (const char *word = o->help; *word; word += length, word += strspn(word, " ")) {
-            length = (int)strcspn(word, " ");
-            column = print_word(word, length, column);
-        }
         option_text(o, job, value);
-        length = snprintf(text, sizeof text, "(default %s)", value);
-        if (*o->argument && *value)
-            print_word(text, length, column);
+        snprintf(text, sizeof text, *o->argument && *value ? "%s (default %s)" : "%s", o->help, value);
+        int column = printf("  --%s %-*s", o->name, 23 - (int)strlen(o->name), o->argument), length;
+        for (const char *word = text; *word; word += length, word += strspn(word, " ")) {
+            length = (int)(strncmp(word, "(default ", 9) != 0 ? strcspn(word, " ") : strlen(word));
+            if (column + 1 + length > 80)   /* a default may hold spaces, and stays in one line */
+                column = printf("\n%28s", "") - 1;
+            column += printf(" %.*s", length, word);
+        }
         printf("\n");
     }
 }
@@ -538,7 +527,7 @@ static double memory_limit(void) {
     return limit;
 }
 
-/* Whether `more` bytes besides those of before are to be had. */
+/* Add `more` bytes to what the command needs; fails if the machine has less. */
 static int memory_check(Job *job, double more) {
     const double have = memory_limit();
     job->need += more;
@@ -549,16 +538,19 @@ static int memory_check(Job *job, double more) {
 }
 
 /* The same for a model's vectors, in place of the one before, and one example's graph for each thread; in
- * training also gradient slots and the graph's gradients; a chart and a trajectory take a second pass. */
+ * training also gradient slots, and the graph's gradients where a thread has a slot; a chart and a trajectory
+ * take a second pass. */
 static int model_memory_check(Job *job, size_t weights) {
-    const int training = job->command->load != LOAD_EMA;
+    const int training = (job->command->taker & (TRAIN | GRAD)) != 0;
+    const double with_gradient = job->threads < GRADIENT_SLOTS ? job->threads : GRADIENT_SLOTS;
     Model m = {.config = job->settings.config};
-    Network n = {.model = &m, .declaring = 1, .graph = {.shapes_only = 1}};
+    Network n = {.model = &m, .graph = {.shapes_only = 1}};
     graph_begin(&n.graph, arena_new());
     const Method method = method_begin(&n);
     const Example example = {NULL, 0.5, NULL, NULL, 0};
     objective(&method, example);
-    const double graphs = (training ? 1.5 : *job->chart || job->trajectory ? 2 : 1) * job->threads;
+    const double graphs = training ? fmax(1.5 * with_gradient, job->threads)
+                                   : job->threads * (*job->chart || job->trajectory ? 2 : 1);
     job->need -= job->model_need;
     job->model_need = graphs * (double)n.graph.bytes +
                       (double)weights * sizeof(real) * (5 + (training ? GRADIENT_SLOTS : 0));
@@ -657,7 +649,7 @@ static int checkpoint_take(Job *job, const TensorFile *f, const char *path) {
         return -1;
     job->model.step = job->settings.step;
     if (job->command->load == LOAD_ALL && f->tensors[0].type != TYPE_OF_REAL)
-        fprintf(stderr, "diffenc: %s: was written in another precision, goes on in %s\n", path,
+        fprintf(stderr, "diffenc: %s: was written in another precision, continuing in %s\n", path,
                 TYPE_OF_REAL == TYPE_F64 ? "double" : "single");
     return 0;
 }
@@ -693,7 +685,7 @@ static const char *path_in(const char *directory, const char *name, char path[TE
     return path;
 }
 
-/* Whether the images of what is called `name`, and their labels, are what the model is for. */
+/* Refuse data whose shape or labels do not fit the model. `name` is for the message. */
 static int shape_check(Job *job, const char *name, const Dataset *data) {
     const Config *c = &job->settings.config;
     if (job->settings.conditional && data->classes == 0)
@@ -909,8 +901,8 @@ static int directory_inspect(Job *job) {
             result = fail(&job->error, "%s: is there already; another --out starts anew", path);
         else if (kind == 1 && (lstat(path, &status) || !S_ISREG(status.st_mode)))
             result = fail(&job->error, "%s: is not a regular file; a training writes to no other", path);
-        else if (sscanf(entry->d_name, "samples-%llu.png", &grid) == 1 && grid > job->newest_grid)
-            job->newest_grid = grid;
+        else if (kind == 1 && sscanf(entry->d_name, "samples-%llu.png", &grid) == 1)
+            job->newest_grid = grid > job->newest_grid ? grid : job->newest_grid;
     }
     closedir(listing);
     return result;
@@ -1023,8 +1015,8 @@ static int log_open(Job *job) {
         return fail(&job->error, "%s: cannot be opened for writing: %s", path, strerror(errno));
     rewind(job->log);
     if (!log_check(job, job->model.step, &kept))
-        return fail(&job->error, "%s: is not the log of this training; without it --resume begins a new one",
-                    path);
+        return fail(&job->error,
+                    "%s: is not the log of this training; move it away and --resume begins a new one", path);
     if (ftruncate(file, kept) || fseek(job->log, 0, SEEK_END) ||
         (kept == 0 && fputs(LOG_HEADER, job->log) < 0) || fflush(job->log))
         return fail(&job->error, "%s: cannot be written: %s", path, strerror(errno));
@@ -1120,7 +1112,7 @@ static int write_report(FILE *stream, const void *context) {
     return ferror(stream);
 }
 
-/* A report that cannot be written ends no training, and is not what a training failed by. The log may be
+/* A report that cannot be written neither ends a training nor hides why it failed. The log may be
  * long: a hundredth of the time at most goes into reading it. */
 static void report(Job *job) {
     const double start = seconds_now();
@@ -1238,7 +1230,8 @@ static int sample_to(Job *job, const char *path, int steps, uint64_t seed) {
     const size_t all = (size_t)count * image_size(c);
     unsigned char *images = arena_allocate(job->arena, 1 + (size_t)is_points(c), all);
     unsigned char *labels = sample_labels(job, count);
-    int status = sample_images(&job->workers, labels, count, steps, job->sampler, seed, job->draw, images);
+    int status = sample_images(&job->workers, labels, count, steps, job->sampler, seed, job->draw, images, 0,
+                               NULL);
     if ((status = result_check(job, path, status == 0)))
         return status;
     const Pictures each = {images, count, c->height, c->width, c->image_channels};
@@ -1451,7 +1444,7 @@ static int train(Job *job) {
 
 /* ---- what the commands on a checkpoint have in common ---- */
 
-/* Of the paths in a checkpoint none is opened that was not asked for: the file may be a stranger's. */
+/* No path in a checkpoint is opened unasked: the file may be a stranger's. */
 static int job_data(Job *job, Split split) {
     const char *trained_on = job->settings.data;
     if (!*job->where && strcmp(trained_on, "digits") != 0 && strcmp(trained_on, "swirl") != 0)
@@ -1482,7 +1475,7 @@ static int trajectory_write(Job *job, int count, int steps) {
     const int times = smaller(animated ? FRAMES : TIMES, steps + 1);
     const size_t all = (size_t)count * image_size(&job->model.config), sets = 2 * (size_t)times;
     unsigned char *images = arena_allocate(job->arena, sets + 1, all);
-    int status = sample_trajectory(&job->workers, sample_labels(job, count), count, steps, job->sampler,
+    int status = sample_images(&job->workers, sample_labels(job, count), count, steps, job->sampler,
                                    job->seed, job->draw, images + sets * all, times, images);
     if ((status = result_check(job, job->out, status == 0)))
         return status;
@@ -1510,7 +1503,8 @@ static int sample(Job *job) {
         fail(&job->error, "class %d: the model has %d classes, counted from 0", job->one_class, c->classes);
         return USAGE;
     }
-    const int channels = is_points(c) && !has_extension(job->out, ".npy") ? 3 : c->image_channels;
+    const int numbers = has_extension(job->out, ".npy") || (is_numbered(job->out) && !job->trajectory);
+    const int channels = is_points(c) && !numbers ? 3 : c->image_channels;
     /* Thrice the pictures: as they are, as a grid, as a file. */
     const double each = count * (double)image_size(c) + (is_points(c) ? PANEL_SIZE : 0);
     if (picture_path_check(job->out, channels, &job->error) ||
@@ -1990,8 +1984,9 @@ static int batch_read(Job *job, const TensorFile *f, const char *path, Example *
     return (int)count;
 }
 
-/* Loss terms [B] by name, their mean in bits per dimension, and the gradient by parameter. */
+/* Loss terms [B] by name, their mean in bits per dimension, and the gradient of each parameter. */
 static int gradient_write(Job *job, double (*terms)[3], int batch, const real *gradient) {
+    static const char *const LOSS_NAMES[4] = {"loss.recon", "loss.latent", "loss.diffusion", "bpd"};
     const Model *m = &job->model;
     const int count = m->parameter_count + 4;
     TensorEntry *out = arena_allocate(job->arena, (size_t)count, sizeof *out);
@@ -2003,11 +1998,9 @@ static int gradient_write(Job *job, double (*terms)[3], int batch, const real *g
         bpd += terms[i / 3][i % 3] / (image_size(&m->config) * LOG_2 * batch);
     }
     losses[3 * batch] = (real)bpd;
-    for (int i = 0; i < 4; i++) {
-        const Parameter loss = {.rank = 1, .shape = {i < 3 ? batch : 1}, .offset = (size_t)i * batch};
-        out[i] = tensor_out("loss", &loss, losses, names[i]);
-        snprintf(names[i], NAME_SIZE, "%s%s", i < 3 ? "loss." : "", i < 3 ? TERMS[i] : "bpd");
-    }
+    for (int i = 0; i < 4; i++)
+        out[i] = (TensorEntry){.name = LOSS_NAMES[i], .type = TYPE_OF_REAL, .rank = 1,
+                               .shape = {i < 3 ? batch : 1}, .data = losses + (size_t)i * batch};
     for (int i = 4; i < count; i++)
         out[i] = tensor_out("grad", &m->parameter[i - 4], gradient, names[i]);
     return tensors_write(job->out, &(TensorFile){.tensors = out, .tensor_count = count}, &job->error);
@@ -2036,7 +2029,7 @@ static int grad(Job *job) {
 static int info(Job *job) {
     const Model *m = &job->model;
     char text[TEXT_SIZE];
-    printf("%s: %zu weights\n", job->checkpoint, m->weight_count);
+    printf("%s: %zu weights\n", printable(job->checkpoint, text, sizeof text), m->weight_count);
     for (int i = 0, first = 0; i < m->parameter_count; i++) { /* parts are what names begin with */
         const Parameter *p = &m->parameter[i], *next = p + 1;
         const int length = (int)strcspn(p->name, ".");
@@ -2075,7 +2068,6 @@ enum { COMMAND_COUNT = sizeof COMMANDS / sizeof COMMANDS[0] };
 /* Run a command, say what went wrong, free everything. Returns the exit status. */
 static int run(const Command *command, char **arguments) {
     Job *job = job_new(command, arguments);
-    char failure[4 * sizeof job->error.text];
     ranks_begin();
     int status = parse_options(job);
     if (status < 0)
@@ -2088,8 +2080,7 @@ static int run(const Command *command, char **arguments) {
     if (status == OK)
         status = command->run(job);
     end_line(job);
-    const int failed = status != OK && status != DONE;
-    ranks_end(failed ? printable(job->error.text, failure, sizeof failure) : NULL);
+    ranks_end(status == OK || status == DONE ? NULL : job->error.text);
     workers_free(&job->workers);
     model_free(&job->model);
     dataset_close(&job->data);

@@ -22,59 +22,11 @@ enum { MOST_BLOCKS = 256, MOST_CHANNELS = 1024, MOST_CLASSES = 256 };
 enum { LARGEST_SIDE = 4096, HIGHEST_FOURIER = 12 };
 
 Config config_default(void) {
-    Config c = {.kind = DIFFENC,
-                .score_blocks = 4,
-                .encoder_blocks = 2,
-                .net = NET_FLAT,
-                .channels = 32,
-                .encoder_channels = 16,
-                .fourier_first = 6,
-                .fourier_last = 7,
-                .height = 28,
-                .width = 28,
-                .image_channels = 1,
-                .prediction = PREDICT_V,
-                .schedule = SCHEDULE_FIXED,
-                .gamma_min = -13.3,
-                .gamma_max = 5,
-                .timesteps = 0,
-                .variance_ratio = 1,
-                .dropout = 0.1};
-    return c;
-}
-
-/* A block count 1..MOST_BLOCKS at `text`; *end is set behind it. 0 if there is none. */
-static int block_count(const char *text, const char **end) {
-    int n = 0;
-    for (*end = text; **end >= '0' && **end <= '9' && n <= MOST_BLOCKS; (*end)++)
-        n = 10 * n + (**end - '0');
-    return n <= MOST_BLOCKS ? n : 0;
-}
-
-int config_parse_model(Config *config, const char *name, Error *error) {
-    const char *end = name;
-    if (strncmp(name, "vdm-", 4) == 0) {
-        config->kind = VDM;
-        config->encoder_blocks = 0;
-        config->score_blocks = block_count(name + 4, &end);
-        if (config->score_blocks && !*end)
-            return 0;
-    } else if (strncmp(name, "diffenc-", 8) == 0) {
-        config->score_blocks = block_count(name + 8, &end);
-        if (config->score_blocks && strcmp(end, "-nt") == 0) {
-            config->kind = DIFFENC_NT;
-            config->encoder_blocks = 0;
-            return 0;
-        }
-        if (config->score_blocks && *end == '-') {
-            config->kind = DIFFENC;
-            config->encoder_blocks = block_count(end + 1, &end);
-            if (config->encoder_blocks && !*end)
-                return 0;
-        }
-    }
-    return fail(error, "model '%.40s': expected vdm-L, diffenc-L-nt or diffenc-L-E with L and E from 1 to %d",
-                name, MOST_BLOCKS);
+    return (Config){.kind = DIFFENC, .score_blocks = 4, .encoder_blocks = 2, .net = NET_FLAT,
+                    .channels = 32, .encoder_channels = 16, .fourier_first = 6, .fourier_last = 7,
+                    .height = 28, .width = 28, .image_channels = 1, .prediction = PREDICT_V,
+                    .schedule = SCHEDULE_FIXED, .gamma_min = -13.3, .gamma_max = 5, .variance_ratio = 1,
+                    .dropout = 0.1};
 }
 
 void config_model_name(const Config *config, char name[32]) {
@@ -86,16 +38,39 @@ void config_model_name(const Config *config, char name[32]) {
         snprintf(name, 32, "diffenc-%d-%d", config->score_blocks, config->encoder_blocks);
 }
 
-int unet_levels(int blocks, int height) {
-    for (int i = 0; i < blocks && height > 1; i++) {
-        height /= 2;
-        if (height % 2 == 1 || height <= 8)
-            return i + 1;
-    }
-    return height > 1 ? blocks : 0;
+static int blocks_fit(const Config *c) {
+    return c->score_blocks >= 1 && c->score_blocks <= MOST_BLOCKS &&
+           c->encoder_blocks >= (c->kind == DIFFENC) && c->encoder_blocks <= MOST_BLOCKS;
 }
 
-/* `what` has n channels at its first level; every group normalisation in it must come out even. */
+/* What was read has to give the same name again: nothing may stand before, between or behind it. */
+int config_parse_model(Config *config, const char *name, Error *error) {
+    Config c = *config;
+    char again[32];
+    c.score_blocks = c.encoder_blocks = 0;
+    if (sscanf(name, "vdm-%3d", &c.score_blocks) == 1)
+        c.kind = VDM;
+    else
+        c.kind = sscanf(name, "diffenc-%3d-%3d", &c.score_blocks, &c.encoder_blocks) == 2 ? DIFFENC
+                                                                                          : DIFFENC_NT;
+    config_model_name(&c, again);
+    if (strcmp(name, again) != 0 || !blocks_fit(&c))
+        return fail(error,
+                    "model '%.40s': expected vdm-L, diffenc-L-nt or diffenc-L-E with L and E from 1 to %d",
+                    name, MOST_BLOCKS);
+    *config = c;
+    return 0;
+}
+
+int unet_levels(int blocks, int height) {
+    int levels = height > 1;
+    for (height /= 2; levels < blocks && height % 2 == 0 && height > 8; height /= 2)
+        levels++;
+    return levels;
+}
+
+/* A network with so many channels at its first level, twice as many at each further one: all inputs of group
+ * normalisation, among them [h | kept] with twice a level's channels, must come out even. */
 static int check_channels(const char *option, int channels, int levels, Error *error) {
     if (channels < 4 || channels > MOST_CHANNELS || channels % 4)
         return fail(error, "%s %d: must be a multiple of 4 from 4 to %d", option, channels, MOST_CHANNELS);
@@ -106,7 +81,7 @@ static int check_channels(const char *option, int channels, int levels, Error *e
                         option, channels, level, (long long)width, MOST_CHANNELS);
         if (!group_count((int)width) || !group_count((int)(2 * width)))
             return fail(error, "%s %d: %lld channels do not divide into 32 groups", option, channels,
-                        (long long)width);
+                        (long long)(group_count((int)width) ? 2 * width : width));
     }
     return 0;
 }
@@ -125,8 +100,7 @@ int config_check(const Config *c, Error *error) {
                     LARGEST_SIDE);
     if (c->image_channels < 1 || c->image_channels > 3)
         return fail(error, "image channels %d: must be 1 to 3", c->image_channels);
-    if (c->score_blocks < 1 || c->score_blocks > MOST_BLOCKS || c->encoder_blocks < (c->kind == DIFFENC) ||
-        c->encoder_blocks > MOST_BLOCKS)
+    if (!blocks_fit(c))
         return fail(error, "model: L %d and E %d must be from 1 to %d", c->score_blocks, c->encoder_blocks,
                     MOST_BLOCKS);
     if (c->net == NET_UNET && check_unet("net unet", c->score_blocks, c, error))
@@ -176,9 +150,7 @@ static size_t scope_enter(Network *n, const char *name, int index) {
     return length;
 }
 
-static void scope_leave(Network *n, size_t length) {
-    n->scope[length] = 0;
-}
+static void scope_leave(Network *n, size_t length) { n->scope[length] = 0; }
 
 static void declare(Network *n, const char *name, int rank, int taps, int in, int out, Initial initial) {
     Model *m = n->model;
@@ -189,18 +161,14 @@ static void declare(Network *n, const char *name, int rank, int taps, int in, in
     }
     m->parameter = grown;
     Parameter *p = &m->parameter[m->parameter_count++];
-    memset(p, 0, sizeof *p);
+    *p = (Parameter){.rank = rank, .taps = taps, .in = in, .out = out, .initial = initial,
+                     .count = (size_t)taps * in * out, .offset = m->weight_count};
     snprintf(p->name, sizeof p->name, "%s%s", n->scope, name);
-    p->rank = rank;
-    p->taps = taps, p->in = in, p->out = out;
-    p->initial = initial;
     /* The classes' embedding is a table and no kernel. Decay would draw a row back to zero while its class is
      * not drawn, the more the rarer the class is. */
     p->is_kernel = rank > 1 && strcmp(name, "class.kernel") != 0;
     p->decays = p->is_kernel || initial == INIT_ONE;   /* no bias, nothing of the schedule */
-    p->in_encoder = n->in_encoder;
-    p->count = (size_t)taps * in * out;
-    p->offset = m->weight_count;
+    p->in_encoder = strncmp(p->name, "encoder.", 8) == 0;
     m->weight_count += p->count;
     const int side = taps == 9 ? 3 : 2;
     const int64_t shape[4] = {side, side, in, out};
@@ -225,13 +193,13 @@ static int find_parameter(Network *n, const char *name) {
 /* A parameter as a leaf of the graph: a vector [out] (rank 1), a matrix [in, out] (rank 2) or a kernel
  * [side, side, in, out] (rank 4). */
 static Tensor *take(Network *n, const char *name, int rank, int taps, int in, int out, Initial initial) {
-    if (n->declaring) {
+    if (n->graph.shapes_only) {
         declare(n, name, rank, taps, in, out, initial);
         return parameter(&n->graph, taps, in, out, NULL, NULL, NULL);
     }
     const int index = find_parameter(n, name);
     const Parameter *p = &n->model->parameter[index];
-    const int learns = n->gradient && !(n->in_encoder && n->encoder_fixed);
+    const int learns = n->gradient && !(p->in_encoder && n->encoder_fixed);
     assert(p->taps == taps && p->in == in && p->out == out);
     if (!n->leaf[index])
         n->leaf[index] = parameter(&n->graph, taps, in, out, n->weights + p->offset,
@@ -249,7 +217,7 @@ static Tensor *affine_map(Network *n, const char *name, int taps, Tensor *x, int
     Tensor *kernel = take(n, "kernel", taps == 1 ? 2 : 4, taps, x->channels, out, initial);
     Tensor *bias = take(n, "bias", 1, 1, 1, out, INIT_ZERO);
     scope_leave(n, scope);
-    return (n->plain_sums ? convolve_by_plain_sums : convolve)(x, kernel, bias, residual);
+    return convolve(x, kernel, bias, residual);
 }
 
 static Tensor *dense(Network *n, const char *name, Tensor *x, int out, Initial initial, Tensor *residual) {
@@ -306,8 +274,7 @@ static Tensor *res_block(Network *n, const char *name, int index, Tensor *x, Ten
     Tensor *kernel = take(n, "conv1.kernel", 4, 9, x->channels, out, INIT_LECUN);
     Tensor *bias = take(n, "conv1.bias", 1, 1, 1, out, INIT_ZERO);
     Tensor *projection = take(n, "time.kernel", 2, 1, time->channels, out, INIT_ZERO);
-    h = (n->plain_sums ? convolve_by_plain_sums : convolve)(h, kernel, convolve(time, projection, NULL, bias),
-                                                            NULL);
+    h = convolve(h, kernel, convolve(time, projection, NULL, bias), NULL);
     h = norm(n, "norm2", h, NORM_SWISH_DROPOUT);
     Tensor *skip = x->channels == out ? x : dense(n, "skip", x, out, INIT_LECUN, NULL);
     h = conv3x3(n, "conv2", h, out, INIT_ZERO, skip);
@@ -401,19 +368,16 @@ static Tensor *image_network(Network *n, const char *name, RandomPurpose masks, 
 
 Tensor *score_network(Network *n, Tensor *z, Tensor *t) {
     const Config *c = &n->model->config;
-    n->plain_sums = 0;
+    n->graph.plain_sums = 0;
     return image_network(n, "score", RANDOM_DROPOUT, c->net, c->score_blocks, c->channels,
                          fourier_features(c, z), t, z->channels, z);
 }
 
 Tensor *encoder_network(Network *n, Tensor *x, Tensor *t, int plain_sums) {
     const Config *c = &n->model->config;
-    n->plain_sums = plain_sums;
-    n->in_encoder = 1;
-    Tensor *y = image_network(n, "encoder", RANDOM_ENCODER_DROPOUT, NET_UNET, c->encoder_blocks,
-                              c->encoder_channels, x, t, x->channels, NULL);
-    n->in_encoder = 0;
-    return hyperbolic_tangent(y);
+    n->graph.plain_sums = plain_sums;
+    return hyperbolic_tangent(image_network(n, "encoder", RANDOM_ENCODER_DROPOUT, NET_UNET, c->encoder_blocks,
+                                            c->encoder_channels, x, t, x->channels, NULL));
 }
 
 void schedule_parameters(Network *n, Tensor **b, Tensor **w) {
@@ -427,9 +391,8 @@ void schedule_parameters(Network *n, Tensor **b, Tensor **w) {
 /* Run the networks once without values: that lists the parameters. */
 static void declare_parameters(Model *m) {
     const Config *c = &m->config;
-    Network n = {.model = m, .declaring = 1};
+    Network n = {.model = m, .graph = {.shapes_only = 1}};
     Arena *arena = arena_new();
-    n.graph.shapes_only = 1;
     graph_begin(&n.graph, arena);
     Tensor *image = constant(&n.graph, c->height, c->width, c->image_channels, NULL);
     Tensor *t = number(&n.graph, 0);
@@ -483,8 +446,7 @@ static void initialise(const Model *m, int index, uint64_t seed) {
 }
 
 int model_new(Model *m, const Config *config, uint64_t seed, Error *error) {
-    memset(m, 0, sizeof *m);
-    m->config = *config;
+    *m = (Model){.config = *config};
     if (config_check(config, error))
         return -1;
     declare_parameters(m);
@@ -510,9 +472,7 @@ void model_free(Model *m) {
 /* ---- ranks ---- */
 
 /* The first of a rank's share of the examples; behind it the share of the next rank begins. */
-static int share_begin(int count, int rank) {
-    return (int)((int64_t)count * rank / rank_count());
-}
+static int share_begin(int count, int rank) { return (int)((int64_t)count * rank / rank_count()); }
 
 #ifdef DIFFENC_MPI
 #include <mpi.h>
@@ -544,7 +504,7 @@ void ranks_begin(void) {
 static int meet(int flag, const char *failure) {
     enum { FAILED = 1000 };   /* more than any signal's number */
     struct { int flag, rank; } most = {failure ? FAILED : flag, this_rank()};
-    char text[4 * sizeof(Error)];
+    char text[sizeof(Error)];
     MPI_Allreduce(MPI_IN_PLACE, &most, 1, MPI_2INT, MPI_MAXLOC, MPI_COMM_WORLD);
     if (most.flag == FAILED) {
         const int rank = this_rank();
@@ -632,10 +592,7 @@ Tensor *network_renew(Network *n, const Tensor *t) {
 }
 
 void workers_new(Workers *w, Model *model, int threads) {
-    memset(w, 0, sizeof *w);
-    w->threads = threads;
-    w->model = model;
-    w->results = arena_new();
+    *w = (Workers){.threads = threads, .model = model, .results = arena_new()};
     w->network = allocate_zeroed((size_t)threads, sizeof *w->network);
     for (int i = 0; i < threads; i++) {
         w->network[i].model = model;
@@ -653,8 +610,7 @@ void workers_free(Workers *w) {
     for (int i = 0; i < GRADIENT_SLOTS; i++)
         free(w->slot[i]);
     free(w->transposed);
-    if (w->results)
-        arena_free(w->results);
+    arena_free(w->results);
     memset(w, 0, sizeof *w);
 }
 
@@ -663,20 +619,8 @@ void *workers_results(Workers *w, size_t count, size_t size) {
     return arena_allocate(w->results, count, size);
 }
 
-size_t workers_memory(const Workers *w) {
-    size_t bytes = 0;
-    for (int i = 0; i < w->threads; i++)
-        bytes += arena_capacity(w->network[i].graph.arena);
-    return bytes;
-}
-
-int workers_stopped(const Workers *w) {
-    return w->stop && *w->stop;
-}
-
-int network_stopped(const Network *n) {
-    return n->stop && *n->stop;
-}
+static int workers_stopped(const Workers *w) { return w->stop && *w->stop; }
+int network_stopped(const Network *n) { return n->stop && *n->stop; }
 
 static Network *network_of_thread(Workers *w) {
 #ifdef _OPENMP
@@ -713,7 +657,7 @@ void workers_run(Workers *w, const real *weights, int count, ExampleWork work, v
     }
 }
 
-/* The gradient by an input needs each kernel transposed: made once for all examples of a batch. */
+/* An input's gradient needs each kernel transposed: made once for all examples of a batch. */
 static void transpose_kernels(Workers *w) {
     const Model *m = w->model;
     if (!w->transposed)
@@ -722,7 +666,7 @@ static void transpose_kernels(Workers *w) {
     for (int i = 0; i < m->parameter_count; i++) {
         const Parameter *p = &m->parameter[i];
         if (p->rank > 1)
-            flip_kernel(p->taps, p->in, p->out, m->params + p->offset, w->transposed + p->offset);
+            transpose_kernel(p->taps, p->in, p->out, m->params + p->offset, w->transposed + p->offset);
     }
 }
 
@@ -742,7 +686,7 @@ static void sum_slots(Workers *w, int slots) {
 
 const real *workers_gradient(Workers *w, int count, ExampleWork work, void *context) {
     const int begin = share_begin(count, this_rank()), end = share_begin(count, this_rank() + 1);
-    /* A slot is zeroed and summed, so that one slot for two examples costs half as much. */
+    /* Each slot has to be zeroed and summed: two examples to a slot halve that cost. */
     const int pairs = (end - begin) / 2;
     const int slots = pairs < 1 ? 1 : pairs < GRADIENT_SLOTS ? pairs : GRADIENT_SLOTS;
     transpose_kernels(w);
@@ -772,9 +716,8 @@ const real *workers_gradient(Workers *w, int count, ExampleWork work, void *cont
 /* ---- training ---- */
 
 Optimizer optimizer_default(void) {
-    Optimizer o = {.learning_rate = 2e-4, .encoder_rate = 1, .momentum = 0.95, .beta1 = 0.9, .beta2 = 0.99,
-                   .epsilon = 1e-8, .weight_decay = 0.01, .ema = 0.9999};
-    return o;
+    return (Optimizer){.learning_rate = 2e-4, .encoder_rate = 1, .momentum = 0.95, .beta1 = 0.9,
+                       .beta2 = 0.99, .epsilon = 1e-8, .weight_decay = 0.01, .ema = 0.9999};
 }
 
 /* AdamW: u [count], the step at rate 1. m / (1 - beta1^step) and v / (1 - beta2^step) undo the moments' start
@@ -833,9 +776,7 @@ static void muon_update(const Parameter *p, real momentum, const real *restrict 
 
 double optimizer_step(Workers *workers, const Optimizer *o, const real *gradient) {
     Model *m = workers->model;
-    /* AdamW squares the gradient: an overflow there would stay in adam_v for good. In double, squared once
-     * more. */
-    const double largest = sizeof(real) == sizeof(float) ? 1e19 : 1e75;
+    const double largest = 1e19;   /* AdamW squares it: in float an overflow would stay in adam_v for good */
     const double norm = sqrt(dot(gradient, gradient, m->weight_count));
     if (!isfinite(norm) || (o->clip > 0 && norm > o->clip ? o->clip : norm) > largest)
         return isfinite(norm) ? INFINITY : norm;

@@ -38,11 +38,44 @@ enum { LANES = 16 / sizeof(real), BLOCK_ROWS = 6 };
 
 /* ---- errors ---- */
 
+/* Bytes of the printable UTF-8 character at `text`; 0 if there is none: what is longer than it need be, a
+ * surrogate (RFC 3629) or a control character. */
+static size_t character_length(const char *text) {
+    static const uint32_t least[5] = {0, 0x20, 0xa0, 0x800, 0x10000};
+    const unsigned char *u = (const unsigned char *)text;
+    const size_t length = *u < 0x80 ? 1 : *u < 0xc0 ? 0 : *u < 0xe0 ? 2 : *u < 0xf0 ? 3 : *u < 0xf8 ? 4 : 0;
+    uint32_t code = length == 1 ? *u : *u & 0x7f >> length;
+    for (size_t i = 1; i < length; i++) {
+        if (u[i] >> 6 != 2)
+            return 0;
+        code = code << 6 | (u[i] & 0x3f);
+    }
+    return code < least[length] || code == 0x7f || code >> 11 == 0x1b || code > 0x10ffff ? 0 : length;
+}
+
+const char *printable(const char *text, char *buffer, size_t size) {
+    size_t at = 0;
+    while (*text) {
+        const size_t length = character_length(text), shown = length ? length : 4;
+        char escape[8];
+        snprintf(escape, sizeof escape, "\\x%02x", (unsigned char)*text);
+        if (at + shown >= size)
+            break;
+        memcpy(buffer + at, length ? text : escape, shown);
+        at += shown;
+        text += length ? length : 1;
+    }
+    buffer[at] = '\0';
+    return buffer;
+}
+
 int fail(Error *error, const char *format, ...) {
+    char text[sizeof error->text];
     va_list arguments;
     va_start(arguments, format);
-    vsnprintf(error->text, sizeof error->text, format, arguments);
+    vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
+    printable(text, error->text, sizeof error->text);
     return -1;
 }
 
@@ -86,9 +119,7 @@ struct Arena {
     Arena *helper;   /* of the next part, or NULL */
 };
 
-Arena *arena_new(void) {
-    return allocate_zeroed(1, sizeof(Arena));
-}
+Arena *arena_new(void) { return allocate_zeroed(1, sizeof(Arena)); }
 
 void arena_free(Arena *arena) {
     for (Block *block = arena ? arena->first : NULL, *next; block; block = next) {
@@ -98,16 +129,6 @@ void arena_free(Arena *arena) {
     if (arena)
         arena_free(arena->helper);
     free(arena);
-}
-
-static Block *block_new(size_t size) {
-    if (size > SIZE_MAX / 4)
-        out_of_memory(1, size);
-    Block *block = allocate(1, sizeof(Block) + ALIGNMENT + size);
-    char *data = (char *)(block + 1);
-    data += (ALIGNMENT - (uintptr_t)data % ALIGNMENT) % ALIGNMENT;
-    *block = (Block){.size = size, .data = data};
-    return block;
 }
 
 void *arena_allocate(Arena *arena, size_t count, size_t size) {
@@ -123,9 +144,13 @@ void *arena_allocate(Arena *arena, size_t count, size_t size) {
     }
     if (!block || block->used + bytes > block->size) {
         size_t wanted = arena->capacity > FIRST_BLOCK ? arena->capacity : FIRST_BLOCK;
-        Block *fresh = block_new(bytes > wanted ? bytes : wanted);
+        wanted = bytes > wanted ? bytes : wanted;
+        Block *fresh = allocate(1, sizeof(Block) + ALIGNMENT + wanted);
+        char *data = (char *)(fresh + 1);
+        data += (ALIGNMENT - (uintptr_t)data % ALIGNMENT) % ALIGNMENT;
+        *fresh = (Block){.size = wanted, .data = data};
         *(block ? &block->next : &arena->first) = fresh;
-        arena->capacity += fresh->size;
+        arena->capacity += wanted;
         block = fresh;
     }
     arena->current = block;
@@ -144,13 +169,9 @@ void arena_release(Arena *arena, ArenaMark mark) {
         arena->current->used = mark.used;
 }
 
-void arena_reset(Arena *arena) {
-    arena_release(arena, (ArenaMark){NULL, 0});
-}
+void arena_reset(Arena *arena) { arena_release(arena, (ArenaMark){NULL, 0}); }
 
-size_t arena_capacity(const Arena *arena) {
-    return arena->capacity;
-}
+size_t arena_capacity(const Arena *arena) { return arena->capacity; }
 
 /* ---- work on several threads ---- */
 
@@ -188,31 +209,28 @@ enum { PHILOX_ROUNDS = 10, PHILOX_LANES = 16 };
 static const uint32_t PHILOX_M0 = 0xD2511F53u, PHILOX_M1 = 0xCD9E8D57u;
 static const uint32_t PHILOX_W0 = 0x9E3779B9u, PHILOX_W1 = 0xBB67AE85u;
 
-INLINE void philox_round(uint32_t *c0, uint32_t *c1, uint32_t *c2, uint32_t *c3, uint32_t k0, uint32_t k1) {
-    const uint64_t p0 = (uint64_t)PHILOX_M0 * *c0, p1 = (uint64_t)PHILOX_M1 * *c2;
-    *c0 = (uint32_t)(p1 >> 32) ^ *c1 ^ k0;
-    *c1 = (uint32_t)p1;
-    *c2 = (uint32_t)(p0 >> 32) ^ *c3 ^ k1;
-    *c3 = (uint32_t)p0;
-}
-
 RandomStream random_stream(uint64_t seed, RandomPurpose purpose, uint32_t step, uint32_t example) {
     return (RandomStream){seed, (uint32_t)purpose, step, example};
 }
 
-/* The 4 numbers at positions 4*block .. 4*block+3. */
-static void random_block(RandomStream s, uint32_t block, uint32_t out[4]) {
-    uint32_t c0 = block, c1 = s.example, c2 = s.step, c3 = s.purpose;
+/* The 4 numbers of each of `lanes` blocks, side by side, so that the rounds run in vector registers where
+ * there are many: block b has those at positions 4b .. 4b+3. */
+INLINE void random_blocks(RandomStream s, uint32_t block, const int lanes, uint32_t c[4][PHILOX_LANES]) {
     uint32_t k0 = (uint32_t)s.seed, k1 = (uint32_t)(s.seed >> 32);
+    for (int l = 0; l < lanes; l++)
+        c[0][l] = block + (uint32_t)l, c[1][l] = s.example, c[2][l] = s.step, c[3][l] = s.purpose;
     for (int round = 0; round < PHILOX_ROUNDS; round++, k0 += PHILOX_W0, k1 += PHILOX_W1)
-        philox_round(&c0, &c1, &c2, &c3, k0, k1);
-    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+        for (int l = 0; l < lanes; l++) {
+            const uint64_t p0 = (uint64_t)PHILOX_M0 * c[0][l], p1 = (uint64_t)PHILOX_M1 * c[2][l];
+            c[0][l] = (uint32_t)(p1 >> 32) ^ c[1][l] ^ k0, c[1][l] = (uint32_t)p1;
+            c[2][l] = (uint32_t)(p0 >> 32) ^ c[3][l] ^ k1, c[3][l] = (uint32_t)p0;
+        }
 }
 
 uint32_t random_bits(RandomStream stream, uint32_t position) {
-    uint32_t out[4];
-    random_block(stream, position / 4, out);
-    return out[position % 4];
+    uint32_t c[4][PHILOX_LANES];
+    random_blocks(stream, position / 4, 1, c);
+    return c[position % 4][0];
 }
 
 /* 53 of 64 bits as a number in [0, 1). */
@@ -221,18 +239,18 @@ static double uniform_of(uint32_t high, uint32_t low) {
 }
 
 double random_uniform(RandomStream stream, uint32_t position) {
-    uint32_t out[4];
-    random_block(stream, position / 2, out);
-    return position % 2 ? uniform_of(out[2], out[3]) : uniform_of(out[0], out[1]);
+    uint32_t c[4][PHILOX_LANES];
+    random_blocks(stream, position / 2, 1, c);
+    return position % 2 ? uniform_of(c[2][0], c[3][0]) : uniform_of(c[0][0], c[1][0]);
 }
 
 void random_normal(RandomStream stream, real *out, size_t count) {
     const double two_pi = 6.283185307179586;
     for (size_t i = 0; i < count; i += 2) {
-        uint32_t bits[4];
-        random_block(stream, (uint32_t)(i / 2), bits);
-        double radius = sqrt(-2 * log(1 - uniform_of(bits[0], bits[1])));   /* 1 - u lies in (0, 1] */
-        double angle = two_pi * uniform_of(bits[2], bits[3]);
+        uint32_t c[4][PHILOX_LANES];
+        random_blocks(stream, (uint32_t)(i / 2), 1, c);
+        double radius = sqrt(-2 * log(1 - uniform_of(c[0][0], c[1][0])));   /* 1 - u lies in (0, 1] */
+        double angle = two_pi * uniform_of(c[2][0], c[3][0]);
         out[i] = (real)(radius * cos(angle));
         if (i + 1 < count)
             out[i + 1] = (real)(radius * sin(angle));
@@ -240,20 +258,13 @@ void random_normal(RandomStream stream, real *out, size_t count) {
 }
 
 void random_dropout(RandomStream s, uint32_t first, size_t count, double rate, real *factor) {
-    /* A block gives eight numbers of 16 bits. PHILOX_LANES blocks are made side by side, so that the rounds
-     * run in vector registers. */
+    /* A block gives eight numbers of 16 bits. */
     const uint32_t threshold = (uint32_t)(rate * 65536 + 0.5);
     const real kept = (real)(65536.0 / (65536.0 - threshold));
     assert(first % DROPOUT_RUN == 0 && DROPOUT_RUN == 8 * PHILOX_LANES);
     for (size_t done = 0; done < count; done += DROPOUT_RUN) {
-        uint32_t c[4][PHILOX_LANES], k0 = (uint32_t)s.seed, k1 = (uint32_t)(s.seed >> 32);
-        for (int l = 0; l < PHILOX_LANES; l++) {
-            c[0][l] = first / 8 + (uint32_t)(done / 8) + (uint32_t)l;
-            c[1][l] = s.example, c[2][l] = s.step, c[3][l] = s.purpose;
-        }
-        for (int round = 0; round < PHILOX_ROUNDS; round++, k0 += PHILOX_W0, k1 += PHILOX_W1)
-            for (int l = 0; l < PHILOX_LANES; l++)
-                philox_round(&c[0][l], &c[1][l], &c[2][l], &c[3][l], k0, k1);
+        uint32_t c[4][PHILOX_LANES];
+        random_blocks(s, first / 8 + (uint32_t)(done / 8), PHILOX_LANES, c);
         real made[8][PHILOX_LANES];   /* in this order: it is part of what a seed means */
         for (int w = 0; w < 4; w++)
             for (int l = 0; l < PHILOX_LANES; l++) {
@@ -318,7 +329,7 @@ typedef struct {
 /* R rows x N columns of c, of which `width` are stored. R and N are constants where this is called, and each
  * pair gets a copy of the loops with the sums in registers; simd, else gcc takes such short loops apart. The
  * pointers lead to the block's own first elements. They are arguments, because clang keeps the sums in memory
- * where they are members of what p points to. */
+ * where they are members of *p. */
 INLINE void block_product(const int R, const int N, const int width, const Product *p, const real *a,
                           const real *b, ptrdiff_t b_segment, ptrdiff_t b_inner, const real *bias,
                           const real *start, real *c) {
@@ -384,9 +395,7 @@ static void copy_to_vectors(const Product *p, int width, const real *b, real *co
 }
 
 /* Blocks of rows, nearly equal in height: 28 = 10 + 9 + 9. */
-static int blocks_of(const Product *p) {
-    return (p->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-}
+static int blocks_of(const Product *p) { return (p->rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
 
 /* Blocks first..end-1 of all lines. */
 static void product_part(const void *product, int first, int end, Arena *scratch) {
@@ -468,9 +477,9 @@ static real *in_zeros(int h, int w, int c, const real *x, int border, int top, i
     return image;
 }
 
-/* Few outputs would leave most of a vector empty. Some neighbours of a line are then computed as one pixel
- * with `group` times as many outputs, by a kernel [3, 2 + group, in] of whole vectors, where each of them
- * finds the nine taps of its own among zeros. */
+/* Few output channels would leave most of a vector empty. So `group` neighbouring pixels of a line are then
+ * computed as one pixel of group*out channels. Its kernel [3, 2 + group, in, LANES] holds each pixel's nine
+ * taps, with zeros around them. */
 static int pixels_in_group(int w, int out) {
     int group = 1;
     for (int size = 2; size * out <= LANES; size++)
@@ -540,17 +549,17 @@ void convolve3x3_by_kernel(int h, int w, int in, int out, const real *x, const r
     arena_release(scratch, mark);
 }
 
-void flip_kernel(int taps, int in, int out, const real *kernel, real *flipped) {
+void transpose_kernel(int taps, int in, int out, const real *kernel, real *transposed) {
     for (int t = 0; t < taps; t++)
-        transpose(kernel + (size_t)t * in * out, in, out, flipped + (size_t)(taps - 1 - t) * in * out);
+        transpose(kernel + (size_t)t * in * out, in, out, transposed + (size_t)(taps - 1 - t) * in * out);
 }
 
 /* ---- group normalisation ---- */
 
 static const double GROUP_NORM_EPS = 1e-6;
 
-/* An image as the loops see it: as many positions make a row as give it at least LONG_ROW columns, if their
- * number can be halved so often. Then few channels fill vectors too, and the sums over the rows run in so
+/* An image as the loops see it: two rows are joined into one, again and again, until it has LONG_ROW columns
+ * or the number of rows is odd. Then few channels fill vectors too, and the sums over the rows run in so
  * many columns side by side that none waits for itself. Arrays [columns] hold what belongs to a channel,
  * again for each position of a row. */
 enum { LONG_ROW = 4 * LANES };
@@ -578,7 +587,9 @@ static real *repeated(const Norm *t, real *array) {
     return array;
 }
 
-/* Per channel, over all positions: sum of u - u_shift and sum_product of (u - u_shift)(w - w_shift). */
+/* Per channel, over all positions: sum of u - u_shift and sum_product of (u - u_shift)(w - w_shift). u, w
+ * [rows, columns], shifts [columns]; sum and sum_product need [columns], of which the first `channels` are
+ * the result. */
 static void channel_sums(const Norm *t, const real *u, const real *u_shift, const real *w,
                          const real *w_shift, real *restrict sum, real *restrict sum_product) {
     const int columns = t->columns, channels = t->n->channels;
@@ -691,9 +702,7 @@ static Jacobian jacobian(const Norm *t, const real *weight, const real *v) {
 }
 
 /* swish(u) = u s and its derivatives, s = sigmoid(u), times v. */
-INLINE real sigmoid(real u) {
-    return 1 / (1 + fast_exp(-u));
-}
+INLINE real sigmoid(real u) { return 1 / (1 + fast_exp(-u)); }
 INLINE real swish_of_u(real u, real v) {
     (void)v;
     return u * sigmoid(u);
@@ -889,9 +898,7 @@ double dot(const real *x, const real *y, size_t count) {
 
 /* x(c) = 2 (c + 1/2)/256 - 1 and the c whose x(c) is nearest to u. */
 enum { LEVELS = 256 };
-static double level_value(int c) {
-    return 2 * (c + 0.5) / LEVELS - 1;
-}
+static double level_value(int c) { return 2 * (c + 0.5) / LEVELS - 1; }
 int nearest_level(double u) {
     const double position = (u + 1) * (LEVELS / 2.0);
     return position > 0 ? position < LEVELS ? (int)position : LEVELS - 1 : 0;
@@ -1025,8 +1032,9 @@ INLINE void kernel_transposed(const real *u, ptrdiff_t step, real *to, ptrdiff_t
     to[2 * to_step] = even2 - even + u[5 * step];
 }
 
-/* Squares of numbers, `channels` of them side by side: one after the other, or in lines and columns of tiles;
- * each distance in numbers. A plane of transformed tiles has x 1 plane away and y 6 of them. */
+/* Where squares of pixels lie in memory, each pixel with `channels` numbers: one square after the other, or
+ * as the tiles of an image, or as transformed tiles, whose 36 places are a plane each. All distances are
+ * counted in numbers. */
 typedef struct {
     real *data;
     ptrdiff_t next, line, column;   /* from tile to tile */
@@ -1072,37 +1080,21 @@ enum { TILES_AT_ONCE = 32, TILES_SUMMED_AT_ONCE = 64 };   /* long sums over them
  * compete for the same lines of the cache. */
 static Squares planes(int tiles, ptrdiff_t channels, Arena *scratch) {
     const ptrdiff_t plane = tiles * channels + LANES;
-    const Squares s = {.data = arena_allocate(scratch, (size_t)(PLACES * plane), sizeof(real)),
-                       .next = channels, .y = REACH * plane, .x = plane};
-    return s;
+    return (Squares){.data = arena_allocate(scratch, (size_t)(PLACES * plane), sizeof(real)),
+                     .next = channels, .y = REACH * plane, .x = plane};
 }
 
 /* The tiles of an image [.., width, channels] that begins at `data`. */
 static Squares image_tiles(const real *data, int width, int channels) {
-    const Squares s = {.data = (real *)data, .line = (ptrdiff_t)TILE * width * channels,
-                       .column = (ptrdiff_t)TILE * channels, .y = (ptrdiff_t)width * channels, .x = channels};
-    return s;
+    return (Squares){.data = (real *)data, .line = (ptrdiff_t)TILE * width * channels,
+                     .column = (ptrdiff_t)TILE * channels, .y = (ptrdiff_t)width * channels, .x = channels};
 }
 
 /* Below these sizes the transforms cost more than they save. */
-static int filtering_pays(int h, int w, int in, int out) {
-    return in >= 16 && out >= 16 && h * w >= 196;
-}
+static int filtering_pays(int h, int w, int in, int out) { return in >= 16 && out >= 16 && h * w >= 196; }
 
 /* How many tiles make up a side of so many numbers. */
-static int tiles_along(int side) {
-    return (side + TILE - 1) / TILE;
-}
-
-typedef struct {
-    Squares x, y, kernel;   /* planes */
-} Filtering;
-
-static Filtering filtering_of(int tiles, int in, int out, Arena *scratch) {
-    const Filtering f = {planes(tiles, in, scratch), planes(tiles, out, scratch),
-                         planes(1, (ptrdiff_t)in * out, scratch)};
-    return f;
-}
+static int tiles_along(int side) { return (side + TILE - 1) / TILE; }
 
 /* What convolve3x3_fast was asked for. */
 typedef struct {
@@ -1121,23 +1113,24 @@ static void convolve_tiles(const void *convolution, int first, int end, Arena *s
     const int groups = (end - first + TILES_AT_ONCE - 1) / TILES_AT_ONCE;
     const int at_once = (end - first + groups - 1) / groups;   /* nearly equal groups: 49 = 25 + 24 */
     const ArenaMark mark = arena_mark(scratch);
-    const Filtering f = filtering_of(at_once, in, out, scratch);
+    const Squares xs = planes(at_once, in, scratch), ys = planes(at_once, out, scratch);
+    const Squares kernels = planes(1, size, scratch);
     const real *image = in_zeros(h, w, in, v->x, 1, line * TILE - 1, lines * TILE + 2, width, scratch);
     real *y = v->y, *made = arena_allocate(scratch, (size_t)TILE * TILE * out, sizeof(real));
     const Squares tiles = image_tiles(image, width, in);
     const Squares made_tile = {.data = made, .y = TILE * out, .x = out};
     const Squares taps = {.data = (real *)v->kernel, .y = 3 * size, .x = size};
-    transform_squares(kernel_transform, 3, REACH, 0, 1, 1, size, &taps, &f.kernel);
+    transform_squares(kernel_transform, 3, REACH, 0, 1, 1, size, &taps, &kernels);
     for (int count; first < end; first += count) {
         count = end - first < at_once ? end - first : at_once;
         transform_squares(input_transform, REACH, REACH, first - line * columns, count, columns, in, &tiles,
-                          &f.x);
+                          &xs);
         const Product p = {.lines = PLACES, .rows = count, .columns = out, .segments = 1, .inner = in,
-                           .a = f.x.data, .a_line = f.x.x, .a_row = in, .a_inner = 1, .b = f.kernel.data,
-                           .b_line = f.kernel.x, .b_inner = out, .c = f.y.data, .c_line = f.y.x,
+                           .a = xs.data, .a_line = xs.x, .a_row = in, .a_inner = 1, .b = kernels.data,
+                           .b_line = kernels.x, .b_inner = out, .c = ys.data, .c_line = ys.x,
                            .c_row = out};
         product(&p, scratch);
-        Squares sums = f.y;
+        Squares sums = ys;
         for (int tile = first; tile < first + count; tile++, sums.data += sums.next) {
             const int top = tile / columns * TILE, left = tile % columns * TILE;
             transform_squares(output_transform, REACH, TILE, 0, 1, 1, out, &sums, &made_tile);
@@ -1175,24 +1168,25 @@ void convolve3x3_by_kernel_fast(int h, int w, int in, int out, const real *x, co
     const int height = lines * TILE, width = columns * TILE;
     const int wanted = 1 + (TILES_SUMMED_AT_ONCE - 1) / columns;   /* lines */
     const int at_once = (wanted < lines ? wanted : lines) * columns;
-    const Filtering f = filtering_of(at_once, in, out, scratch);
+    const Squares xs = planes(at_once, in, scratch), ys = planes(at_once, out, scratch);
+    const Squares kernels = planes(1, size, scratch);
     const real *image = in_zeros(h, w, in, x, 1, -1, height + 2, width + 2, scratch), *dy_image = dy;
     if (h != height || w != width)
         dy_image = in_zeros(h, w, out, dy, 0, 0, height, width, scratch);
     const Squares x_tiles = image_tiles(image, width + 2, in), dy_tiles = image_tiles(dy_image, width, out);
     for (int first = 0, count; first < lines * columns; first += count) {
         count = lines * columns - first < at_once ? lines * columns - first : at_once;
-        transform_squares(input_transform, REACH, REACH, first, count, columns, in, &x_tiles, &f.x);
-        transform_squares(output_transposed, TILE, REACH, first, count, columns, out, &dy_tiles, &f.y);
+        transform_squares(input_transform, REACH, REACH, first, count, columns, in, &x_tiles, &xs);
+        transform_squares(output_transposed, TILE, REACH, first, count, columns, out, &dy_tiles, &ys);
         const Product p = {.lines = PLACES, .rows = in, .columns = out, .segments = 1, .inner = count,
-                           .a = f.x.data, .a_line = f.x.x, .a_row = 1, .a_inner = in, .b = f.y.data,
-                           .b_line = f.y.x, .b_inner = out, .start = first ? f.kernel.data : NULL,
-                           .c = f.kernel.data, .c_line = f.kernel.x, .c_row = out};
+                           .a = xs.data, .a_line = xs.x, .a_row = 1, .a_inner = in, .b = ys.data,
+                           .b_line = ys.x, .b_inner = out, .start = first ? kernels.data : NULL,
+                           .c = kernels.data, .c_line = kernels.x, .c_row = out};
         product(&p, scratch);
     }
     real *made = arena_allocate(scratch, (size_t)9 * size, sizeof(real));
     const Squares taps = {.data = made, .y = 3 * size, .x = size};
-    transform_squares(kernel_transposed, REACH, 3, 0, 1, 1, size, &f.kernel, &taps);
+    transform_squares(kernel_transposed, REACH, 3, 0, 1, 1, size, &kernels, &taps);
     for (int i = 0; i < 9 * size; i++)
         dkernel[i] += made[i];
     arena_release(scratch, mark);

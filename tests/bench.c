@@ -369,7 +369,8 @@ static void measure_model(const Job *job, Result *result) {
     for (int i = -1; i < job->runs; i++) {
         const double start = seconds_now();
         if (job->sampling)
-            sample_images(&s.workers, NULL, job->count, i < 0 ? 1 : job->timesteps, 0, 1, 0, s.images);
+            sample_images(&s.workers, NULL, job->count, i < 0 ? 1 : job->timesteps, 0, 1, 0, s.images, 0,
+                          NULL);
         else
             step(&s, job->batch);
         if (i >= 0) {

@@ -296,8 +296,8 @@ static Tensor *difference_by_lambda(Lab *lab, double t, int want_y, Method *m) {
     return result;
 }
 
-/* dy/dlambda at fixed x, lambda = -gamma; its gradient by every parameter of the encoder and of the
- * schedule. */
+/* dy/dlambda at fixed x, lambda = -gamma; its gradient with respect to every parameter of the encoder and of
+ * the schedule. */
 static void prove_y_dot(Report *r, Lab *lab) {
     Config c = small_config(DIFFENC);
     Method m;
@@ -311,7 +311,7 @@ static void prove_y_dot(Report *r, Lab *lab) {
         const Subject s = {.build = build_y_dot, .context = lab->k, .network = lab->network,
                            .weight_scale = 0.02};
         const DerivativeErrors e = derivative_errors(&s, 2, lab->seed);
-        claim(r, e.gradient, derivative_limit(), "gradient by every parameter");
+        claim(r, e.gradient, derivative_limit(), "gradient of every parameter");
     }
     lab_close(lab);
 }

@@ -400,7 +400,7 @@ static Tensor *build_operator(const Subject *s, Graph *graph, Tensor **leaf) {
     const double factors[3] = {64, -0.7, 3};
     const Row *row = s->context;
     Tensor *a[MAX_LEAVES];
-    (void)graph;
+    graph->plain_sums = row->which == CONVOLVE_PLAIN;
     for (int i = 0; i < MAX_LEAVES; i++)
         a[i] = i < (int)strlen(row->same) ? leaf[row->same[i] - '0'] : leaf[i];
     switch (row->which) {
@@ -408,9 +408,8 @@ static Tensor *build_operator(const Subject *s, Graph *graph, Tensor **leaf) {
     case BINARY: return row->binary(a[0], a[1]);
     case MUL_ITSELF: return mul(a[0], mul(a[0], add(a[0], a[0])));
     case AFFINE: return affine(-1.7, a[0], 0.4);
-    case CONVOLVE: return convolve(a[0], a[1], a[2], a[3]);
+    case CONVOLVE: case CONVOLVE_PLAIN: return convolve(a[0], a[1], a[2], a[3]);
     case CONVOLVE_RESIDUAL: return convolve(a[0], a[1], NULL, a[2]);
-    case CONVOLVE_PLAIN: return convolve_by_plain_sums(a[0], a[1], a[2], a[3]);
     case UPSAMPLE: return upsample(a[0], a[1], a[2]);
     case MATRIX_MULTIPLY: return matrix_multiply(1, a[0], a[1], 0);
     case MATRIX_TRANSPOSED: return matrix_multiply(0.3, a[0], a[1], 1);

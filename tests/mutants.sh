@@ -273,7 +273,7 @@ mutant 'filtering: a term missing in G^T' tensor.c \
     'even2 - even + u[5 * step];' \
     'even2 - even;'
 mutant 'filtering: the gradient of the last tiles alone' tensor.c \
-    '.start = first ? f.kernel.data : NULL,' \
+    '.start = first ? kernels.data : NULL,' \
     '.start = NULL,'
 mutant 'filtering: no bias' tensor.c \
     'from[c] + (bias ? bias[c] : 0)' \

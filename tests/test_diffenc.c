@@ -371,7 +371,7 @@ static void test_sample(const char *name, int T, int deterministic, int draw_pix
     Case c;
     unsigned char k[COUNT * D], want[D] = {0};
     case_new(&c, name, 0, 0.3, SCHEDULE_FIXED, 3);
-    sample_images(&c.lab.workers, c.labels, COUNT, T, deterministic, SEED, draw_pixels, k);
+    sample_images(&c.lab.workers, c.labels, COUNT, T, deterministic, SEED, draw_pixels, k, 0, NULL);
     for (int i = 0; i < COUNT; i++) {
         real z[D];
         Method m = restart(&c, c.lab.model.ema);
@@ -399,7 +399,8 @@ static void test_stop(void) {
     const volatile sig_atomic_t stop = 1;
     case_new(&c, "vdm-1", 0, 0, SCHEDULE_FIXED, 2);
     c.lab.workers.stop = &stop;
-    sample_images(&c.lab.workers, c.labels, COUNT, 1000000, 0, SEED, 0, k);   /* hours, if it went on */
+    const int hours = 1000000;   /* that many steps would take, if it went on */
+    sample_images(&c.lab.workers, c.labels, COUNT, hours, 0, SEED, 0, k, 0, NULL);
     for (int i = 0; i < COUNT; i++)
         CHECK(k[i * D] == 0, "a stopped sampler writes image %d", i);
     lab_free(&c.lab);

@@ -304,8 +304,8 @@ static double norm_of(const TensorFile *file, const char *name) {
 }
 
 /* The norm that an error of the tensor called `name` is measured by: its own, with one exception. A constant
- * added to all keys shifts every logit of a row alike, which the softmax does not see: the gradient by
- * mid.attn.k.bias is zero in exact arithmetic and rounding noise in any other. Its measure is the gradient by
+ * added to all keys shifts every logit of a row alike, which the softmax does not see: the gradient of
+ * mid.attn.k.bias is zero in exact arithmetic and rounding noise in any other. Its measure is the gradient of
  * mid.attn.k.kernel. */
 static double measure(const TensorFile *expected, const char *name) {
     char kernel[128];
@@ -1558,6 +1558,7 @@ static void test_swirl(void) {
             "'2058 "
             "1030'");
     refuse(1, "holds grey images only", "$D sample swirl --count 1 --out swirl.pgm");
+    refuse(1, "written as .npy only", "$D sample swirl --steps 1000000 --out point-%%d.png");   /* at once */
 }
 
 /* Nine times across; two images of three rows each. What nt shows can be computed by hand: x_t = alpha_t^2 x,

@@ -377,7 +377,7 @@ static void check_convolution(int fast, int h, int w, int in, int out, int varia
             }
     }
     real *y = normals(y_count, 44, 0, 1), *y_start = copy_of(y, y_count), *dx = normals(x_count, 45, 0, 1),
-         *dx_start = copy_of(dx, x_count), *flipped = allocate(kernel_count, sizeof(real)),
+         *dx_start = copy_of(dx, x_count), *transposed = allocate(kernel_count, sizeof(real)),
          *dkernel = normals(kernel_count, 46, 0, 1), *dkernel_start = copy_of(dkernel, kernel_count);
     const real *with_bias = variant % 2 ? bias : NULL;
     const int start = variant / 2 % 3;   /* none, elsewhere, in place */
@@ -386,15 +386,16 @@ static void check_convolution(int fast, int h, int w, int in, int out, int varia
     double worst = sum_error(y, sum_y, size_y, y_count, 9 * in, start ? y_start : NULL, with_bias, out);
     CHECK(worst <= 1, "convolve3x3%s %dx%d, %d -> %d: %.3g tolerances", fast ? "_fast" : "", h, w, in, out,
           worst);
-    flip_kernel(9, in, out, kernel, flipped);
-    (fast ? convolve3x3_fast : convolve3x3)(h, w, out, in, dy, flipped, NULL, start ? dx : NULL, dx, scratch);
+    transpose_kernel(9, in, out, kernel, transposed);
+    (fast ? convolve3x3_fast : convolve3x3)(h, w, out, in, dy, transposed, NULL, start ? dx : NULL, dx,
+                                                 scratch);
     worst = sum_error(dx, sum_dx, size_dx, x_count, 9 * out, start ? dx_start : NULL, NULL, 1);
     CHECK(worst <= 1, "convolution by its input %dx%d, %d -> %d: %.3g tolerances", h, w, in, out, worst);
     (fast ? convolve3x3_by_kernel_fast : convolve3x3_by_kernel)(h, w, in, out, x, dy, dkernel, scratch);
     worst = sum_error(dkernel, sum_dkernel, size_dkernel, kernel_count, h * w, dkernel_start, NULL, 1);
     CHECK(worst <= 1, "convolution by its kernel %dx%d, %d -> %d: %.3g tolerances", h, w, in, out, worst);
     free(x), free(kernel), free(bias), free(dy), free(sums), free(y), free(y_start);
-    free(dx), free(dx_start), free(flipped), free(dkernel), free(dkernel_start);
+    free(dx), free(dx_start), free(transposed), free(dkernel), free(dkernel_start);
 }
 
 static void test_convolution(Arena *scratch) {
