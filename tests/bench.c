@@ -201,12 +201,7 @@ static void measure_machine(const Job *job, Result *result) {
 /* ---- a model ---- */
 
 /* A model with its threads, and random images for a batch. */
-typedef struct {
-    Model model;
-    Workers workers;
-    Optimizer optimizer;
-    unsigned char *images;
-} Setup;
+typedef struct { Model model; Workers workers; Optimizer optimizer; unsigned char *images; } Setup;
 
 static void setup(Setup *s, const Job *job, int threads, int images) {
     const Config *c = &job->config;
@@ -228,13 +223,7 @@ typedef enum {
 
 /* A loop on an image [side, side, in] -> [side, side, out]. `amount` is what one value of the output takes:
  * operations, or bytes read and written where the loop is bound by memory. */
-typedef struct {
-    const char *name;
-    Loop loop;
-    int side, in, out;
-    double amount;
-    int is_bytes;
-} Kernel;
+typedef struct { const char *name; Loop loop; int side, in, out; double amount; int is_bytes; } Kernel;
 
 enum { ARRAYS = 6 };
 typedef struct {

@@ -85,11 +85,7 @@ void differentiate(Path path, void *context, size_t count, double scale, double 
 /* ---- evaluating a subject ---- */
 
 /* A run of the point: a leaf's values, a leaf's tangent, or a parameter. */
-typedef struct {
-    size_t first, count;
-    double scale;
-    int is_tangent;
-} Segment;
+typedef struct { size_t first, count; double scale; int is_tangent; } Segment;
 
 typedef struct {
     const Subject *subject;
@@ -329,8 +325,8 @@ static double tangent_error(Probe *p) {
     double scale = 1, mean_square = 0;
     int known = 0;
     const Tensor *y = run_subject(p, p->point, NULL);
-    if (!y->tangent)
-        return -1;
+    if (!y->tangent)   /* INFINITY where a leaf has one: an operator may not drop it */
+        return p->segments > p->leaves && p->segment[p->leaves].is_tangent ? INFINITY : -1;
     double *tangent = arena_allocate(p->memory, 3 * p->result, sizeof(double));
     double *measured = tangent + p->result, *error = measured + p->result;
     for (size_t i = 0; i < p->result; i++)
@@ -353,16 +349,15 @@ static double tangent_error(Probe *p) {
 }
 
 DerivativeErrors derivative_errors(const Subject *subject, int samples, uint64_t seed) {
-    DerivativeErrors e = {.through_tangent = -1};
+    DerivativeErrors e;
     Probe p;
     probe_begin(&p, subject, seed);
     e.gradient = gradient_error(&p, samples, seed);
-    e.tangent = tangent_error(&p);
+    e.tangent = e.through_tangent = tangent_error(&p);
     p.of_tangent = 1;
-    if (e.tangent >= 0)
+    if (e.tangent >= 0 && e.tangent < INFINITY)
         e.through_tangent = gradient_error(&p, samples, seed);
-    free(p.moved), free(p.gradient);
-    arena_free(p.own_arena), arena_free(p.memory);
+    free(p.moved), free(p.gradient), arena_free(p.own_arena), arena_free(p.memory);
     return e;
 }
 

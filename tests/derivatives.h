@@ -23,9 +23,7 @@ double larger(double a, double b);   /* what is not a number is the largest of a
 /* An input of a subject: its shape, 1 if it carries a tangent, the range from which it is drawn evenly (both
  * 0: from -1.5 to 1.5), and the length over which the result changes much (0: 1), to which steps are
  * proportional. */
-enum {
-    LEAF_HEIGHT, LEAF_WIDTH, LEAF_CHANNELS, LEAF_TANGENT, LEAF_LOW, LEAF_HIGH, LEAF_SCALE, LEAF_NUMBERS
-};
+enum { LEAF_HEIGHT, LEAF_WIDTH, LEAF_CHANNELS, LEAF_TANGENT, LEAF_LOW, LEAF_HIGH, LEAF_SCALE, LEAF_NUMBERS };
 typedef double Leaf[LEAF_NUMBERS];
 
 enum { MAX_LEAVES = 4 };
@@ -39,13 +37,11 @@ struct Subject {
     double weight_scale;       /* the scale of its weights */
 };
 
-/* The largest errors found; -1 where there is nothing to compare (a result without a tangent), INFINITY where
- * kinks are too near to measure anything. Each element is compared relative to itself, to the root mean
- * square of its leaf or parameter, or to derivative_floor() times the size of the result, whichever is
- * largest. */
-typedef struct {
-    double gradient, tangent, through_tangent;
-} DerivativeErrors;
+/* The largest errors found; -1 where there is nothing to compare (no leaf has a tangent), INFINITY where
+ * kinks are too near to measure anything or the result lacks its tangent. Each element is compared relative
+ * to itself, to the root mean square of its leaf or parameter, or to derivative_floor() times the size of the
+ * result, whichever is largest. */
+typedef struct { double gradient, tangent, through_tangent; } DerivativeErrors;
 
 /* Up to `samples` elements of every leaf and parameter, every one in a random direction, and all of them at
  * once in a random direction. */

@@ -122,11 +122,7 @@ static inline const Parameter *parameter_named(const Model *model, const char *n
 }
 
 /* A model, its workers, and the network of the first of them. */
-typedef struct {
-    Model model;
-    Workers workers;
-    Network *network;
-} Lab;
+typedef struct { Model model; Workers workers; Network *network; } Lab;
 
 static inline void lab_new(Lab *lab, Config config, int threads) {
     model_make(&lab->model, config, 3);

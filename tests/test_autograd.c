@@ -132,8 +132,8 @@ static void test_numbers(void) {
         squared_norm(a), level_likelihood(a, b, &k), multiples(a, (const double[]){0.3}, 1),
     };
     for (size_t i = 0; i < sizeof results / sizeof results[0]; i++)
-        CHECK((real)number_of(results[i]) == results[i]->value[0], "number %zu is %.17g, in double %.17g", i,
-              at(results[i], 0), number_of(results[i]));
+        CHECK((IN_DOUBLE || results[i]->exact) && (real)number_of(results[i]) == results[i]->value[0],
+              "number %zu is %.17g, in double %.17g", i, at(results[i], 0), number_of(results[i]));
     CHECK(number_of(sub(a, b)) == 1.0 / 3 - 0.7 && number_of(exponential(a)) == exp(1.0 / 3),
           "digits beyond real's");
 }
@@ -218,8 +218,7 @@ static void test_matrices(void) {
     const Tensor *ab = matrix_multiply(1, a, b, 0), *outer = matrix_multiply(0.3, a, bt, 1),
                  *weights = attention_weights(a, bt);
     CHECK(has_shape(ab, 3, 2, COLUMNS) && has_shape(outer, 3, 2, COLUMNS) &&
-              has_shape(weights, 3, 2, COLUMNS),
-          "shapes of matrix products");
+          has_shape(weights, 3, 2, COLUMNS), "shapes of matrix products");
     real *p = memory(weights);
     for (int at_y = 0; at_y < ROWS * COLUMNS; at_y++) {
         double sum = 0, outer_sum = 0, magnitude = 0;
@@ -402,8 +401,7 @@ static void test_memory(void) {
           "the sweep of a chain takes the memory of a few gradients");
     CHECK(gradient[0] == 1 && gradient[COUNT - 1] == 1, "the gradient of a long chain is %g",
           (double)gradient[0]);
-    free(values);
-    free(gradient);
+    free(values), free(gradient);
 }
 
 static void test_shapes_only(void) {
@@ -412,8 +410,7 @@ static void test_shapes_only(void) {
     Tensor *x = constant(&graph, 1024, 1024, 64, NULL),
            *kernel = parameter(&graph, 9, 64, 8, NULL, NULL, NULL);
     Tensor *y = with_tangent(convolve(x, kernel, NULL, NULL), constant(&graph, 1024, 1024, 8, NULL));
-    y = max_pool(normalise(y, constant(&graph, 1, 1, 8, NULL), constant(&graph, 1, 1, 8, NULL),
-                           NORM_SWISH));
+    y = max_pool(normalise(y, constant(&graph, 1, 1, 8, NULL), constant(&graph, 1, 1, 8, NULL), NORM_SWISH));
     CHECK(has_shape(y, 512, 512, 8) && y->value == NULL && has_shape(y->tangent, 512, 512, 8),
           "shapes without values");
     CHECK(arena_capacity(graph.arena) < 8 << 20, "shapes take no memory for values");

@@ -34,12 +34,6 @@ static int is_equal(Bytes bytes, const void *expected, size_t size) {
     return bytes.size == size && memcmp(bytes.data, expected, size) == 0;
 }
 
-static int holds_text(const Bytes *bytes, const char *text) {
-    for (size_t at = 0, length = strlen(text); at + length <= bytes->size; at++)
-        if (memcmp(bytes->data + at, text, length) == 0) return 1;
-    return 0;
-}
-
 /* The file begins with this text, and `data` end it. */
 static void check_file(const char *name, const char *text, const void *data, size_t size) {
     Bytes file = read_file(name);
@@ -153,21 +147,14 @@ static void check_inflate(const unsigned char *data, size_t size, const void *ex
 }
 
 /* A deflate stream written bit by bit, lowest bit first, behind a plain gzip header. */
-typedef struct {
-    unsigned char data[256];
-    size_t bits;
-} BitStream;
+typedef struct { unsigned char data[256]; size_t bits; } BitStream;
 
 static void put_bits(BitStream *stream, unsigned value, int count) {
-    for (int i = 0; i < count; i++, stream->bits++) {
+    for (int i = 0; i < count; i++, stream->bits++)
         stream->data[stream->bits / 8] |= (unsigned char)((value >> i & 1) << stream->bits % 8);
-    }
 }
 
-static BitStream begin_bits(void) {
-    BitStream stream = { { 0x1f, 0x8b, 8 }, 80 };
-    return stream;
-}
+static BitStream begin_bits(void) { return (BitStream){ { 0x1f, 0x8b, 8 }, 80 }; }
 
 /* Streams that must be refused, as pairs of a value and its number of bits. */
 #define FIXED { 1 | 1 << 1, 3 }
@@ -177,10 +164,7 @@ static BitStream begin_bits(void) {
 #define DYNAMIC_259 DYNAMIC, { 1 | 14 << 10, 14 }, { 2 << 6 | 1 << 9, 27 }, { 0, 24 }, { 2, 3 }
 #define ZEROS(n) { 3 | ((n) - 11) << 2, 9 }
 
-typedef struct {
-    const char *message;
-    struct { unsigned value; int count; } bits[16];
-} Broken;
+typedef struct { const char *message; struct { unsigned value; int count; } bits[16]; } Broken;
 
 static const Broken broken[] = {
     { "block of unknown type", { { 1 | 3 << 1, 3 } } },
@@ -302,9 +286,8 @@ static void test_out_of_memory(void) {
 
 static int write_new(FILE *stream, const void *context) {
     (void)context;
-    for (int i = 0; i < 100000; i++) {
+    for (int i = 0; i < 100000; i++)
         if (fputs("new ", stream) < 0) return -1;
-    }
     return 0;
 }
 
@@ -325,10 +308,7 @@ static void test_file_replace(void) {
     CHECK(lstat("link", &status) == 0 && S_ISLNK(status.st_mode), "the link is replaced");
     CHECK(stat("behind/target", &status) == 0 && status.st_size == 400000, "the target is not replaced");
     REFUSED(file_replace("dangling", write_new, NULL, &error), "dangling: No such file or directory");
-    unlink("behind/target");
-    rmdir("behind");
-    unlink("link");
-    unlink("dangling");
+    unlink("behind/target"), rmdir("behind"), unlink("link"), unlink("dangling");
     CHECK(files_in_directory() == files, "a temporary file is left");
 
     /* What is no file is refused at once: a FIFO would wait, /dev/zero would never end. */
@@ -399,28 +379,28 @@ static void check_zlib(const unsigned char *data, size_t size, const unsigned ch
     CHECK(big_endian(data + size - 4) == (high << 16 | low), "Adler-32");
     ACCEPTED(gzip_inflate(member, size + 12, "zlib", SIZE_MAX, &out, &error));
     CHECK(is_equal(out, expected, length), "other pixels");
-    free(out.data);
-    free(member);
+    free(out.data), free(member);
 }
 
-/* Read a PNG, animated if there is a delay, and compare its pixels. Returns the size of the file. */
-static size_t check_png(const char *name, const unsigned char *pixels, int count, int height, int width,
-                        int channels, int delay) {
+/* Write a PNG, animated if there is a delay, and compare its pixels. Returns the size of the file. */
+static size_t check_png(const char *name, Pictures p, int delay) {
+    ACCEPTED(pictures_write(name, p, delay, &error));
     Bytes file = read_file(name);
-    size_t at = 8, stride = (size_t)(width * channels) + 1, length, size = file.size;
+    const int height = p.height, width = p.width;
+    size_t at = 8, stride = (size_t)(width * p.channels) + 1, length, size = file.size;
     uint32_t sequence = 0;
     unsigned char *rows = calloc((size_t)height, stride);
     CHECK(file.size > 8 && memcmp(file.data, "\x89PNG\r\n\x1a\n", 8) == 0, "signature");
     const unsigned char *data = next_chunk(&file, &at, "IHDR", &length);
     CHECK(length == 13 && (int)big_endian(data) == width && (int)big_endian(data + 4) == height, "size");
-    CHECK(memcmp(data + 8, channels == 3 ? "\x08\2\0\0" : "\x08\0\0\0", 5) == 0, "kind");
+    CHECK(memcmp(data + 8, p.channels == 3 ? "\x08\2\0\0" : "\x08\0\0\0", 5) == 0, "kind");
     if (delay > 0) {
         data = next_chunk(&file, &at, "acTL", &length);
-        CHECK(length == 8 && (int)big_endian(data) == count && big_endian(data + 4) == 0, "acTL");
+        CHECK(length == 8 && (int)big_endian(data) == p.count && big_endian(data + 4) == 0, "acTL");
     }
-    for (int frame = 0; frame < count; frame++) {
-        for (int y = 0; y < height; y++, pixels += stride - 1)
-            memcpy(rows + (size_t)y * stride + 1, pixels, stride - 1);
+    for (int frame = 0; frame < p.count; frame++) {
+        for (int y = 0; y < height; y++, p.pixels += stride - 1)
+            memcpy(rows + (size_t)y * stride + 1, p.pixels, stride - 1);
         if (delay > 0) {
             data = next_chunk(&file, &at, "fcTL", &length);
             CHECK(length == 26 && big_endian(data) == sequence++ && (int)big_endian(data + 4) == width &&
@@ -434,8 +414,7 @@ static size_t check_png(const char *name, const unsigned char *pixels, int count
     }
     next_chunk(&file, &at, "IEND", &length);
     CHECK(length == 0 && at == file.size, "%s: no end", name);
-    free(rows);
-    free(file.data);
+    free(rows), free(file.data);
     return size;
 }
 
@@ -443,7 +422,7 @@ static size_t check_png(const char *name, const unsigned char *pixels, int count
  * read by a program that no one here wrote. */
 static void test_animation(void) {
     enum { FRAMES = 40, SIDE = 122 };
-    static unsigned char frames[FRAMES][SIDE * SIDE], noisy[FRAMES][16 * 784], images[16 * 784];
+    static unsigned char noisy[FRAMES][16 * 784], images[16 * 784];
     Dataset digits;
     dataset_open(&digits, "digits", SPLIT_TRAIN, 1, &error);
     for (int f = 0; f < FRAMES; f++) {
@@ -461,11 +440,9 @@ static void test_animation(void) {
     const Pictures grids = picture_grids((Pictures){noisy[0], FRAMES * 16, 28, 28, 1}, 16, 4, arena);
     CHECK(grids.height == SIDE && grids.width == SIDE && grids.count == FRAMES, "%d grids of %d x %d",
           grids.count, grids.height, grids.width);
-    memcpy(frames, grids.pixels, sizeof frames);
-    ACCEPTED(pictures_write("a.apng", grids, 50, &error));
-    arena_free(arena);
-    const size_t size = check_png("a.apng", frames[0], FRAMES, SIDE, SIDE, 1, 50);
+    const size_t size = check_png("a.apng", grids, 50);
     CHECK(size < 650000, "40 frames of 16 digits take %d bytes", (int)size);
+    arena_free(arena);
 }
 
 static void test_npy(void) {
@@ -511,20 +488,15 @@ static void test_images(void) {
     enum { HEIGHT = 150, WIDTH = 160 };
     static unsigned char pixels[HEIGHT * WIDTH * 3];
     for (size_t i = 0; i < sizeof pixels; i++) pixels[i] = (unsigned char)(i * i / 7);
-    ACCEPTED(pictures_write("a.png", (Pictures){pixels, 1, HEIGHT, WIDTH, 3}, 0, &error));
-    check_png("a.png", pixels, 1, HEIGHT, WIDTH, 3, 0);
-    ACCEPTED(pictures_write("b.png", (Pictures){pixels, 1, HEIGHT, WIDTH, 1}, 0, &error));
-    check_png("b.png", pixels, 1, HEIGHT, WIDTH, 1, 0);
-    ACCEPTED(pictures_write("c.png", (Pictures){pixels, 1, 257, 254, 1}, 0, &error));
-    check_png("c.png", pixels, 1, 257, 254, 1, 0);
+    check_png("a.png", (Pictures){pixels, 1, HEIGHT, WIDTH, 3}, 0);
+    check_png("b.png", (Pictures){pixels, 1, HEIGHT, WIDTH, 1}, 0);
+    check_png("c.png", (Pictures){pixels, 1, 257, 254, 1}, 0);
     for (int length = 0; length < 600; length++) {       /* runs of all lengths, in grey and in colour */
         const int channels = length % 2 ? 1 : 3;
         unsigned char runs[606] = { 0 };
         for (int i = 0; i < 606; i++)
             runs[i] = i < channels || i >= channels + length ? (unsigned char)(i * 37) : runs[i - channels];
-        const Pictures picture = {runs, 1, 2, 303 / channels, channels};
-        ACCEPTED(pictures_write("d.png", picture, 0, &error));
-        const size_t size = check_png("d.png", runs, 1, 2, 303 / channels, channels, 0);
+        const size_t size = check_png("d.png", (Pictures){runs, 1, 2, 303 / channels, channels}, 0);
         CHECK(length < 599 || size < 100, "%d bytes for what is even", (int)size);
     }
 
@@ -538,8 +510,7 @@ static void test_images(void) {
 
     REFUSED(pictures_write("x.png", (Pictures){pixels, 1, 4, 4, 2}, 0, &error),
             "x.png: images of two channels");
-    REFUSED(pictures_write("x.png", (Pictures){pixels, 1, 30000, 30000, 1}, 0, &error),
-            "is too large");
+    REFUSED(pictures_write("x.png", (Pictures){pixels, 1, 30000, 30000, 1}, 0, &error), "is too large");
     CHECK(picture_path_check("x.npy", 2, &error) == 0 && picture_path_check("x.apng", 3, &error) == 0, "%s",
           error.text);
     CHECK(picture_path_check("x.pgm", 1, &error) == 0 && picture_path_check("x.png", 3, &error) == 0, "%s",
@@ -554,16 +525,14 @@ static void test_images(void) {
     const int height = all.height, width = all.width;
     CHECK(height == 2 * 4 + 3 * 2 && width == 3 * 6 + 4 * 2, "grid of %d x %d", height, width);
     int same = 1;
-    for (int y = 0; y < height; y++) {
+    for (int y = 0; y < height; y++)
         for (int x = 0; x < width; x++) {
             int row = y / 6, column = x / 8, inside = y % 6 >= 2 && x % 8 >= 2 && 3 * row + column < 5;
             const unsigned char *image = pixels + (3 * row + column) * 4 * 6 * 3;
-            for (int c = 0; c < 3; c++) {
-                int expected = inside ? image[((y % 6 - 2) * 6 + x % 8 - 2) * 3 + c] : 255;
-                if (grid[(y * width + x) * 3 + c] != expected) same = 0;
-            }
+            for (int c = 0; c < 3; c++)
+                same &= grid[(y * width + x) * 3 + c] ==
+                        (inside ? image[((y % 6 - 2) * 6 + x % 8 - 2) * 3 + c] : 255);
         }
-    }
     CHECK(same, "the grid holds other pixels");
     arena_free(arena);
 }
@@ -591,8 +560,7 @@ static void test_chart(void) {
         falling[i] = i % 9 ? 1.0134 + 10 * exp(-i / 30.0) : NAN;
         deviation[i] = i % 2 ? 0.001 : NAN;
     }
-    const Curve curves[2] = {{"<&'\">", x, falling, NULL, COUNT},
-                             {"band", x, falling, deviation, 20}};
+    const Curve curves[2] = {{"<&'\">", x, falling, NULL, COUNT}, {"band", x, falling, deviation, 20}};
     char *text = chart_text(curves, 2);
     static const char *const there[] = {
         "<polyline points='", "<polygon points='", ">&#60;&#38;&#39;&#34;&#62;<", ">band<", ">a &#38; b<",
@@ -644,11 +612,7 @@ static void test_idx_labels(void) {
 
 static void test_idx(void) {
     static const unsigned char good[] = { 0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 3, 1, 2, 3, 4, 5, 6 };
-    static const struct {
-        unsigned char data[24];
-        size_t size;
-        const char *message;
-    } bad[] = {
+    static const struct { unsigned char data[24]; size_t size; const char *message; } bad[] = {
         { { 0 }, 0, "x.idx: holds 0 bytes, expected an IDX header of 16" },
         { { 0, 0, 8, 3, 0, 0, 0, 2 }, 8, "x.idx: holds 8 bytes, expected an IDX header of 16" },
         { { 0, 0, 8, 1, 0, 0, 0, 2 }, 10, "x.idx: holds 10 bytes, expected an IDX header of 16" },
@@ -696,9 +660,8 @@ static void test_cifar(void) {
           "shape");
     dataset_image(&dataset, 1, image);
     int same = 1;
-    for (int p = 0; p < 1024; p++) {
+    for (int p = 0; p < 1024; p++)
         for (int c = 0; c < 3; c++) same &= image[3 * p + c] == batch[RECORD + 1 + 1024 * c + p];
-    }
     CHECK(same, "planes are not turned into pixels");
     ACCEPTED(cifar_parse(&bytes, "x.bin", &dataset, &error));
     CHECK(dataset.count == 4 && dataset.classes == 10, "a second batch");
@@ -799,7 +762,7 @@ static void test_open(void) {
     fflush(stderr);
     dup2(terminal, STDERR_FILENO);
     Bytes said = read_file("said");
-    CHECK(holds_text(&said, "/train-images-idx3-ubyte.gz: is not read, since train-images") &&
+    CHECK(strstr((char *)said.data, "/train-images-idx3-ubyte.gz: is not read, since train-images") &&
           said.data[said.size - 1] == '\n', "nothing is said of the other file");
     free(said.data);
 }
@@ -977,9 +940,9 @@ static void test_mnist(void) {
         for (size_t p = 0; p < 78400; p++) weighted += p % 251 * dataset.pixels[p];
         CHECK(dataset.count == known[i].count && dataset.height == 28 && dataset.width == 28,
               "size of MNIST");
-        const double start = seconds_now();
+        const double start = seconds_now();   /* some 0.02 s, and on a busy machine less than 2 */
         CHECK(dataset_digest(&dataset, 0) == known[i].digest, "digest of MNIST");
-        CHECK(SANITIZED || seconds_now() - start < 0.1, "a digest takes %.3f s", seconds_now() - start);
+        CHECK(SANITIZED || seconds_now() - start < 2, "a digest takes %.3f s", seconds_now() - start);
         CHECK(sum == known[i].sum && weighted == known[i].weighted, "pixels of MNIST");
         for (uint32_t k = 0; k < 5 && dataset.labels; k++)
             CHECK(dataset_label(&dataset, k) == known[i].labels[k], "label %d of MNIST", (int)k);
@@ -1045,9 +1008,8 @@ static void test_tensors(void) {
     CHECK(tensors_metadata(&file, "none") == NULL && tensors_find(&file, "none") == NULL, "found nothing");
     const TensorEntry *entry = tensors_find(&file, "b.kernel");
     real values[6];
-    CHECK(entry != NULL && entry->type == TYPE_F32 && entry->rank == 2 && entry->count == 6
-          && entry->size == 24 && ((const unsigned char *)entry->data - file.bytes.data) % 8 == 0,
-          "b.kernel");
+    CHECK(entry != NULL && entry->type == TYPE_F32 && entry->rank == 2 && entry->count == 6 &&
+          entry->size == 24 && ((const unsigned char *)entry->data - file.bytes.data) % 8 == 0, "b.kernel");
     ACCEPTED(tensors_copy(entry, path, 2, out[0].shape, values, &error));
     for (int i = 0; i < 6; i++) CHECK(values[i] == (real)singles[i], "value %d", i);
     REFUSED(tensors_copy(entry, "x", 2, out[3].shape, values, &error),
@@ -1073,7 +1035,8 @@ static void test_tensors(void) {
     /* Every truncation is refused. */
     Bytes whole = read_file("t.safetensors");
     leave_seed("tensors", whole.data, whole.size);
-    CHECK(holds_text(&whole, "\"path/\xe6\x97\xa5\\\"\\\\\"") && holds_text(&whole, ":\\u000a\\\"\\u0001"),
+    const char *header = (const char *)whole.data + 8;
+    CHECK(strstr(header, "\"path/\xe6\x97\xa5\\\"\\\\\"") && strstr(header, ":\\u000a\\\"\\u0001"),
           "not as JSON wants it");
     for (size_t length = 0; length < whole.size; length++)
         REFUSED(tensors_parse(copy_of(whole.data, length), "x", &file, &error),
@@ -1107,26 +1070,18 @@ static void test_tensor_headers(void) {
         size_t data_size;
         const char *message;             /* NULL: accepted */
     } headers[] = {
-        { "{}", 0, NULL },
-        { "{ }   ", 0, NULL },
-        { "{" TENSOR("a", "F32", "[2]", "0", "8") "}", 8, NULL },
+        { "{}", 0, NULL }, { "{ }   ", 0, NULL }, { "{" TENSOR("a", "F32", "[2]", "0", "8") "}", 8, NULL },
         { "{" TENSOR("b", "BF16", "[]", "4", "6") ",\n\t" TENSOR("a", "I32", "[1,1]", "0", "4") "}", 6,
           NULL },
         { "{" TENSOR("e", "F64", "[0]", "4", "4") "," TENSOR("a", "F8_E5M2", "[4]", "0", "4") ","
               TENSOR("z", "F64", "[0]", "0", "0") "}", 4, NULL },
-        { "{\"__metadata__\":{\"a\":\"\\u00e9\\u20ac\\n\"}}", 0, NULL },
-        { "{\"__metadata__\":{}}", 0, NULL },
-        { "", 0, "expected '{' (header byte 0)" },
-        { "{", 0, "expected '\"'" },
+        { "{\"__metadata__\":{\"a\":\"\\u00e9\\u20ac\\n\"}}", 0, NULL }, { "{\"__metadata__\":{}}", 0, NULL },
+        { "", 0, "expected '{' (header byte 0)" }, { "{", 0, "expected '\"'" },
         { "{}}", 0, "expected only spaces after the header (header byte 2)" },
-        { "{\"a\"}", 0, "expected ':'" },
-        { "{\"a\":1}", 0, "expected '{'" },
-        { "{\"a\":{}}", 0, "expected dtype, shape, two data_offsets" },
-        { "{\"a", 0, "is truncated" },
-        { "{\"a\\", 0, "is truncated" },
-        { "{\"a\\x\":1}", 0, "invalid escape" },
-        { "{\"a\\u12\":1}", 0, "invalid escape" },
-        { "{\"a\\ud800\":1}", 0, "escape of a surrogate" },
+        { "{\"a\"}", 0, "expected ':'" }, { "{\"a\":1}", 0, "expected '{'" },
+        { "{\"a\":{}}", 0, "expected dtype, shape, two data_offsets" }, { "{\"a", 0, "is truncated" },
+        { "{\"a\\", 0, "is truncated" }, { "{\"a\\x\":1}", 0, "invalid escape" },
+        { "{\"a\\u12\":1}", 0, "invalid escape" }, { "{\"a\\ud800\":1}", 0, "escape of a surrogate" },
         { "{\"a\\udc00\":1}", 0, "escape of a surrogate" },
         { "{\"a\\u0000\":1}", 0, "escape of a surrogate or of 0" },
         { "{\"a\n\":1}", 0, "control character in a string" },
@@ -1204,30 +1159,16 @@ int main(void) {
         perror(directory);
         return 1;
     }
-    test_file_replace();
-    test_out_of_memory();
-    test_open();
-    test_digest();
-    test_printable();
-    test_gzip();
-    test_images();
-    test_animation();
-    test_npy();
-    test_points();
-    test_chart();
-    test_idx();
-    test_cifar();
-    test_digits();
-    test_swirl();
-    test_shuffle();
-    test_mnist();
-    test_tensors();
-    test_tensor_headers();
+    static void (*const tests[])(void) = {
+        test_file_replace, test_out_of_memory, test_open, test_digest, test_printable, test_gzip, test_images,
+        test_animation, test_npy, test_points, test_chart, test_idx, test_cifar, test_digits, test_swirl,
+        test_shuffle, test_mnist, test_tensors, test_tensor_headers};
+    for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++)
+        tests[i]();
 
     DIR *stream = opendir(directory);
-    for (struct dirent *entry; stream != NULL && (entry = readdir(stream)) != NULL;) {
+    for (struct dirent *entry; stream != NULL && (entry = readdir(stream)) != NULL;)
         if (entry->d_name[0] != '.') unlink(entry->d_name);
-    }
     if (stream != NULL) closedir(stream);
     CHECK(rmdir(directory) == 0, "%s: %s", directory, strerror(errno));
     return test_report();

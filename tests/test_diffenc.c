@@ -9,10 +9,7 @@
 
 enum { HEIGHT = 4, WIDTH = 6, D = HEIGHT * WIDTH, COUNT = 5, CLASSES = 3, SEED = 21 };
 
-typedef struct {
-    Lab lab;
-    unsigned char images[COUNT * D], labels[COUNT];
-} Case;
+typedef struct { Lab lab; unsigned char images[COUNT * D], labels[COUNT]; } Case;
 
 /* Weights and their average are random and differ, so that taking the wrong ones shows, and labels do. */
 static void case_new(Case *c, const char *name, int timesteps, double dropout, ScheduleKind schedule,
@@ -219,10 +216,8 @@ static void test_divergence(const char *weight, const char *loss) {
     CHECK(take_step(&c, &o, &r, &error) == -1, "%s is no number and the step is taken", weight);
     CHECK(strstr(error.text, "step 7: diverged") && strstr(error.text, loss), "it says '%s'", error.text);
     CHECK(memcmp(before, m->params, bytes) == 0 && m->step == 6 &&
-              dot(m->adam_m, m->adam_m, m->weight_count) == 0,
-          "%s: the model stays as it was", weight);
-    free(before);
-    lab_free(&c.lab);
+          dot(m->adam_m, m->adam_m, m->weight_count) == 0, "%s: the model stays as it was", weight);
+    free(before), lab_free(&c.lab);
 }
 
 /* ---- the bound on a data set ---- */
@@ -314,10 +309,7 @@ static void test_step_distances(void) {
 }
 
 /* An image and its ink, the sum of its pixels. */
-typedef struct {
-    double ink;
-    uint32_t index;
-} Inked;
+typedef struct { double ink; uint32_t index; } Inked;
 
 /* The times of an evaluation do not go with the order of the images: sorted by ink they have the same bound.
  * With random weights that hardly depends on the ink; after a few steps it does, and times tied to i/N move
@@ -360,8 +352,7 @@ static void test_order(const char *where) {
     printf("%s: sorted by ink, the bound moves from %.4f to %.4f, by %.3f%%\n", where, mean[0], mean[1],
            100 * moved);
     CHECK(moved < 0.005, "%s: sorted by ink, the bound moves by %g of itself", where, moved);
-    lab_free(&lab), dataset_close(&data);
-    free(images), free(inked), free(terms);
+    lab_free(&lab), dataset_close(&data), free(images), free(inked), free(terms);
 }
 
 /* ---- sampling ---- */

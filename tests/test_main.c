@@ -14,10 +14,10 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <glob.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/ioctl.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 enum { TEXT = 1 << 14, PATH = 4096 };
@@ -26,11 +26,7 @@ enum { TEXT = 1 << 14, PATH = 4096 };
 
 /* A command and what it left: its exit status as the shell would say it, whether that came of a signal, and
  * the beginning of its output. */
-typedef struct {
-    char command[TEXT];
-    int status, by_signal;
-    char out[TEXT], error[TEXT];
-} Outcome;
+typedef struct { char command[TEXT]; int status, by_signal; char out[TEXT], error[TEXT]; } Outcome;
 
 static void read_text(const char *name, char text[TEXT]) {
     FILE *stream = fopen(name, "rb");
@@ -75,39 +71,13 @@ static void end(pid_t child, const char *name, Outcome *o) {
     read_text(file, o->error);
 }
 
-static Outcome run_list(const char *format, va_list arguments) {
-    Outcome o;
-    vsnprintf(o.command, sizeof o.command, format, arguments);
-    end(begin("last", o.command), "last", &o);
-    return o;
-}
-
 static Outcome run(const char *format, ...) {
+    Outcome o;
     va_list arguments;
     va_start(arguments, format);
-    const Outcome o = run_list(format, arguments);
+    vsnprintf(o.command, sizeof o.command, format, arguments);
     va_end(arguments);
-    return o;
-}
-
-/* A command that must succeed. */
-static Outcome succeed(const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    const Outcome o = run_list(format, arguments);
-    va_end(arguments);
-    CHECK(o.status == 0, "%s: exits with %d: %s%s", o.command, o.status, o.out, o.error);
-    return o;
-}
-
-/* A command that must succeed and say `part`. */
-static Outcome say(const char *part, const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    const Outcome o = run_list(format, arguments);
-    va_end(arguments);
-    CHECK(o.status == 0 && (strstr(o.out, part) || strstr(o.error, part)),
-          "%s: exits with %d and says nothing of '%s': %s%s", o.command, o.status, part, o.out, o.error);
+    end(begin("last", o.command), "last", &o);
     return o;
 }
 
@@ -125,15 +95,18 @@ static int is_one_line(const char *error) {
     return lines == 1;
 }
 
-/* A command that must be refused with `status` and a line that holds `part`. */
-static void refuse(int status, const char *part, const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    const Outcome o = run_list(format, arguments);
-    va_end(arguments);
-    CHECK(o.status == status, "%s: exits with %d, expected %d: %s", o.command, o.status, status, o.error);
-    CHECK(is_one_line(o.error), "%s: not one line: '%s'", o.command, o.error);
-    CHECK(strstr(o.error, part), "%s: '%s' says nothing of '%s'", o.command, o.error, part);
+/* Commands with the arguments of run(): one that must succeed; one that must succeed and say `part`; and one
+ * that must be refused with `status` and a line that holds `part`. Macros, as C passes no `...` on. */
+#define succeed(...) expect(0, "", run(__VA_ARGS__))
+#define say(part, ...) expect(0, part, run(__VA_ARGS__))
+#define refuse(status, part, ...) expect(status, part, run(__VA_ARGS__))
+
+static Outcome expect(int status, const char *part, Outcome o) {
+    CHECK(o.status == status && (strstr(o.error, part) || (status == 0 && strstr(o.out, part))),
+          "%s: exits with %d, expected %d and '%s': %s%s", o.command, o.status, status, part, o.out, o.error);
+    if (status > 0)
+        CHECK(is_one_line(o.error), "%s: not one line: '%s'", o.command, o.error);
+    return o;
 }
 
 /* How many files a pattern of the shell matches. */
@@ -148,9 +121,7 @@ static int same_files(const char *a, const char *b) { return run("cmp %s %s", a,
 
 /* What a message must say, and the command that must be refused with it before anything is written. Every
  * output is called out..., and none of these may be there afterwards. */
-typedef struct {
-    const char *part, *command;
-} Refusal;
+typedef struct { const char *part, *command; } Refusal;
 
 static void refuse_all(int status, const Refusal *list, size_t size) {
     for (size_t i = 0; i < size / sizeof *list; i++) {
@@ -160,10 +131,7 @@ static void refuse_all(int status, const Refusal *list, size_t size) {
     }
 }
 
-static void pause_for(double seconds) {
-    const struct timespec span = {(time_t)seconds, (long)(1e9 * (seconds - floor(seconds)))};
-    nanosleep(&span, NULL);
-}
+static void pause_for(double seconds) { poll(NULL, 0, (int)(1000 * seconds)); }
 
 /* ---- files for the tests ---- */
 
@@ -224,51 +192,35 @@ static long step_of(const char *name) {
     return strtol(text, NULL, 10);
 }
 
-/* The tensors of a file, to be changed and written again; free() the result. */
-static TensorEntry *tensors_again(const TensorFile *file) {
-    TensorEntry *out = allocate_zeroed((size_t)file->tensor_count + 1, sizeof *out);
-    if (file->tensor_count > 0)
-        memcpy(out, file->tensors, (size_t)file->tensor_count * sizeof *out);
-    return out;
-}
-
-static void write_tensors(const char *name, TensorEntry *out, int count, const char **metadata,
-                          int metadata_count) {
-    const TensorFile file = {{NULL, 0}, out, count, metadata, metadata_count};
+/* Write a file that was read, changed in place, and free it. */
+static void write_tensors(const char *name, TensorFile *file) {
     Error error;
-    CHECK(tensors_write(name, &file, &error) == 0, "%s", error.text);
+    CHECK(tensors_write(name, file, &error) == 0, "%s", error.text);
+    tensors_free(file);
 }
 
-/* Copy FROM to TO with one text of the metadata changed, and the tensor called `drop` (or NULL) left
- * out. */
+/* Copy FROM to TO with one text of the metadata changed, and the tensor called `drop` (or NULL) left out. */
 static void rewrite(const char *from, const char *to, const char *key, const char *value, const char *drop) {
     TensorFile file = read_tensors(from);
-    TensorEntry *out = tensors_again(&file);
-    int count = 0;
-    for (int i = 0; i < file.tensor_count; i++)
-        if (!drop || strcmp(out[i].name, drop) != 0)
-            out[count++] = out[i];
-    const char **metadata = allocate(2 * (size_t)file.metadata_count + 1, sizeof *metadata);
-    for (int i = 0; i < 2 * file.metadata_count; i++)
-        metadata[i] = i % 2 && strcmp(file.metadata[i - 1], key) == 0 ? value : file.metadata[i];
-    write_tensors(to, out, count, metadata, file.metadata_count);
-    free(metadata);
-    free(out);
-    tensors_free(&file);
+    const int count = file.tensor_count;
+    file.tensor_count = 0;
+    for (int i = 0; i < count; i++)
+        if (!drop || strcmp(file.tensors[i].name, drop) != 0)
+            file.tensors[file.tensor_count++] = file.tensors[i];
+    for (int i = 0; i < 2 * file.metadata_count; i += 2)
+        if (strcmp(file.metadata[i], key) == 0)
+            file.metadata[i + 1] = value;
+    write_tensors(to, &file);
 }
 
 /* Copy FROM to TO with the first value of a tensor overwritten by a NaN. */
 static void poison(const char *from, const char *to, const char *tensor) {
     TensorFile file = read_tensors(from);
-    TensorEntry *out = tensors_again(&file);
     const TensorEntry *entry = tensors_find(&file, tensor);
     CHECK(entry != NULL, "%s holds no %s", from, tensor);
-    if (entry && file.bytes.data)
-        memset(file.bytes.data + ((const unsigned char *)entry->data - file.bytes.data), 0xff,
-               entry->size / entry->count);
-    write_tensors(to, out, file.tensor_count, file.metadata, file.metadata_count);
-    free(out);
-    tensors_free(&file);
+    if (entry)
+        memset((void *)entry->data, 0xff, entry->size / entry->count);
+    write_tensors(to, &file);
 }
 
 /* An IDX file of images: its header promises `count`, `held` bytes of pixels follow. */
@@ -300,6 +252,13 @@ static double norm_of(const TensorFile *file, const char *name) {
     real *values = values_of(entry, name);
     const double norm = sqrt(dot(values, values, entry->count));
     free(values);
+    return norm;
+}
+
+static double norm_in(const char *path, const char *name) {
+    TensorFile file = read_tensors(path);
+    const double norm = norm_of(&file, name);
+    tensors_free(&file);
     return norm;
 }
 
@@ -335,8 +294,7 @@ static void golden_compare(const char *name, const TensorFile *got, const Tensor
         const double difference = sqrt(square), norm = measure(expected, e->name);
         CHECK(difference <= golden_tolerance() * norm, "%s: %s differs by %.2e of its norm %.2e", name,
               e->name, difference / norm, norm);
-        free(a);
-        free(b);
+        free(a), free(b);
     }
 }
 
@@ -349,16 +307,10 @@ static void test_golden(void) {
         snprintf(base, sizeof base, "%.*s",
                  (int)(strstr(found.gl_pathv[i], ".checkpoint") - found.gl_pathv[i]), found.gl_pathv[i]);
         succeed("$D grad %s.checkpoint.safetensors --batch %s.batch.safetensors --out golden", base, base);
-        TensorFile got = read_tensors("golden"), expected;
-        Error error;
         snprintf(path, sizeof path, "%s.expected.safetensors", base);
-        if (tensors_read(path, &expected, &error)) {
-            CHECK(0, "%s", error.text);
-        } else {
-            golden_compare(base, &got, &expected);
-            tensors_free(&expected);
-        }
-        tensors_free(&got);
+        TensorFile got = read_tensors("golden"), expected = read_tensors(path);
+        golden_compare(base, &got, &expected);
+        tensors_free(&expected), tensors_free(&got);
     }
     globfree(&found);
 }
@@ -418,10 +370,10 @@ static void check_resumed(const char *directory, int steps, const char *options)
  * threads. What a crash could have left in the log, and taken from the samples, is made up for. */
 static void test_resume(void) {
     static const char *const ways[7] = {
-        "--model vdm-1 --predict eps --dropout 0 --data digits",
+        "--model vdm-1 --predict eps --data digits",
         "--model diffenc-1-nt --timesteps 4 --predict x",
         "--model diffenc-1-1 --schedule learned --timesteps 5 --variance-ratio 0.9",
-        "--model diffenc-1-1 --predict x --warmup 3 --clip 1 --weight-decay 0.1 --ema 0.5",
+        "--model diffenc-1-1 --predict x --warmup 3 --clip 1 --weight-decay 0.1 --ema 0.5 --dropout 0.1",
         "--model diffenc-2-2 --seed 18446744073709551615 --eval-every 2 --eval-limit 3 --sample-every 2",
         "--model vdm-1 --net flat --batch 3 --schedule learned --gamma-min -10",
         "--model diffenc-1-1 --conditional --data named --eval-every 2 --eval-limit 3 --sample-every 2"};
@@ -442,25 +394,16 @@ static void test_resume(void) {
         CHECK(is_whole("a/checkpoint.safetensors"), "%s: a checkpoint that is not finite", ways[i]);
     }
     CHECK(file_count("a/*.tmp*") + file_count("b/*.tmp*") == 0, "temporary files are left");
-    succeed("$D train $TINY --steps 1 --out of-1 && $D train $TINY --steps 1 --seed 2 --out of-2 &&"
-            " ! cmp of-1/checkpoint.safetensors of-2/checkpoint.safetensors");
+    succeed("$D train $TINY --steps 1 --out of-1 && $D train $TINY --steps 1 --seed 2 --out of-2");
+    static const char *const kernel = "params.score.conv_in.kernel";
+    CHECK(norm_in("of-1/checkpoint.safetensors", kernel) != norm_in("of-2/checkpoint.safetensors", kernel),
+          "another seed gives the same weights");
 }
 
 /* A number behind a label of a text, NAN where there is none. */
 static double number_behind(const char *text, const char *label) {
     const char *at = strstr(text, label);
     return at ? strtod(at + strlen(label), NULL) : NAN;
-}
-
-static double gamma_of(const char *name, const char *tensor) {
-    TensorFile file = read_tensors(name);
-    const TensorEntry *entry = tensors_find(&file, tensor);
-    real value = NAN;
-    Error error;
-    CHECK(entry && !tensors_copy(entry, name, 1, (int64_t[1]){1}, &value, &error), "%s holds no %s", name,
-          tensor);
-    tensors_free(&file);
-    return (double)value;
 }
 
 /* Every kind of model, prediction, schedule and time learns: the bound on the same images with the same noise
@@ -478,10 +421,10 @@ static void test_learning(void) {
                      last = number_behind(after.out, "\ntotal ");
         CHECK(last < 0.9 * first, "%s: from %.4f to %.4f bpd", ways[i], first, last);
         if (strstr(ways[i], "learned")) {
-            const double b = gamma_of("learn/checkpoint.safetensors", "ema.gamma.b");
-            const double w = gamma_of("learn/checkpoint.safetensors", "ema.gamma.w");
-            CHECK(fabs(b + 13.3) > 1e-4 && fabs(w - 18.3) > 1e-4, "%s: the schedule stays at %g, %g", ways[i],
-                  b, w);
+            const double b = norm_in("learn/checkpoint.safetensors", "ema.gamma.b");   /* of one number */
+            const double w = norm_in("learn/checkpoint.safetensors", "ema.gamma.w");
+            CHECK(fabs(b - 13.3) > 1e-4 && fabs(w - 18.3) > 1e-4, "%s: the schedule stays at -%g, %g",
+                  ways[i], b, w);
         }
     }
 }
@@ -505,25 +448,22 @@ static void test_steps_0(void) {
 /* NAME with its numbers in the other precision. */
 static void change_precision(const char *name) {
     TensorFile file = read_tensors(name);
-    TensorEntry *out = tensors_again(&file);
+    Arena *arena = arena_new();
     for (int i = 0; i < file.tensor_count; i++) {
-        const TensorEntry *entry = &file.tensors[i];
+        TensorEntry *entry = &file.tensors[i];
         real *values = values_of(entry, name);
-        void *other = allocate(entry->count, sizeof(double));
+        void *other = arena_allocate(arena, entry->count, sizeof(double));
         for (size_t j = 0; j < entry->count; j++)
             if (IN_DOUBLE)
                 ((float *)other)[j] = (float)values[j];
             else
                 ((double *)other)[j] = (double)values[j];
         free(values);
-        out[i].type = IN_DOUBLE ? TYPE_F32 : TYPE_F64;
-        out[i].data = other;
+        entry->type = IN_DOUBLE ? TYPE_F32 : TYPE_F64;
+        entry->data = other;
     }
-    write_tensors(name, out, file.tensor_count, file.metadata, file.metadata_count);
-    for (int i = 0; i < file.tensor_count; i++)
-        free((void *)out[i].data);
-    free(out);
-    tensors_free(&file);
+    write_tensors(name, &file);
+    arena_free(arena);
 }
 
 /* A resumed training keeps the model and the order of the data; other settings may change, which is said. */
@@ -533,7 +473,7 @@ static void test_changed_settings(void) {
     refuse(1, "--seed 1, not 2", "$D train --resume --steps 2 --seed 2 --out kept");
     refuse(1, "--batch 4, not 5", "$D train --resume --steps 2 --batch 5 --out kept");
     refuse(1, "images are 28x28x1, the model is for 12x8x1",
-           "$D train --resume --steps 2 --data digits --out kept 2>&1 | tail -n 1 >&2; exit 1");
+           "$D train --resume --steps 2 --data digits --out kept 2>said; s=$?; tail -n 1 said >&2; exit $s");
     CHECK(step_of("kept/checkpoint.safetensors") == 1, "a refused resume changed the checkpoint");
     succeed("$D train --resume $TINY --steps 2 --out kept");   /* the same again is no change */
     say("diffenc: --lr changes from 0.008 to 0.03125\n",
@@ -541,7 +481,8 @@ static void test_changed_settings(void) {
     char rate[64];
     metadata_of("changed/checkpoint.safetensors", "lr", rate);
     CHECK(strcmp(rate, "0.03125") == 0, "the checkpoint has the learning rate %s", rate);
-    CHECK(!same_files("kept/checkpoint.safetensors", "changed/checkpoint.safetensors"),
+    static const char *const kernel = "params.score.conv_out.kernel";
+    CHECK(norm_in("kept/checkpoint.safetensors", kernel) != norm_in("changed/checkpoint.safetensors", kernel),
           "the learning rate is applied");
     change_precision("kept/checkpoint.safetensors");
     say("was written in another precision", "$D train --resume --sample-steps 2 --steps 3 --out kept");
@@ -575,8 +516,8 @@ static void test_changed_data(void) {
  * also of the part before a resume. */
 static void test_kept_checkpoints(void) {
     static const char *const best = "keep/best.safetensors";
-    static const char *const least = "awk -F, 'NR > 1 && (!b || $7 < b) {b = $7; s = $1} END {print s}' "
-                                     "keep/log.csv";
+    static const char *const least =
+        "awk -F, 'NR > 1 && (!b || $7 < b) {b = $7; s = $1} END {print s}' keep/log.csv";
     succeed("$D train $TINY --lr 0.2 --steps 5 --keep-every 2 --eval-every 1 --eval-limit 2 --out keep");
     CHECK(file_count("keep/checkpoint-*.safetensors") == 2, "checkpoints of steps 2 and 4 were to be kept");
     succeed("$D train $TINY --lr 0.2 --steps 4 --out keep4 && test $(%s) = %ld &&"
@@ -607,8 +548,7 @@ static void test_init_and_info(void) {
         CHECK(got && want && (memcmp(got->data, want->data, want->size) == 0) == (i < 2),
               "%s is not what --init makes of ema", name);
     }
-    tensors_free(&from);
-    tensors_free(&to);
+    tensors_free(&from), tensors_free(&to);
     CHECK(step_of("init/checkpoint.safetensors") == 0, "--init begins at step 0");
     refuse_all(1, list, sizeof list);
     refuse(2, "init good: begins a new training", "$D train --resume --init good --out init");
@@ -651,13 +591,11 @@ static void test_kill(void) {
     succeed("$D train $TINY --save-every 1 --sample-every 7 --steps %d --out quiet", steps);
     const double longest = (seconds_now() - start) / kills + 0.02;
     int killed = 0, torn = 0;
+    char command[512];
+    snprintf(command, sizeof command, "test -e killed/checkpoint.safetensors && R=--resume\n"
+             "exec $D train $TINY $R --save-every 1 --sample-every 7 --steps %d --out killed", steps);
     for (int i = 0; i < kills; i++) {
-        char command[512];
         Outcome o;
-        snprintf(command, sizeof command,
-                 "test -e killed/checkpoint.safetensors && R=--resume\n"
-                 "exec $D train $TINY $R --save-every 1 --sample-every 7 --steps %d --out killed",
-                 steps);
         const pid_t child = begin("killed", command);
         pause_for(longest * random_uniform(random_stream(1, RANDOM_CHECK, 0, (uint32_t)i), 0));
         for (int look = 0; i % 2 && look < 5000 && file_count(temporary) == 0; look++)
@@ -672,9 +610,7 @@ static void test_kill(void) {
     }
     CHECK(killed > kills / 2, "only %d of %d kills came before the end of the training", killed, kills);
     CHECK(torn > kills / 10, "only %d of %d kills came while a checkpoint was written", torn, kills);
-    succeed("test -e killed/checkpoint.safetensors && R=--resume\n"
-            "$D train $TINY $R --save-every 1 --sample-every 7 --steps %d --out killed",
-            steps);
+    succeed("%s", command);
     same_trainings("quiet", "killed", steps);
     CHECK(file_count("killed/*.tmp*") == 0, "%d temporary files of killed trainings are left",
           file_count("killed/*.tmp*"));
@@ -699,10 +635,8 @@ static Outcome stop(pid_t child, const char *name, int number, const char *signa
 /* Each of the four signals ends a training with everything saved; it goes on as if nothing had been. The
  * number of steps is one that a time left in 32 bits would overflow with. */
 static void test_stops(void) {
-    static const struct {
-        int number;
-        const char *name;
-    } signals[4] = {{SIGINT, "SIGINT"}, {SIGTERM, "SIGTERM"}, {SIGHUP, "SIGHUP"}, {SIGPIPE, "SIGPIPE"}};
+    static const struct { int number; const char *name; } signals[4] = {
+        {SIGINT, "SIGINT"}, {SIGTERM, "SIGTERM"}, {SIGHUP, "SIGHUP"}, {SIGPIPE, "SIGPIPE"}};
     for (int i = 0; i < 4; i++) {
         char log[TEXT], line[64];
         succeed("rm -rf stopped stopped-not");
@@ -782,18 +716,26 @@ static void test_stops_anywhere(void) {
     succeed("$D train $TINY --steps 1 --sample-steps 0 --out gridless && test ! -e gridless/samples-1.png");
 }
 
-/* A signal that the parent ignores is none (nohup); a second one ends the program at once. */
+/* A signal that the parent ignores is none (nohup); a second one ends the program at once. Here its orderly
+ * end would wait for ever to say what stopped it: stderr is a pipe that is full. */
 static void test_second_signal(void) {
+    static char block[4096];
     Outcome o;
-    const pid_t child = begin("slow", "trap '' HUP; exec $D train --resume --steps 2 --out slow");
+    succeed("mkfifo full.pipe");
+    const int full = open("full.pipe", O_RDWR | O_NONBLOCK);
+    while (write(full, block, sizeof block) > 0)
+        ;
+    const pid_t child = begin("slow", "trap '' HUP; exec $D train --resume --steps 2 --out slow 2>full.pipe");
     wait_for("slow", 0);
     kill(child, SIGHUP);
     pause_for(0.3);
     CHECK(waitpid(child, NULL, WNOHANG) == 0, "an ignored SIGHUP ends a training");
-    kill(child, SIGTERM);
-    kill(child, SIGTERM);
+    for (int i = 0; i < 5; i++, pause_for(0.3))   /* one that comes too early is the first one once more */
+        kill(child, SIGTERM);
+    kill(child, SIGKILL);
     end(child, "slow", &o);
-    CHECK(o.status == 128 + SIGTERM, "a second signal: status %d", o.status);
+    close(full);
+    CHECK(o.by_signal && o.status == 128 + SIGTERM, "a second signal: status %d", o.status);
     succeed("$D train --resume --steps 0 --out slow");   /* the lock went with the process */
 }
 
@@ -817,12 +759,9 @@ static void test_two_trainings(void) {
 
 /* Nothing is cut, overwritten, followed or removed that a training did not make. */
 static void test_strangers_files(void) {
-    static const char *const logs[6] = {"sed 's/$/\\r/' log.csv",
-                                        "sed 's/$/,0/' log.csv",
-                                        "echo hello",
-                                        "printf 'my notes, without an end'",
-                                        "head -n 2 log.csv",
-                                        "grep -v ^1, log.csv | sed 's/^2,/9,/'"};
+    static const char *const logs[6] = {
+        "sed 's/$/\\r/' log.csv", "sed 's/$/,0/' log.csv", "echo hello", "printf 'my notes, without an end'",
+        "head -n 2 log.csv", "grep -v ^1, log.csv | sed 's/^2,/9,/'"};
     succeed("$D train $TINY --steps 2 --out own && touch own/samples-a.tmp.b own/samples-1.png.tmp.7");
     for (int i = 0; i < 6; i++) {
         succeed("cd own && cp log.csv .. && %s >../changed.csv && cp ../changed.csv log.csv", logs[i]);
@@ -845,11 +784,10 @@ static void test_strangers_files(void) {
     succeed("mkdir log pic && echo mine >log/log.csv && echo mine >pic/samples-7.png");
     refuse(1, "log.csv: is there already", "$D train $TINY --steps 1 --out log");
     refuse(1, "samples-7.png: is there already", "$D train $TINY --steps 1 --out pic");
-    succeed("mkdir best kept-5 && echo mine >best/best.safetensors && echo mine "
-            ">kept-5/checkpoint-5.safetensors");
+    succeed("mkdir best kept-5 && for f in best/best kept-5/checkpoint-5; do echo mine >$f.safetensors;done");
     refuse(1, "best.safetensors: is there already", "$D train $TINY --steps 1 --out best");
     refuse(1, "checkpoint-5.safetensors: is there already", "$D train $TINY --steps 1 --out kept-5");
-    succeed("test $(cat log/log.csv pic/samples-7.png | grep -c mine) = 2");
+    succeed("test $(cat log/log.csv pic/samples-7.png best/* kept-5/* | grep -cx mine) = 4");
 }
 
 /* No command writes over what it reads, under whatever name. */
@@ -872,10 +810,7 @@ static void test_output_is_input(void) {
 
 /* A stranger's checkpoint: what it says does not reach the terminal raw, opens no path, takes no memory. */
 static void test_stranger(void) {
-    rewrite("good", "bad.name", "model",
-            "vdm\33[31m\nroot# \xc2\x9b"
-            "1m",
-            NULL);
+    rewrite("good", "bad.name", "model", "vdm\33[31m\nroot# \xc2\x9b" "1m", NULL);
     rewrite("good", "bad.data", "data", "\33]0;title\7", NULL);
     rewrite("good", "bad.where", "data", "/no-such/place", NULL);
     rewrite("good", "bad.large", "height", "256", NULL);
@@ -884,8 +819,7 @@ static void test_stranger(void) {
     for (int i = 0; i < 2; i++) {
         const Outcome o = run("$D eval %s --limit 1", files[i]);
         CHECK(o.status == 1 && is_one_line(o.error) && !strpbrk(o.error, "\33\7") &&
-                  !strstr(o.error, "\xc2\x9b") && strstr(o.error, "\\x1b"),
-              "%s: %s", files[i], o.error);
+              !strstr(o.error, "\xc2\x9b") && strstr(o.error, "\\x1b"), "%s: %s", files[i], o.error);
     }
     refuse(1, "give --data with a path of your own", "$D eval bad.where");
     rewrite("finite", "bad.where", "data", "/no-such/place", NULL);
@@ -942,14 +876,12 @@ static void test_thread_count(void) {
 /* On a terminal the progress is one line that is written over and over, and fits; that of a grid or an
  * evaluation is gone at its end. What else is said begins a new one. */
 static void test_terminal(void) {
-    static const struct {
-        unsigned short columns;
-        const char *command, *begin, *part;
-    } list[5] = {{130, "$D train $TINY --lr 1e6 --steps 400 --out seen", "\rstep 1/400  ", "bpd (recon "},
-                 {60, "$D train $TINY $S --out s60", "\rstep 1/1  ", " images/s  0:00:00 left\33[K"},
-                 {40, "$D train $TINY $S --out s40", "\rstep 1/1  ", " bpd  0:00:00 left\33[K"},
-                 {25, "$D train $TINY $S --out s25", "\rstep 1/1  ", " bpd  0:\33[K"},
-                 {30, "$D eval good good --limit 4 --repeats 200", "\r", "/8 images  0:0"}};
+    static const struct { unsigned short columns; const char *command, *begin, *part; } list[5] = {
+        {130, "$D train $TINY --lr 1e6 --steps 400 --out seen", "\rstep 1/400  ", "bpd (recon "},
+        {60, "$D train $TINY $S --out s60", "\rstep 1/1  ", " images/s  0:00:00 left\33[K"},
+        {40, "$D train $TINY $S --out s40", "\rstep 1/1  ", " bpd  0:00:00 left\33[K"},
+        {25, "$D train $TINY $S --out s25", "\rstep 1/1  ", " bpd  0:\33[K"},
+        {30, "$D eval good good --limit 4 --repeats 200", "\r", "/8 images  0:0"}};
     for (int i = 0; i < 5; i++) {
         const struct winsize size = {.ws_col = list[i].columns};
         const int terminal = posix_openpt(O_RDWR | O_NOCTTY);
@@ -1055,33 +987,18 @@ static void test_wrong_usage(void) {
     /* An option of train out of range, and what is said of it by name; test_nn.c knows what config_check and
      * config_parse_model refuse. */
     static const char *const options[][2] = {
-        {"--steps many", "steps 'many'"},
-        {"--steps 1.5", "steps '1.5'"},
-        {"--steps=", "steps ''"},
-        {"--steps -1", "steps '-1'"},
-        {"--steps 99999999999999999999", "steps '99999999999999999999'"},
-        {"--save-every -1", "save-every '-1'"},
-        {"--batch 0", "batch '0'"},
-        {"--batch 4294967297", "batch '4294967297'"},
-        {"--threads 0", "threads '0'"},
-        {"--channels 6", "channels 6: must be a multiple of 4"},
-        {"--gamma-max nan", "gamma-max 'nan'"},
-        {"--timesteps 4 --variance-ratio=-1", "variance-ratio '-1'"},
-        {"--lr inf", "lr 'inf'"},
-        {"--lr -1", "lr '-1'"},
-        {"--clip -1", "clip '-1'"},
-        {"--ema 1.1", "ema '1.1'"},
-        {"--seed 18446744073709551616", "seed '18446744073709551616'"},
-        {"--seed -1", "seed '-1'"},
-        {"--seed 0x10", "seed '0x10'"},
-        {"--model unet", "model 'unet'"},
-        {"--net net", "net 'net'"},
-        {"--predict y", "predict 'y'"},
-        {"--fourier 7", "fourier '7': expected FIRST..LAST"},
-        {"--fourier 3..2", "fourier 3..2: must be ascending"},
-        {"--fourier 0..13", "fourier 0..13"},
-        {"--cooldown 1.5", "cooldown '1.5'"},
-        {"--data=", "data ''"},
+        {"--steps many", "steps 'many'"}, {"--steps 1.5", "steps '1.5'"}, {"--steps=", "steps ''"},
+        {"--steps -1", "steps '-1'"}, {"--steps 99999999999999999999", "steps '99999999999999999999'"},
+        {"--save-every -1", "save-every '-1'"}, {"--batch 0", "batch '0'"},
+        {"--batch 4294967297", "batch '4294967297'"}, {"--threads 0", "threads '0'"},
+        {"--channels 6", "channels 6: must be a multiple of 4"}, {"--gamma-max nan", "gamma-max 'nan'"},
+        {"--timesteps 4 --variance-ratio=-1", "variance-ratio '-1'"}, {"--lr inf", "lr 'inf'"},
+        {"--lr -1", "lr '-1'"}, {"--clip -1", "clip '-1'"}, {"--ema 1.1", "ema '1.1'"},
+        {"--seed 18446744073709551616", "seed '18446744073709551616'"}, {"--seed -1", "seed '-1'"},
+        {"--seed 0x10", "seed '0x10'"}, {"--model unet", "model 'unet'"}, {"--net net", "net 'net'"},
+        {"--predict y", "predict 'y'"}, {"--fourier 7", "fourier '7': expected FIRST..LAST"},
+        {"--fourier 3..2", "fourier 3..2: must be ascending"}, {"--fourier 0..13", "fourier 0..13"},
+        {"--cooldown 1.5", "cooldown '1.5'"}, {"--data=", "data ''"},
     };
     for (size_t i = 0; i < sizeof options / sizeof options[0]; i++)
         refuse(2, options[i][1], "$D train %s --out out", options[i][0]);
@@ -1093,15 +1010,12 @@ static void test_wrong_usage(void) {
         {"unknown option or argument '--resumed'", "$D train --resumed --out out"},
         {"--resume takes no value", "$D train --resume=yes --out out"},
         {"--steps needs a value", "$D train --out out --steps"},
-        {"expected a checkpoint", "$D sample --out out.png"},
-        {"--out FILE", "$D sample good"},
+        {"expected a checkpoint", "$D sample --out out.png"}, {"--out FILE", "$D sample good"},
         {"unknown option or argument 'two'", "$D sample good two --out out.png"},
         {"count '1e30'", "$D sample good --count 1e30 --out out.png"},
         {"steps '-1'", "$D sample good --steps -1 --out out.png"},
-        {"pixels 'red'", "$D sample good --pixels red --out out.png"},
-        {"expected a checkpoint", "$D eval"},
-        {"limit '-1'", "$D eval good --limit -1"},
-        {"split 'all'", "$D eval good --split all"},
+        {"pixels 'red'", "$D sample good --pixels red --out out.png"}, {"expected a checkpoint", "$D eval"},
+        {"limit '-1'", "$D eval good --limit -1"}, {"split 'all'", "$D eval good --split all"},
         {"variance-ratio optimal", "$D eval good --variance-ratio optimal"},
         {"variance-ratio 2: the bound diverges", "$D eval good --variance-ratio 2"},
         {"variance-ratio 'best'", "$D eval good --timesteps 4 --variance-ratio best"},
@@ -1115,8 +1029,7 @@ static void test_wrong_usage(void) {
         {"times '0,,1'", "$D show finite --times 0,,1 --out out.png"},
         {"times '0,1x'", "$D show finite --times 0,1x --out out.png"},
         {"amplify '0'", "$D show finite --amplify 0 --out out.png"},
-        {"--batch FILE", "$D grad good --out out"},
-        {"unknown option", "$D check --quick"},
+        {"--batch FILE", "$D grad good --out out"}, {"unknown option", "$D check --quick"},
         {"unknown option", "$D bench --quick"},
     };
     refuse_all(2, list, sizeof list);
@@ -1129,18 +1042,13 @@ static void test_wrong_usage(void) {
 static void test_bad_data(void) {
     static const Refusal list[] = {
         {"mnist: No such file or directory; 'make mnist' fetches", "$D train $TINY --data mnist --out out"},
-        {"holds 4000 of the 47040000 bytes its header promises", "$D train $TINY --data cut --out out"},
         {"encoder: a U-Net of 1 blocks halves the image 1 times, which 9x10 does not allow",
          "$D train $TINY --net flat --data odd --out out"},
         {"net unet: a U-Net of 2 blocks halves the image 1 times, which 9x10 does not allow",
          "$D train $TINY --model vdm-2 --data odd --out out"},
         {"images are 9x10x1, the model is for 28x28x1", "$D eval good --data odd --split train"},
-        {"No such file or directory", "$D eval good --data no-such"},
-        {"holds neither", "$D eval good --data odd"},
-        {"No such file or directory", "$D show finite --data no-such --out out.png"},
     };
-    succeed("mkdir cut odd");
-    write_idx("cut/train-images-idx3-ubyte", 0x803, 60000, 28, 28, 4000);
+    succeed("mkdir odd");
     write_idx("odd/train-images-idx3-ubyte", 0x803, 10, 9, 10, 900);
     refuse_all(1, list, sizeof list);
 }
@@ -1148,9 +1056,7 @@ static void test_bad_data(void) {
 /* What is broken in the files is refused in test_data.c; here, what the program does not expect in them. A
  * row is a change of the metadata, or a tensor left out, and a command that reads the result, `bad`. */
 static void test_bad_checkpoints(void) {
-    static const struct {
-        const char *from, *key, *value, *drop, *part, *command;
-    } changed[] = {
+    static const struct { const char *from, *key, *value, *drop, *part, *command; } changed[] = {
         {"good", "model", "vdm-2", NULL, ".down.1.0.norm1.scale', which model vdm-2 needs", "$D eval bad"},
         {"deep", "model", "vdm-1", NULL, "tensors that model vdm-1 does not have", "$D eval bad"},
         {"learned", "schedule", "fixed", NULL, "holds 2 tensors that model diffenc-1-nt does not have",
@@ -1219,15 +1125,12 @@ static void write_batch(const char *name, int batch, int height, int width, doub
     for (int i = 0; i < 4; i++)
         if (!without || strcmp(all[i].name, without) != 0)
             some[count++] = all[i];
-    write_tensors(name, some, count, NULL, 0);
+    Error error;
+    CHECK(!tensors_write(name, &(TensorFile){{NULL, 0}, some, count, NULL, 0}, &error), "%s", error.text);
 }
 
 static void test_bad_batches(void) {
-    static const struct {
-        int width;
-        double t, first_noise;
-        const char *without, *part, *command;
-    } list[] = {
+    static const struct { int width; double t, first_noise; const char *without, *part, *command; } list[] = {
         {7, 0.3, 1, NULL, "images: expected U8 [B,8,8,1]", "$D grad $V"},
         {8, 0.3, 1, "eps0", "holds no tensor 'eps0'", "$D grad $V"},
         {8, 0.3, 1, "t", "holds no tensor 't'", "$D grad $V"},
@@ -1382,14 +1285,11 @@ static void test_not_finite(void) {
         "show mad --count 2 --data small --out out.png", "grad mad --batch mad.batch --out out"};
     static real large[1 << 16], zero[1 << 16];
     TensorFile file = read_tensors("finite");
-    TensorEntry *out = tensors_again(&file);
     for (int i = 0; i < 1 << 16; i++)
         large[i] = (real)(IN_DOUBLE ? 1e200 : 1e30);
     for (int i = 0; i < file.tensor_count; i++)
-        out[i].data = strncmp(out[i].name, "adam", 4) == 0 ? zero : large;
-    write_tensors("mad", out, file.tensor_count, file.metadata, file.metadata_count);
-    free(out);
-    tensors_free(&file);
+        file.tensors[i].data = strncmp(file.tensors[i].name, "adam", 4) == 0 ? zero : large;
+    write_tensors("mad", &file);
     write_batch("mad.batch", 2, 12, 8, 0.5, 1, NULL);
     for (int i = 0; i < 5; i++) {
         refuse(1, "is not finite", "$D %s", work[i]);
@@ -1430,15 +1330,13 @@ static void test_forms(void) {
               "%s is not image %d of five.npy", text, i);
         free(one);
     }
-    free(all);
-    free(grid);
+    free(all), free(grid);
     succeed("$D sample good --count 1 --steps 3 --out one.pgm && cmp one.pgm each-00.pgm");
     succeed("$D sample good --count 2 --steps 3 --out %%d.pgm && cmp 0.pgm one.pgm && cmp 1.pgm each-01.pgm");
     succeed("$D sample good --count 2 --steps 1 --out '%%d%%d.png' && test -f '%%d%%d.png'");
     succeed("$D sample good --count 2 --steps 1 --out %%s.png && test -f %%s.png");
-    Outcome o = succeed(
-        "$D sample good --count 5 --steps 3 --out std.png && $D sample good --count 5 --steps 3 --out - "
-        ">std2.png && cmp std.png std2.png");
+    Outcome o = succeed("S='sample good --count 5 --steps 3 --out'; $D $S std.png && $D $S - >std2.png &&"
+                        " cmp std.png std2.png");
     CHECK(strcmp(o.error, "-: 5 images, 3 steps\n") == 0, "beside a picture on stdout: %s", o.error);
     o = run("$D sample good --count 1 --steps 1 --out - >/dev/full");
     CHECK(o.status == 1 && strstr(o.error, "standard output: No space left"), "exits with %d: %s", o.status,
@@ -1471,11 +1369,9 @@ static void test_trajectory(void) {
         free(end);
     }
     free(way);
-    succeed("$D sample good --trajectory --count 3 --steps 12 --threads 3 --out way3.pgm && cmp way.pgm "
-            "way3.pgm");
+    succeed("$D sample good --trajectory --count 3 --steps 12 --threads 3 --out 3.pgm && cmp way.pgm 3.pgm");
     char head[TEXT];
-    succeed(
-        "$D sample finite --trajectory --out short.pgm"); /* 5 times of 12x8 images, 8 of them by default */
+    succeed("$D sample finite --trajectory --out short.pgm");   /* 5 times of 12x8 images, by default 8 */
     read_text("short.pgm", head);
     CHECK(strncmp(head, "P5\n52 226\n255\n", 14) == 0, "a trajectory of 4 steps: %.14s", head);
 
@@ -1495,15 +1391,13 @@ static void test_trajectory(void) {
     unsigned char *raw = bytes_of("way.raw", FRAME * FRAMES), *four = bytes_of("four.pgm", 13 + FRAME);
     int apart = 0;
     for (int i = 0; i < FRAME; i++)
-        apart =
-            abs(raw[39 * FRAME + i] - four[13 + i]) > apart ? abs(raw[39 * FRAME + i] - four[13 + i]) : apart;
+        apart = (int)fmax(abs(raw[39 * FRAME + i] - four[13 + i]), apart);
     CHECK(apart <= 2, "the animation ends %d levels from the samples", apart);
     CHECK(memcmp(raw, raw + 39 * FRAME, FRAME) != 0 &&
               memcmp(raw + 38 * FRAME, raw + 39 * FRAME, FRAME) != 0 &&
               memcmp(raw + 39 * FRAME, raw + 51 * FRAME, FRAME) == 0,
           "the animation does not hold its last image");
-    free(raw);
-    free(four);
+    free(raw), free(four);
 }
 
 /* How many values in panel `column` of a row of two are not those of points; with lines, how many are darker:
@@ -1520,8 +1414,7 @@ static int panel_differs(const char *name, int column, const unsigned char *poin
         const int value = file[HEAD + 3 * (y * WIDTH + x) + i % 3];
         differ += lines ? value < want[i] : value != want[i];
     }
-    free(file);
-    free(want);
+    free(file), free(want);
     return differ;
 }
 
@@ -1554,9 +1447,8 @@ static void test_swirl(void) {
         data[i] = (unsigned char)nearest_level((2 * (data[i] + 0.5) / 256 - 1) / (1 + exp(5)));
     CHECK(panel_differs("swirl.ppm", 1, data, 50, 1) == 0, "x_t at t = 1 is not alpha_1^2 x");
     CHECK(panel_differs("swirl.ppm", 1, data, 50, 0) > 5000, "there are no lines from x to x_t");
-    succeed("$D sample swirl --trajectory --count 9 --steps 3 --out way.ppm && head -n 2 way.ppm | grep -qx "
-            "'2058 "
-            "1030'");
+    succeed("$D sample swirl --trajectory --count 9 --steps 3 --out way.ppm &&"
+            " head -n 2 way.ppm | grep -qx '2058 1030'");
     refuse(1, "holds grey images only", "$D sample swirl --count 1 --out swirl.pgm");
     refuse(1, "written as .npy only", "$D sample swirl --steps 1000000 --out point-%%d.png");   /* at once */
 }
@@ -1636,7 +1528,11 @@ static void test_eval(void) {
           o.out);
     succeed("$D eval finite --data small --limit 2");
     succeed("$D eval finite --data small --limit 2 --timesteps 0");
-    succeed("$D eval good --limit 2 --timesteps 3 --variance-ratio 0.5");
+    /* A step's KL is d/2 (w - 1 - log w) more than w times the one at w = 1: here for 3 steps, in bits. */
+    o = succeed("$D eval good --limit 2 --timesteps 3");
+    const Outcome half = succeed("$D eval good --limit 2 --timesteps 3 --variance-ratio 0.5");
+    const double want = number_behind(o.out, terms[2]) / 2 + 1.5 * (log(2) - 0.5) / log(2);
+    CHECK(fabs(number_behind(half.out, terms[2]) - want) < 2e-5, "w = 0.5: not %.5f: %s", want, half.out);
 }
 
 /* A limit takes images evenly over the split: of nine the first, the fourth and the seventh. */
@@ -1693,14 +1589,10 @@ static int is_xml(const char *name) {
 /* Trainings of a few steps: three seeds of a DiffEnc, two of a VDM, two of the same at another rate, and a
  * third seed of it at another step. */
 static void test_comparison(void) {
-    static const char *const ways[8] = {"a1 --seed 1",
-                                        "a2 --seed 2",
-                                        "a3 --seed 3",
-                                        "b1 --seed 1 --model vdm-1",
-                                        "b2 --seed 2 --model vdm-1",
-                                        "c1 --seed 1 --model vdm-1 --lr 0.01",
-                                        "c2 --seed 2 --model vdm-1 --lr 0.01",
-                                        "b3 --seed 3 --model vdm-1 --steps 3"};
+    static const char *const ways[8] = {
+        "a1 --seed 1", "a2 --seed 2", "a3 --seed 3", "b1 --seed 1 --model vdm-1", "b2 --seed 2 --model vdm-1",
+        "c1 --seed 1 --model vdm-1 --lr 0.01", "c2 --seed 2 --model vdm-1 --lr 0.01",
+        "b3 --seed 3 --model vdm-1 --steps 3"};
     double all[10][10], one[10];
     for (int i = 0; i < 8; i++)
         succeed("$D train $TINY --lr 0.03 --steps 4 --out c-%s && cp c-%.2s/checkpoint.safetensors %.2s",
@@ -1710,9 +1602,7 @@ static void test_comparison(void) {
             "$D eval --csv all.csv a1 a2 --data=small a3 b1 b2 --repeats 2 c1 c2 b3 a2 a1 --chart all.svg");
     for (int i = 0; i < 10; i++) {
         csv_line("all.csv", i, all[i]);
-        succeed("$D eval %.2s --data small --repeats 2 --csv one.csv", i < 8    ? ways[i]
-                                                                       : i == 8 ? "a2"
-                                                                                : "a1");
+        succeed("$D eval %.2s --data small --repeats 2 --csv one.csv", i < 8 ? ways[i] : i < 9 ? "a2" : "a1");
         csv_line("one.csv", 0, one);
         CHECK(memcmp(all[i], one, 8 * sizeof *one) == 0,
               "line %d of the table is not that of the checkpoint alone", i);
@@ -1730,8 +1620,8 @@ static void test_comparison(void) {
     CHECK(fabs(one[9] - fabs(one[7] - all[7][7])) < 1e-6 || fabs(one[9] - one[7] - all[7][7]) < 1e-6,
           "errors of %g and %g, paired %g", all[7][7], one[7], one[9]);
     CHECK(one[9] != hypot(one[7], all[7][7]) && one[9] > 0, "the error of the difference is not paired");
-    succeed("ln -s good 'go,\"o\"d' && $D eval 'go,\"o\"d' --limit 1 --csv one.csv && grep -q "
-            "'^\"go,\"\"o\"\"d\",' one.csv");
+    succeed("ln -s good 'go,\"o\"d' && $D eval 'go,\"o\"d' --limit 1 --csv one.csv &&"
+            " grep -q '^\"go,\"\"o\"\"d\",' one.csv");
 
     /* The groups: a of three seeds, b and c of two; a1 and a2 again and b3 of another step count for none. */
     const char *at = o.out;
@@ -1841,34 +1731,27 @@ int main(void) {
     }
     snprintf(tiny, sizeof tiny,
              "--data %s/small --net unet --model diffenc-1-1 --channels 4 --encoder-channels 4 --batch 4"
-             " --sample-steps 2 --warmup 0 --cooldown 0",
-             directory);
+             " --sample-steps 2 --warmup 0 --cooldown 0", directory);
     setenv("TINY", tiny, 1);
     setenv("LC_ALL", "C", 1);
     /* Threads that spin while they wait slow down tests on a busy machine. */
     setenv("OMP_WAIT_POLICY", "passive", 0);
-    static const struct {
-        const char *name;
-        void (*run)(void);
-    } tests[] = {
-        {"golden", test_golden}, {"help", test_help}, {"models", make_models},
-        {"usage", test_wrong_usage}, {"resume", test_resume}, {"learning", test_learning},
-        {"steps 0", test_steps_0}, {"settings", test_changed_settings},
-        {"changed data", test_changed_data}, {"kept checkpoints", test_kept_checkpoints},
-        {"init and info", test_init_and_info}, {"images", test_images}, {"forms", test_forms},
-        {"trajectory", test_trajectory}, {"swirl", test_swirl}, {"show", test_show},
-        {"eval", test_eval}, {"limit", test_limit}, {"comparison", test_comparison}, {"colour", test_colour},
-        {"data", test_bad_data}, {"checkpoints", test_bad_checkpoints},
-        {"batches", test_bad_batches}, {"classes", test_classes}, {"divergence", test_divergence},
-        {"memory", test_memory}, {"file limit", test_file_limit}, {"small disk", test_small_disk},
-        {"directory", test_no_directory}, {"stop", test_stops}, {"report", test_report_html},
-        {"stop anywhere", test_stops_anywhere}, {"two", test_two_trainings},
-        {"strangers", test_strangers_files}, {"same", test_output_is_input},
-        {"stranger", test_stranger}, {"not finite", test_not_finite}, {"stacks", test_small_stacks},
-        {"makefile", test_makefile}, {"thread count", test_thread_count},
-        {"second signal", test_second_signal}, {"terminal", test_terminal}, {"kill", test_kill},
-
-    };
+    static const struct { const char *name; void (*run)(void); } tests[] = {
+        {"golden", test_golden}, {"help", test_help}, {"models", make_models}, {"usage", test_wrong_usage},
+        {"resume", test_resume}, {"learning", test_learning}, {"steps 0", test_steps_0},
+        {"settings", test_changed_settings}, {"changed data", test_changed_data},
+        {"kept checkpoints", test_kept_checkpoints}, {"init and info", test_init_and_info},
+        {"images", test_images}, {"forms", test_forms}, {"trajectory", test_trajectory},
+        {"swirl", test_swirl}, {"show", test_show}, {"eval", test_eval}, {"limit", test_limit},
+        {"comparison", test_comparison}, {"colour", test_colour}, {"data", test_bad_data},
+        {"checkpoints", test_bad_checkpoints}, {"batches", test_bad_batches}, {"classes", test_classes},
+        {"divergence", test_divergence}, {"memory", test_memory}, {"file limit", test_file_limit},
+        {"small disk", test_small_disk}, {"directory", test_no_directory}, {"stop", test_stops},
+        {"report", test_report_html}, {"stop anywhere", test_stops_anywhere}, {"two", test_two_trainings},
+        {"strangers", test_strangers_files}, {"same", test_output_is_input}, {"stranger", test_stranger},
+        {"not finite", test_not_finite}, {"stacks", test_small_stacks}, {"makefile", test_makefile},
+        {"thread count", test_thread_count}, {"second signal", test_second_signal},
+        {"terminal", test_terminal}, {"kill", test_kill}};
     for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++) {
         const double start = seconds_now();
         const char *only = getenv("ONLY");   /* names of tests, to run them alone */

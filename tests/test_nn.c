@@ -25,9 +25,8 @@ static void test_parse_model(void) {
         char name[32];
         CHECK(config_parse_model(&c, good[i].name, &error) == 0, "%s is a model", good[i].name);
         CHECK(c.kind == good[i].kind && c.score_blocks == good[i].score &&
-                  c.encoder_blocks == good[i].encoder,
-              "%s is understood as kind %d, L %d, E %d", good[i].name, (int)c.kind, c.score_blocks,
-              c.encoder_blocks);
+              c.encoder_blocks == good[i].encoder, "%s is understood as kind %d, L %d, E %d", good[i].name,
+              (int)c.kind, c.score_blocks, c.encoder_blocks);
         config_model_name(&c, name);
         CHECK(strcmp(name, good[i].name) == 0, "%s is called %s", good[i].name, name);
     }
@@ -62,9 +61,8 @@ static void test_config_check(void) {
     const Config d = config_default();
     Config c;
     CHECK(d.kind == DIFFENC && d.score_blocks == 4 && d.encoder_blocks == 2 && d.net == NET_FLAT &&
-              d.channels == 32 && d.encoder_channels == 16 && d.height == 28 && d.width == 28 &&
-              d.image_channels == 1,
-          "the default model");
+          d.channels == 32 && d.encoder_channels == 16 && d.height == 28 && d.width == 28 &&
+          d.image_channels == 1, "the default model");
     CHECK(d.prediction == PREDICT_V && d.schedule == SCHEDULE_FIXED && d.gamma_min == -13.3 &&
               d.gamma_max == 5 && d.timesteps == 0 && d.variance_ratio == 1 && d.dropout == 0.1,
           "the default method");
@@ -242,8 +240,7 @@ static void test_initial_values(void) {
           "the same seed gives the same weights");
     CHECK(memcmp(a.params, a.ema, a.weight_count * sizeof(real)) == 0, "the average starts at the weights");
     CHECK(dot(a.adam_m, a.adam_m, a.weight_count) == 0 && dot(a.adam_v, a.adam_v, a.weight_count) == 0 &&
-              a.step == 0,
-          "the optimiser starts at zero");
+          a.step == 0, "the optimiser starts at zero");
     model_free(&a), model_free(&b), model_free(&other);
 }
 
@@ -309,8 +306,7 @@ static void test_classes(void) {
                           "%s: the gradient of row %d of an example of class %d", names[k], row, label);
                 }
         }
-    free(gradient);
-    lab_free(&lab);
+    free(gradient), lab_free(&lab);
 }
 
 /* ---- dropout ---- */
@@ -462,9 +458,7 @@ static void test_workers(void) {
     for (int i = 0; i < 3; i++)
         CHECK(arena_capacity(w.network[i].graph.arena) <= memory,
               "each of 3 arenas holds at most %zu bytes", memory);
-    workers_free(&w);
-    free(first), free(sum), free(size), free(alone);
-    model_free(&m);
+    workers_free(&w), free(first), free(sum), free(size), free(alone), model_free(&m);
 }
 
 #ifdef _OPENMP
@@ -519,8 +513,7 @@ static void test_helpers(void) {
                       threads);
                 workers_free(&w);
             }
-        free(want), free(got);
-        model_free(&m);
+        free(want), free(got), model_free(&m);
     }
 #ifdef _OPENMP
     Model m;
@@ -529,8 +522,7 @@ static void test_helpers(void) {
     model_make(&m, small_model("vdm-1", NET_FLAT, 4, 4, 4, 1), 1);
     workers_new(&w, &m, 3);
     workers_run(&w, m.ema, 1, meet_work, &context);
-    workers_free(&w);
-    model_free(&m);
+    workers_free(&w), model_free(&m);
 #endif
 }
 
@@ -613,6 +605,8 @@ static void check_optimizer(const char *what, Optimizer o, int steps) {
         norm = sqrt(norm);
         const double clip = o.clip > 0 && norm > o.clip ? o.clip / norm : 1;
         const double average = fmin(o.ema, (1.0 + step) / (10.0 + step));
+        const double up = o.warmup > 0 ? (double)step / o.warmup : 1;
+        const double down = o.cooldown > 0 ? (o.steps - step + 1) / (o.cooldown * o.steps) : 1;
         const double told = optimizer_step(&lab[0].workers, &o, g);
         CHECK(fabs(told - norm) <= (double)m.weight_count * DBL_EPSILON * norm,
               "%s: the norm before clipping", what);
@@ -624,7 +618,7 @@ static void check_optimizer(const char *what, Optimizer o, int steps) {
             const int is_kernel = strcmp(last, ".kernel") == 0 && !strstr(p->name, ".class.");
             const int decays = is_kernel || strcmp(last, ".scale") == 0;
             const int by_muon = o.muon && is_kernel;
-            double rate = o.learning_rate * (o.warmup > 0 ? fmin(1, (double)step / o.warmup) : 1);
+            double rate = o.learning_rate * fmin(fmin(up, down), 1);
             if (strncmp(p->name, "encoder.", 8) == 0)
                 rate *= o.encoder_rate;
             if (by_muon)
@@ -654,16 +648,14 @@ static void check_optimizer(const char *what, Optimizer o, int steps) {
     CHECK(memcmp(m.params, same.params, m.weight_count * sizeof(real)) == 0 &&
               memcmp(m.ema, same.ema, m.weight_count * sizeof(real)) == 0,
           "%s: 3 threads give the same bits as 1", what);
-    free(scalar), free(g), free(u);
-    lab_free(&lab[0]), lab_free(&lab[1]);
+    free(scalar), free(g), free(u), lab_free(&lab[0]), lab_free(&lab[1]);
 }
 
 static void test_optimizer(void) {
     const Optimizer d = optimizer_default();
     CHECK(d.learning_rate == 2e-4 && d.encoder_rate == 1 && !d.muon && d.momentum == 0.95 && d.warmup == 0 &&
-              d.beta1 == 0.9 && d.beta2 == 0.99 && d.epsilon == 1e-8 && d.weight_decay == 0.01 &&
-              d.clip == 0 && d.ema == 0.9999,
-          "the paper's optimiser");
+          d.beta1 == 0.9 && d.beta2 == 0.99 && d.epsilon == 1e-8 && d.weight_decay == 0.01 && d.clip == 0 &&
+          d.ema == 0.9999, "the paper's optimiser");
     Optimizer o = d;
     check_optimizer("the default", o, 12);
     o.learning_rate = 0.05, o.weight_decay = 0.5;
@@ -678,26 +670,8 @@ static void test_optimizer(void) {
     check_optimizer("Muon, a slow encoder", o, 12);
     o.momentum = 0.8, o.weight_decay = 0, o.epsilon = 0.1;
     check_optimizer("another momentum, no decay, a large epsilon", o, 12);
-}
-
-/* With equal gradients every step of AdamW is as long as the rate, which falls over the last half of ten
- * steps: 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2 times lr. */
-static void test_cooldown(void) {
-    Lab lab;
-    Optimizer o = optimizer_default();
-    lab_new(&lab, small_model("vdm-1", NET_FLAT, 4, 2, 2, 1), 1);
-    o.learning_rate = 0.25, o.weight_decay = 0, o.cooldown = 0.5, o.steps = 10;
-    real *gradient = allocate(lab.model.weight_count, sizeof *gradient);
-    for (size_t i = 0; i < lab.model.weight_count; i++)
-        gradient[i] = 1;
-    for (int step = 1; step <= 10; step++) {
-        const double before = (double)lab.model.params[0], rate = 0.25 * fmin((11 - step) / 5.0, 1);
-        optimizer_step(&lab.workers, &o, gradient);
-        const double moved = before - (double)lab.model.params[0];
-        CHECK(fabs(moved - rate) < 1e-5, "step %d moves a weight by %g instead of %g", step, moved, rate);
-    }
-    free(gradient);
-    lab_free(&lab);
+    o.cooldown = 0.5, o.steps = 12, o.warmup = 0;   /* 1 for 7 steps, then 5/6, 4/6, ... 1/6 of the rate */
+    check_optimizer("cooling down", o, 12);
 }
 
 /* A gradient with one number that is not finite, or whose square is not, leaves everything as it was. */
@@ -723,23 +697,15 @@ static void test_not_finite(void) {
         CHECK(same, "a gradient with %g changes nothing", bad[i]);
         g[count / 2 + (size_t)i] = 0;
     }
-    free(g), free(before);
-    lab_free(&lab);
+    free(g), free(before), lab_free(&lab);
 }
 
 int main(void) {
-    test_parse_model();
-    test_config_check();
-    test_unet_levels();
-    test_parameters();
-    test_initial_values();
-    test_fresh_networks();
-    test_classes();
-    test_one_mask_an_example();
-    test_workers();
-    test_helpers();
-    test_optimizer();
-    test_cooldown();
-    test_not_finite();
+    static void (*const tests[])(void) = {
+        test_parse_model, test_config_check, test_unet_levels, test_parameters, test_initial_values,
+        test_fresh_networks, test_classes, test_one_mask_an_example, test_workers, test_helpers,
+        test_optimizer, test_not_finite};
+    for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++)
+        tests[i]();
     return test_report();
 }

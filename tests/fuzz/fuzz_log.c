@@ -25,11 +25,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         place("data/train-images-idx3-ubyte", file);
         write_bytes(file, idx, sizeof idx);
         place("run", file);
-        snprintf(
-            command, sizeof command,
-            "train --data %sdata --model vdm-1 --channels 4 --batch 1 --steps 2 --sample-steps 0 --threads 1 "
-            "--out %s",
-            directory, file);
+        snprintf(command, sizeof command,
+                 "train --data %sdata --model vdm-1 --channels 4 --batch 1 --steps 2 --sample-steps 0"
+                 " --threads 1 --out %s", directory, file);
         if (program(command) != 0)
             abort();
         place("run/checkpoint.safetensors", file);
