@@ -44,6 +44,28 @@ static void test_fail(void) {
     CHECK(strcmp(error.text, "file: holds 3 of 7 bytes") == 0, "message is '%s'", error.text);
     CHECK(fail(&error, "%0600d", 1) == -1 && strlen(error.text) == sizeof error.text - 1,
           "a long message is cut off");
+    fail(&error, "%s: gone", "a\x1b]0;b\xff");
+    CHECK(strcmp(error.text, "a\\x1b]0;b\\xff: gone") == 0, "%s", error.text);
+}
+
+/* What commands a terminal or is not UTF-8 is escaped; the rest is shown as it is. */
+static void test_printable(void) {
+    static const char *const texts[][2] = {
+        { "caf\xc3\xa9 \xe2\x82\xac \xf0\x9f\x98\x80 \\", "caf\xc3\xa9 \xe2\x82\xac \xf0\x9f\x98\x80 \\" },
+        { "\x1b[2J\r\n\t\x7f", "\\x1b[2J\\x0d\\x0a\\x09\\x7f" },
+        { "\xc2\x9b" "2J", "\\xc2\\x9b2J" },           /* a control character of two bytes */
+        { "lat\xfcn \xc3", "lat\\xfcn \\xc3" },        /* Latin-1; the end of a character is missing */
+        { "\xe0\x80\xaf\xc0\xaf\xed\xa0\x80\xf4\x90\x80\x80",
+          "\\xe0\\x80\\xaf\\xc0\\xaf\\xed\\xa0\\x80\\xf4\\x90\\x80\\x80" },
+        { "", "" },
+    };
+    char buffer[64];
+    for (size_t i = 0; i < sizeof texts / sizeof texts[0]; i++)
+        CHECK(strcmp(printable(texts[i][0], buffer, sizeof buffer), texts[i][1]) == 0, "%s", buffer);
+    for (size_t size = 1; size < 12; size++) {           /* no escape and no character is cut in two */
+        printable("ab\xc3\xa9\x1b", buffer, size);
+        CHECK(strlen(buffer) == (size < 3 ? size - 1 : size < 5 ? 2 : size < 9 ? 4 : 8), "%s", buffer);
+    }
 }
 
 /* The exit status of a process that asks for count * size bytes. */
@@ -876,10 +898,10 @@ static void test_same_bits_in_parts(void) {
 
 int main(void) {
     static void (*const tests[])(void) = {
-        test_fail, test_allocate, test_arena, test_philox, test_random_positions, test_uniform_moments,
-        test_normal_moments, test_streams_independent, test_dropout, test_products, test_convolution,
-        test_group_norm, test_softmax, test_dot, test_level_softmax, test_nearest_level, test_level_draw,
-        test_exp, test_clock, test_in_parts, test_same_bits_in_parts};
+        test_fail, test_printable, test_allocate, test_arena, test_philox, test_random_positions,
+        test_uniform_moments, test_normal_moments, test_streams_independent, test_dropout, test_products,
+        test_convolution, test_group_norm, test_softmax, test_dot, test_level_softmax, test_nearest_level,
+        test_level_draw, test_exp, test_clock, test_in_parts, test_same_bits_in_parts};
     lent = arena_new();
     for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++)
         tests[i]();
