@@ -492,7 +492,7 @@ typedef struct {
     double beta1, beta2, epsilon;      /* of AdamW */
     double weight_decay;               /* of kernels and scales */
     double clip;                       /* largest norm of the whole gradient; 0: no clipping */
-    double ema;                        /* decay; at first (1 + step)/(10 + step), where that is less */
+    double ema;                        /* decay; at first (1 + step)/(35 + step), where that is less */
 } Optimizer;
 
 Optimizer optimizer_default(void);   /* the paper's, and 0.95 for Muon; the program's recipe is in main.c */

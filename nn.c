@@ -785,7 +785,7 @@ double optimizer_step(Workers *workers, const Optimizer *o, const real *gradient
     const double up = o->warmup > 0 ? step / o->warmup : 1;
     const double down = o->cooldown > 0 ? (o->steps - step + 1) / (o->cooldown * o->steps) : 1;
     const double rate = o->learning_rate * fmax(fmin(fmin(up, down), 1), 0);
-    const real keep = (real)fmin((1 + step) / (10 + step), o->ema);
+    const real keep = (real)fmin((1 + step) / (35 + step), o->ema);
 #pragma omp parallel for num_threads(workers->threads) schedule(dynamic, 1)
     for (int i = 0; i < m->parameter_count; i++) {
         const Parameter *p = &m->parameter[i];

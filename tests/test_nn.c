@@ -604,7 +604,7 @@ static void check_optimizer(const char *what, Optimizer o, int steps) {
             norm += (double)g[i] * (double)g[i];
         norm = sqrt(norm);
         const double clip = o.clip > 0 && norm > o.clip ? o.clip / norm : 1;
-        const double average = fmin(o.ema, (1.0 + step) / (10.0 + step));
+        const double average = fmin(o.ema, (1.0 + step) / (35.0 + step));
         const double up = o.warmup > 0 ? (double)step / o.warmup : 1;
         const double down = o.cooldown > 0 ? (o.steps - step + 1) / (o.cooldown * o.steps) : 1;
         const double told = optimizer_step(&lab[0].workers, &o, g);
