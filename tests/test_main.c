@@ -476,7 +476,7 @@ static void test_changed_settings(void) {
            "$D train --resume --steps 2 --data digits --out kept 2>said; s=$?; tail -n 1 said >&2; exit $s");
     CHECK(step_of("kept/checkpoint.safetensors") == 1, "a refused resume changed the checkpoint");
     succeed("$D train --resume $TINY --steps 2 --out kept");   /* the same again is no change */
-    say("diffenc: --lr changes from 0.008 to 0.03125\n",
+    say("diffenc: --lr changes from 0.004 to 0.03125\n",
         "$D train --resume --sample-steps 2 --steps 2 --lr 0.03125 --out changed");
     char rate[64];
     metadata_of("changed/checkpoint.safetensors", "lr", rate);
