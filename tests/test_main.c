@@ -579,9 +579,9 @@ static void wait_for(const char *name, int steps) {
     CHECK(0, "a training does not begin");
 }
 
-/* Hold a training while it writes a checkpoint, which the temporary file named after it tells: 1, or 0 when
- * it has ended without. One that runs could be done with the file before a signal comes, so the file is
- * looked for again when the training stands still. */
+/* Hold a training while it writes a checkpoint, to be seen by the temporary file with its process number: 1,
+ * or 0 when it has ended before. A running one could be done with the file before a signal comes, so the file
+ * is looked for again when the training stands still. */
 static int stop_in_checkpoint(pid_t child) {
     char temporary[64];
     snprintf(temporary, sizeof temporary, "killed/checkpoint.safetensors.tmp.%ld", (long)child);
